@@ -1,0 +1,60 @@
+"""Every setting of the three scripts, with its default for MS-COCO 2014; edit here or pass `--<field> VALUE`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+# `Annotated[int, (1, None)]` is an int of 1 or more: (lowest, highest), either may be None.
+# The comment behind a setting is its text in `--help`.
+
+
+@dataclass(frozen=True)
+class Config:
+    # Data: what data_utils.py prepares
+    dataset: Literal["coco", "demo"] = "coco"  # data set: MS-COCO captions, or scenes that the project draws itself
+    data_dir: str = "data/coco"  # folder that data_utils.py writes to and the later scripts read
+    coco_dir: str = "."  # folder with annotations/ and the image folder, as COCO's zip files unpack
+    coco_split: str = "train2014"  # COCO files to read: annotations/captions_<coco_split>.json and <coco_split>/
+    image_source: Literal["each", "zip"] = "each"  # missing images: fetch each one needed, or the 13.5 GB zip file
+    download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
+    num_examples: Annotated[int, (2, None)] | None = 30_000  # captions drawn from the data set, None for all
+    val_fraction: Annotated[float, (0.01, 0.9)] = 0.2  # share of the images kept for validation
+    vocab_size: Annotated[int, (5, None)] = 5_000  # V: most frequent words, with <pad> <unk> <start> <end> among them
+    max_words: Annotated[int, (1, 400)] = 40  # longer captions are left out of training, and decoding stops there
+    seed: Annotated[int, (0, 2**31 - 1)] = 42  # fixes the draw, the split, the initial weights and every shuffle
+
+    # Features: InceptionV3 over each image, once
+    inception_weights: str = "imagenet"  # imagenet, random, or the path of a .weights.h5 file without the top
+    features_dir: str = ""  # feature cache, one .npy per image; empty for <data_dir>/features
+    feature_dtype: Literal["float16", "float32"] = "float16"  # number type on disk: 262 or 524 kB per image
+    extract_batch: Annotated[int, (1, 1024)] = 16  # images per InceptionV3 call
+
+    # Model: letters as in model.py
+    encoder_dim: Annotated[int, (1, None)] = 256  # D: encoded feature at each of the 64 locations
+    embedding_dim: Annotated[int, (1, None)] = 256  # E: word embedding
+    units: Annotated[int, (1, None)] = 512  # U: GRU and attention
+
+    # Training
+    run_dir: str = "runs/coco"  # folder for checkpoints, history.csv, loss.png and captions
+    epochs: Annotated[int, (1, None)] = 20  # passes over the training captions, at the most
+    batch_size: Annotated[int, (1, None)] = 64  # B: captions per optimiser step
+    learning_rate: Annotated[float, (1e-8, 10.0)] = 1e-3  # Adam's step size
+    clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
+    dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training
+    doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
+    patience: Annotated[int, (1, None)] = 4  # epochs without a better validation loss before training stops
+
+    # Inference
+    plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
+    decode_batch: Annotated[int, (1, None)] = 100  # images decoded at a time
+
+
+PRESETS = {
+    "coco": {},
+    "demo": {
+        "data_dir": "data/demo",
+        "coco_dir": "data/demo/scenes",
+        "run_dir": "runs/demo",
+        "num_examples": None,
+        "inception_weights": "random",
+    },
+}
