@@ -16,6 +16,7 @@ class Config:
     coco_split: str = "train2014"  # COCO files to read: annotations/captions_<coco_split>.json and <coco_split>/
     image_source: Literal["each", "zip"] = "each"  # missing images: fetch each one needed, or the 13.5 GB zip file
     download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
+    demo_images: Annotated[int, (10, None)] = 2_500  # scenes drawn for the demo
     num_examples: Annotated[int, (2, None)] | None = 30_000  # captions drawn from the data set, None for all
     val_fraction: Annotated[float, (0.01, 0.9)] = 0.2  # share of the images kept for validation
     vocab_size: Annotated[int, (5, None)] = 5_000  # V: most frequent words, with <pad> <unk> <start> <end> among them

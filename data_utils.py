@@ -1,0 +1,605 @@
+"""Script 1: find or download the captioned images, split them, build the vocabulary, cache InceptionV3 features.
+
+python data_utils.py [--dataset coco|demo] [--<field> VALUE ...]
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import pathlib
+import warnings
+
+from command_line import UserError, parse_command_line, run_script
+from demo_scenes import draw_demo
+from downloads import download, download_all, unpack
+from files import read_json, remove_leftovers, replacing, write_json, write_npy
+
+import keras
+import numpy as np
+import tensorflow as tf
+from PIL import Image, ImageOps
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+LOCATIONS, CHANNELS = 64, 2048  # P and F: InceptionV3's last 8x8 grid, row by row
+IMAGE_SIZE = 299
+
+SPECIAL_WORDS = ("<pad>", "<unk>", "<start>", "<end>")
+PAD, UNK, START, END = range(4)
+
+COCO_URL = "http://images.cocodataset.org"
+COCO_ARCHIVES = {  # size in bytes and SHA-256
+    "annotations/annotations_trainval2014.zip": (
+        252_872_794,
+        "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
+    ),
+    "zips/train2014.zip": (
+        13_510_573_713,
+        "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
+    ),
+}
+
+# What the prepared files depend on: a later script must be run with the same values.
+PREPARED_SETTINGS = (
+    "dataset",
+    "coco_dir",
+    "coco_split",
+    "num_examples",
+    "val_fraction",
+    "vocab_size",
+    "max_words",
+    "seed",
+    "inception_weights",
+    "features_dir",
+)
+
+
+def main(argv):
+    config, _ = parse_command_line(argv, __doc__)
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
+
+    if config.dataset == "demo":
+        draw_demo(config.coco_dir, config.demo_images, config.seed)
+    images = read_captions(find_annotations(config), config.max_words)
+    images = draw_examples(images, config.num_examples, config.seed)
+    train, validation = split_by_image(images, config.val_fraction, config.seed)
+
+    skipped = fetch_images(images, config)
+    skipped |= cache_features(train, validation, skipped, config)
+    train, validation = (keep_readable(split, skipped) for split in (train, validation))
+
+    save_prepared(train, validation, skipped, config)
+
+
+# --- Captions ---------------------------------------------------------------------------------------------------
+
+
+def find_annotations(config):
+    """The path of the captions file in `coco_dir`; COCO 2014's is downloaded where it is missing."""
+    path = pathlib.Path(config.coco_dir, "annotations", f"captions_{config.coco_split}.json")
+    if not path.is_file():
+        if config.coco_split not in ("train2014", "val2014"):
+            raise UserError(f"{path} is missing: put it there, or set --coco_dir and --coco_split to where it is")
+        fetch_archive("annotations/annotations_trainval2014.zip", config, wanted=lambda name: name.endswith(".json"))
+    return path
+
+
+def fetch_archive(name, config, wanted=None):
+    """Download one of COCO_ARCHIVES into `coco_dir` and unpack it there."""
+    size, sha256 = COCO_ARCHIVES[name]
+    archive = pathlib.Path(config.coco_dir, pathlib.PurePosixPath(name).name)
+    download(f"{COCO_URL}/{name}", archive, size=size, sha256=sha256)
+    unpack(archive, config.coco_dir, wanted)
+
+
+def read_captions(path, max_words):
+    """Read a captions file in COCO's layout.
+
+    Records that cannot be used (a caption that is empty or longer than `max_words`, an unknown image, a file name
+    with a folder in it) are counted, and an example of each kind is printed.
+
+    Args:
+      path: path of the JSON file.
+      max_words: int, longest caption to train on, in words.
+
+    Returns:
+      list of {"image_id", "file_name", "url", "captions", "references"}, ordered by image id: the captions to
+      train on, and all of them for the metrics. Each image has at least one caption.
+
+    Raises:
+      UserError: the file is not JSON, has not COCO's keys, or has no usable caption.
+    """
+    mend = "put COCO's own file there, or delete it and run python data_utils.py again to download it"
+    data = read_json(path, mend)
+    if not (
+        isinstance(data, dict) and isinstance(data.get("images"), list) and isinstance(data.get("annotations"), list)
+    ):
+        raise UserError(f'{path} has not the lists "images" and "annotations" of a COCO captions file: {mend}')
+
+    bad = collections.defaultdict(list)
+    images, stems = {}, set()
+    for record in data["images"]:
+        if problem := image_problem(record, images, stems):
+            bad[problem].append(record)
+            continue
+        stems.add(pathlib.PurePath(record["file_name"]).stem)
+        images[record["id"]] = {
+            "image_id": record["id"],
+            "file_name": record["file_name"],
+            "url": record.get("coco_url"),
+            "captions": [],
+            "references": [],
+        }
+
+    records = []
+    for record in data["annotations"]:
+        if problem := caption_problem(record, images):
+            bad[problem].append(record)
+        else:
+            records.append(record)
+    for record, words in zip(records, count_words([record["caption"] for record in records]), strict=True):
+        image = images[record["image_id"]]
+        if words > 0:
+            image["references"].append(record["caption"])
+        if 0 < words <= max_words:
+            image["captions"].append(record["caption"])
+        else:
+            bad["a caption without words" if words == 0 else f"longer than {max_words} words"].append(record)
+
+    for problem, examples in bad.items():
+        print(f"{path}: {len(examples)} left out, {problem}, such as {str(examples[0])[:160]}")
+    usable = [images[image_id] for image_id in sorted(images) if images[image_id]["captions"]]
+    if len(usable) < 2:
+        raise UserError(f"{path} has captions for {len(usable)} images, and a split needs 2: {mend}")
+    return usable
+
+
+def image_problem(record, images, stems):
+    """Why an image record cannot be used, or None; the file name comes from others and may not lead elsewhere."""
+    if (
+        not isinstance(record, dict)
+        or type(record.get("id")) is not int
+        or not isinstance(record.get("file_name"), str)
+    ):
+        return "an image without id or file_name"
+    name = record["file_name"]
+    if pathlib.PurePosixPath(name).name != name or pathlib.PureWindowsPath(name).name != name or name.startswith("."):
+        return "a file name with a folder in it"
+    if record["id"] in images or pathlib.PurePath(name).stem in stems:
+        return "an image whose id or file name another has"
+    return None
+
+
+def caption_problem(record, images):
+    if not isinstance(record, dict) or not isinstance(record.get("caption"), str):
+        return "a caption that is no text"
+    if type(record.get("image_id")) is not int or record["image_id"] not in images:
+        return "a caption of an image that is not listed"
+    return None
+
+
+def draw_examples(images, num_examples, seed):
+    """Keep `num_examples` captions, drawn at random with a fixed seed, and the images that they belong to."""
+    total = sum(len(image["captions"]) for image in images)
+    if num_examples is None or num_examples >= total:
+        return images
+    drawn = np.zeros(total, bool)
+    drawn[np.random.default_rng(seed).choice(total, num_examples, replace=False)] = True
+    drawn = iter(drawn)
+    kept = [{**image, "captions": [caption for caption in image["captions"] if next(drawn)]} for image in images]
+    return [image for image in kept if image["captions"]]
+
+
+def split_by_image(images, val_fraction, seed):
+    """Split into training and validation images, so that no image has captions in both."""
+    if len(images) < 2:
+        raise UserError("a split into training and validation needs 2 images: raise --num_examples")
+    return train_test_split(images, test_size=val_fraction, random_state=seed)
+
+
+# --- Vocabulary -------------------------------------------------------------------------------------------------
+
+
+def standardize(captions):
+    """Lower-case words of letters, digits and inner apostrophes, one blank between them. (N,) strings -> (N,)."""
+    captions = tf.strings.lower(captions, encoding="utf-8")
+    captions = tf.strings.regex_replace(captions, r"[^\p{L}\p{M}\p{N}']+", " ")
+    return tf.strings.strip(tf.strings.regex_replace(captions, r"(^|\s)'+|'+(\s|$)", " "))
+
+
+def text_vectorizer(vocabulary=None, max_tokens=None):
+    """Keras's text tool: captions (N,) -> ragged word ids (N, words), without <start> and <end>."""
+    words = None if vocabulary is None else vocabulary[START:]  # Keras itself puts <pad> and <unk> before them
+    return keras.layers.TextVectorization(max_tokens, standardize=standardize, ragged=True, vocabulary=words)
+
+
+def count_words(captions):
+    """The number of words of each caption. list of N str -> list of N int."""
+    if not captions:
+        return []
+    return tf.strings.split(standardize(tf.constant(captions))).row_lengths().numpy().tolist()
+
+
+def build_vocabulary(train, vocab_size):
+    """The `vocab_size` most frequent words of the training captions, the four special words first."""
+    vectorizer = text_vectorizer(max_tokens=vocab_size - 2)  # <start> and <end> stand in no caption
+    vectorizer.adapt([caption for image in train for caption in image["captions"]])
+    return [*SPECIAL_WORDS, *(str(word) for word in vectorizer.get_vocabulary()[2:])]
+
+
+def encode_captions(images, vocabulary):
+    """The images with "ids" beside "captions": <start>, the words, <end>, as positions in the vocabulary."""
+    captions = [caption for image in images for caption in image["captions"]]
+    ids = iter(text_vectorizer(vocabulary)(tf.constant(captions)).to_list())
+    return [{**image, "ids": [[START, *next(ids), END] for _ in image["captions"]]} for image in images]
+
+
+# --- Images -----------------------------------------------------------------------------------------------------
+
+
+def image_path(image, config):
+    return pathlib.Path(config.coco_dir, config.coco_split, image["file_name"])
+
+
+def fetch_images(images, config):
+    """Download the images that have neither a file nor a cached feature.
+
+    Returns:
+      dict of file name to reason, for those that could not be had.
+    """
+    missing = [
+        image
+        for image in images
+        if not image_path(image, config).is_file() and not feature_path(image, config).is_file()
+    ]
+    if not missing:
+        return {}
+    if config.image_source == "zip":
+        wanted = {image["file_name"] for image in missing}
+        fetch_archive(f"zips/{config.coco_split}.zip", config, lambda name: pathlib.PurePosixPath(name).name in wanted)
+        return {
+            image["file_name"]: "not in the zip file" for image in missing if not image_path(image, config).is_file()
+        }
+    folder = pathlib.Path(config.coco_dir, config.coco_split)
+    skipped = {
+        image["file_name"]: f"not in {folder}, and the captions file gives no coco_url"
+        for image in missing
+        if not isinstance(image["url"], str)
+    }
+    jobs = [(image["url"], image_path(image, config)) for image in missing if image["file_name"] not in skipped]
+    failed = download_all(jobs, config.download_workers)
+    return skipped | {pathlib.Path(path).name: reason for path, reason in failed}
+
+
+def load_image(path):
+    """Read any image that Pillow reads, as InceptionV3 wants it.
+
+    Returns:
+      uint8 (299, 299, 3), RGB, upright, transparent parts white, squeezed to a square.
+
+    Raises:
+      ValueError: the file is missing, damaged or larger than Pillow's limit against decompression bombs.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(upright_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def upright_rgb(image, smallest=IMAGE_SIZE):
+    """An opened Pillow image as upright RGB, decoded no larger than `smallest` pixels a side needs."""
+    image.draft("RGB", (smallest, smallest))  # a JPEG file is then decoded at 1/2, 1/4 or 1/8 of its size
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip at 255
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# --- Features ---------------------------------------------------------------------------------------------------
+
+
+def features_folder(config):
+    return pathlib.Path(config.features_dir or pathlib.Path(config.data_dir, "features"))
+
+
+def feature_path(image, config):
+    return features_folder(config) / (pathlib.PurePath(image["file_name"]).stem + ".npy")
+
+
+def is_feature_file(path):
+    """Whether a cached feature file is whole: (64, 2048), float16 or float32, every number finite."""
+    try:
+        features = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return (
+        features.shape == (LOCATIONS, CHANNELS)
+        and features.dtype in (np.float16, np.float32)
+        and features.flags.c_contiguous
+        and bool(np.isfinite(features).all())
+    )
+
+
+def cache_features(train, validation, skipped, config):
+    """Write the features of every image that has none in the cache.
+
+    Args:
+      train, validation: lists of images; `random` weights are calibrated on training images.
+      skipped: dict of file name to reason, images not to try.
+
+    Returns:
+      dict of file name to reason, for images that cannot be decoded.
+
+    Raises:
+      UserError: the weights cannot be had, the cache is another network's, or the disk is full.
+    """
+    folder = features_folder(config)
+    remove_leftovers(folder)
+    images = [image for image in train + validation if image["file_name"] not in skipped]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        whole = list(
+            tqdm(
+                pool.map(is_feature_file, [feature_path(image, config) for image in images]),
+                "checking the cache",
+                total=len(images),
+                unit=" images",
+            )
+        )
+    missing = [image for image, is_whole in zip(images, whole, strict=True) if not is_whole]
+    print(f"features: {sum(whole)} of {len(images)} are in {folder} already")
+    if not missing:
+        return {}
+
+    network = feature_network(config, [image_path(image, config) for image in train])
+    targets = {image_path(image, config): feature_path(image, config) for image in missing}
+    skipped = {}
+    with tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
+        for paths, features, failed in extract_features(network, list(targets), config.extract_batch):
+            for path, feature in zip(paths, features.astype(config.feature_dtype), strict=True):
+                write_npy(targets[path], feature)
+            for path, reason in failed:
+                bar.write(reason)
+                skipped[path.name] = reason
+            bar.update(len(paths) + len(failed))
+    return skipped
+
+
+def extract_features(network, paths, batch_size):
+    """Run the network over image files, one batch per core at a time.
+
+    Args:
+      network: function, as feature_network returns.
+      paths: list of image files.
+      batch_size: int, B.
+
+    Yields:
+      (paths of a batch's readable images, their features as float32 (B, P, F), list of (path, reason) of the others)
+    """
+    workers = os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = collections.deque()
+        for start in range(0, len(paths), batch_size):
+            running.append(pool.submit(extract_batch, network, paths[start : start + batch_size]))
+            if len(running) > workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def extract_batch(network, paths):
+    readable, pixels, failed = [], [], []
+    for path in paths:
+        try:
+            pixels.append(load_image(path))
+            readable.append(path)
+        except ValueError as error:
+            failed.append((path, str(error)))
+    if not readable:
+        return [], np.zeros((0, LOCATIONS, CHANNELS), np.float32), failed
+    return readable, network(tf.constant(np.stack(pixels))).numpy(), failed  # (B, P, F)
+
+
+def feature_network(config, calibration_paths):
+    """InceptionV3 without its top, as one graph.
+
+    Args:
+      config: Config; its `inception_weights` are imagenet, random, or the path of a weights file.
+      calibration_paths: image files from which `random` weights get their batch-norm statistics, the first time.
+
+    Returns:
+      function of uint8 (B, 299, 299, 3) -> float32 (B, 64, 2048)
+
+    Raises:
+      UserError: the weights cannot be had, or the cache was filled with others.
+    """
+    weights = config.inception_weights
+    if weights not in ("imagenet", "random") and not pathlib.Path(weights).is_file():
+        raise UserError(f"--inception_weights {weights} is no file: name one, or take imagenet or random")
+    check_cache_owner(config)
+    try:
+        inception = keras.applications.InceptionV3(
+            include_top=False,
+            weights=None if weights == "random" else weights,
+            input_shape=(IMAGE_SIZE, IMAGE_SIZE, 3),
+        )
+    except Exception as error:  # a download or an HDF5 file, each with errors of its own
+        raise UserError(
+            f"InceptionV3 cannot take the weights {weights} ({str(error).splitlines()[0]}): "
+            "name a weights file without the top by --inception_weights"
+        ) from error
+    if weights == "random":
+        set_random_weights(inception, config, calibration_paths)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)])
+    def network(pixels):
+        scaled = tf.cast(pixels, tf.float32) / 127.5 - 1.0
+        return tf.reshape(inception(scaled, training=False), (-1, LOCATIONS, CHANNELS))  # (B, P, F)
+
+    return network
+
+
+def check_cache_owner(config):
+    """Note in the cache which weights fill it; UserError where others did, as their features do not mix."""
+    weights = config.inception_weights
+    if weights == "random":
+        identity = f"random, seed {config.seed}"
+    elif weights == "imagenet":
+        identity = weights
+    else:
+        identity = "sha256 " + hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()
+    note = features_folder(config) / "network.json"
+    if note.exists():
+        owner = read_json(note, f"delete {note.parent} and run python data_utils.py again")
+        if owner != {"inception_weights": identity}:
+            raise UserError(
+                f"the features in {note.parent} were made with other weights than {weights} ({owner}): "
+                "give another --features_dir, or delete that folder, and run python data_utils.py again"
+            )
+    write_json(note, {"inception_weights": identity})
+
+
+def set_random_weights(inception, config, calibration_paths):
+    """He-normal kernels from the seed, and batch-norm statistics from one pass over some training images.
+
+    Without the statistics the activations vanish. They are kept beside the features, so that the user's own
+    pictures go through the very same network.
+    """
+    rng = np.random.default_rng(config.seed)
+    norms = [layer for layer in inception.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    for layer in inception.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            fan_in = np.prod(layer.kernel.shape[:3])
+            layer.kernel.assign(rng.standard_normal(layer.kernel.shape, np.float32) * np.sqrt(2.0 / fan_in))
+
+    statistics = random_statistics(config)
+    if not statistics.exists():
+        calibrate(inception, norms, calibration_paths)
+        with replacing(statistics) as temporary:
+            np.savez(temporary, *(value for norm in norms for value in (norm.moving_mean, norm.moving_variance)))
+    with np.load(statistics) as saved:
+        values = list(saved.values())
+    for norm, mean, variance in zip(norms, values[0::2], values[1::2], strict=True):
+        norm.moving_mean.assign(mean)
+        norm.moving_variance.assign(variance)
+
+
+def random_statistics(config):
+    return features_folder(config) / "random_statistics.npz"
+
+
+def calibrate(inception, norms, image_paths, count=64):
+    """Set each batch-norm layer's statistics to those of `count` images, in one forward pass."""
+    pixels = []
+    for path in image_paths:
+        try:
+            pixels.append(load_image(path))
+        except ValueError:
+            continue  # named and counted when its own turn comes
+        if len(pixels) == count:
+            break
+    if not pixels:
+        raise UserError("no training image can be read, and random weights need some: check the image folder")
+    for norm in norms:
+        norm.momentum = 0.0
+    inception(np.stack(pixels) / np.float32(127.5) - 1, training=True)
+
+
+# --- Prepared data ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What data_utils.py leaves for the later scripts.
+
+    train, validation: lists of {"image_id", "file_name", "captions", "references", "ids"}.
+    vocabulary: list of V words.
+    feature_std: standard deviation of the training features, so that the model need not depend on their scale.
+    """
+
+    train: list
+    validation: list
+    vocabulary: list
+    feature_std: float
+
+
+def keep_readable(images, skipped):
+    return [image for image in images if image["file_name"] not in skipped]
+
+
+def measure_std(images, config, count=200):
+    """Standard deviation of the features of (up to) the first `count` images."""
+    sample = [np.load(feature_path(image, config)).astype(np.float32) for image in images[:count]]
+    return max(float(np.std(sample)), 1e-6)
+
+
+def save_prepared(train, validation, skipped, config):
+    """Encode the captions and write the prepared files; settings.json comes last and vouches for the others."""
+    if not train or not validation:
+        raise UserError(f"no readable images are left ({len(skipped)} skipped): check {config.coco_dir}")
+    folder = pathlib.Path(config.data_dir)
+    vocabulary = build_vocabulary(train, config.vocab_size)
+    write_json(folder / "vocabulary.json", vocabulary)
+    write_json(folder / "train.json", encode_captions(train, vocabulary))
+    write_json(folder / "validation.json", encode_captions(validation, vocabulary))
+    write_json(folder / "skipped.json", skipped, indent=1)
+    settings = {name: getattr(config, name) for name in PREPARED_SETTINGS}
+    write_json(folder / "settings.json", {**settings, "feature_std": measure_std(train, config)}, indent=1)
+    for name, images in (("training", train), ("validation", validation)):
+        print(f"{name}: {len(images)} images, {sum(len(image['captions']) for image in images)} captions")
+    print(f"vocabulary: {len(vocabulary)} words; {len(skipped)} images skipped (see {folder / 'skipped.json'})")
+
+
+def load_prepared(config):
+    """Read what data_utils.py prepared.
+
+    Returns:
+      Prepared
+
+    Raises:
+      UserError: nothing is prepared, it was prepared with other settings, or a file or feature is missing.
+    """
+    folder = pathlib.Path(config.data_dir)
+    command = f"run python data_utils.py {dataset_option(config)}"
+    settings = read_json(folder / "settings.json", command)
+    for name in PREPARED_SETTINGS:
+        if settings.get(name) != getattr(config, name):
+            raise UserError(
+                f"{folder} was prepared with --{name} {settings.get(name)}, not {getattr(config, name)}: "
+                f"give --{name} {settings.get(name)}, or run python data_utils.py with the new value"
+            )
+    train, validation = (read_json(folder / f"{split}.json", command) for split in ("train", "validation"))
+    for image in train + validation:
+        path = feature_path(image, config)
+        if not path.is_file():
+            raise UserError(f"{path} is missing from the feature cache: {command}")
+    vocabulary = read_json(folder / "vocabulary.json", command)
+    return Prepared(train, validation, vocabulary, settings["feature_std"])
+
+
+def dataset_option(config):
+    return "" if config.dataset == "coco" else f"--dataset {config.dataset}"
+
+
+def read_feature(path):
+    """Read one cached feature inside a TensorFlow graph. () string -> float32 (P, F)."""
+    data = tf.io.read_file(path)
+    header = 10 + tf.cast(tf.io.decode_raw(tf.strings.substr(data, 8, 2), tf.uint16)[0], tf.int32)
+    size = tf.strings.length(data) - header
+    numbers = tf.strings.substr(data, header, size)
+    features = tf.cond(
+        tf.equal(size, LOCATIONS * CHANNELS * 2),
+        lambda: tf.cast(tf.io.decode_raw(numbers, tf.float16), tf.float32),
+        lambda: tf.io.decode_raw(numbers, tf.float32),
+    )
+    return tf.reshape(features, (LOCATIONS, CHANNELS))  # (P, F)
+
+
+if __name__ == "__main__":
+    run_script(main)

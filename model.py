@@ -1,0 +1,279 @@
+"""The captioner of Show, Attend and Tell (Xu et al., 2015, arXiv 1502.03044), with soft attention and a GRU.
+
+Letters of every shape in this project:
+  B batch              D encoded feature     V vocabulary
+  T caption length     E word embedding      K beam width
+  P locations (64)     U GRU and attention units
+  F feature (2048)
+
+`python model.py` prints the shapes at the defaults.
+"""
+
+from config import Config
+from data_utils import CHANNELS, END, LOCATIONS, PAD, START, UNK
+
+import keras
+import tensorflow as tf
+from keras import layers
+
+
+class CNN_Encoder(keras.Model):
+    """Encodes each location's InceptionV3 feature: Dense and ReLU over the 64 locations.
+
+    Args:
+      encoder_dim: int, D.
+      feature_std: float, what features are divided by, so that nothing depends on the scale of theirs.
+
+    Call:
+      features: float (B, P, F)
+
+    Returns:
+      encoded_features: float (B, P, D)
+    """
+
+    def __init__(self, encoder_dim, feature_std=1.0):
+        super().__init__()
+        self.dense = layers.Dense(encoder_dim)
+        self.feature_std = self.add_weight(
+            shape=(), initializer=keras.initializers.Constant(feature_std), trainable=False, name="feature_std"
+        )
+
+    def call(self, features):
+        # Scaled behind the product, which is the same and touches 8 times fewer numbers.
+        kernel, bias = self.dense.kernel / self.feature_std, self.dense.bias
+        return tf.nn.relu(tf.tensordot(features, kernel, 1) + bias)  # (B, P, D)
+
+    def build(self, features_shape):
+        self.dense.build(features_shape)
+        self.built = True
+
+
+class BahdanauAttention(layers.Layer):
+    """Additive attention over the locations (section 4.2; Bahdanau et al., 2014).
+
+    Args:
+      units: int, U.
+
+    Call:
+      encoded_features: float (B, P, D)
+      keys: float (B, P, U), from `make_keys`, which does not depend on the word
+      hidden: float (B, U)
+
+    Returns:
+      context_vector: float (B, D), the locations' mean weighted by attention
+      attention_weights: float (B, P, 1), summing to 1 over the locations
+    """
+
+    def __init__(self, units):
+        super().__init__()
+        self.make_keys = layers.Dense(units)
+        self.make_query = layers.Dense(units, use_bias=False)
+        self.make_score = layers.Dense(1, use_bias=False)  # softmax would undo a bias
+
+    def call(self, encoded_features, keys, hidden):
+        query = self.make_query(hidden)[:, tf.newaxis]  # (B, 1, U)
+        score = self.make_score(tf.tanh(keys + query))  # (B, P, 1)
+        attention_weights = tf.nn.softmax(score, axis=1)  # (B, P, 1)
+        context_vector = tf.matmul(attention_weights, encoded_features, transpose_a=True)[:, 0]  # (B, D)
+        return context_vector, attention_weights
+
+
+class RNN_Decoder(keras.Model):
+    """Says one word after the other, looking at the image anew for each (section 3.1.2, with a GRU).
+
+    Args:
+      vocab_size: int, V.
+      embedding_dim: int, E.
+      units: int, U.
+      dropout: float, share of the embeddings and of the hidden states before the output layer dropped in training.
+
+    Call, one step:
+      words: int (B, 1), the previous word of each caption
+      encoded_features: float (B, P, D)
+      hidden: float (B, U)
+      keys: float (B, P, U), from `attention.make_keys`; computed here if not given
+
+    Returns:
+      logits: float (B, V)
+      hidden: float (B, U)
+      attention_weights: float (B, P, 1)
+    """
+
+    def __init__(self, vocab_size, embedding_dim, units, dropout=0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.embedding = layers.Embedding(vocab_size, embedding_dim)
+        self.attention = BahdanauAttention(units)
+        self.make_hidden = layers.Dense(units, activation="tanh")
+        # The GRU's input is [word, context]; its kernel is in two parts, as all words' part is known beforehand.
+        self.word_gates = layers.Dense(3 * units)
+        self.context_gates = layers.Dense(3 * units, use_bias=False)
+        self.hidden_gates = layers.Dense(3 * units, kernel_initializer="orthogonal")
+        self.make_logits = layers.Dense(vocab_size)
+
+    def initial_hidden(self, encoded_features):
+        """The first hidden state, from the mean feature (section 3.1.2). (B, P, D) -> (B, U)."""
+        return self.make_hidden(tf.reduce_mean(encoded_features, axis=1))  # (B, U)
+
+    def call(self, words, encoded_features, hidden, keys=None):
+        if keys is None:
+            keys = self.attention.make_keys(encoded_features)  # (B, P, U)
+        word_gates = self.word_gates(self.embedding(words[:, 0]))  # (B, 3U)
+        hidden, attention_weights = self.step(word_gates, encoded_features, keys, hidden)
+        return self.make_logits(hidden), hidden, attention_weights  # (B, V), (B, U), (B, P, 1)
+
+    def step(self, word_gates, encoded_features, keys, hidden):
+        """Attention, then the GRU as Keras has it (reset_after). Returns hidden (B, U), attention_weights (B, P, 1)."""
+        context_vector, attention_weights = self.attention(encoded_features, keys, hidden)
+        x_update, x_reset, x_new = tf.split(word_gates + self.context_gates(context_vector), 3, axis=-1)  # (B, U) each
+        h_update, h_reset, h_new = tf.split(self.hidden_gates(hidden), 3, axis=-1)  # (B, U) each
+        update = tf.sigmoid(x_update + h_update)
+        new = tf.tanh(x_new + tf.sigmoid(x_reset + h_reset) * h_new)
+        return update * hidden + (1 - update) * new, attention_weights
+
+    def teach(self, captions, encoded_features, dropout_seed=None):
+        """The teacher-forced pass: all steps at once but for attention and GRU, which need the step before.
+
+        Args:
+          captions: int (B, T), <start>, words, <end>, then <pad>.
+          encoded_features: float (B, P, D)
+          dropout_seed: int (2,), or None for no dropout.
+
+        Returns:
+          logits: float (B, T-1, V), for the words from the second on
+          attention_weights: float (B, T-1, P)
+        """
+        embedded = self.drop(self.embedding(captions[:, :-1]), dropout_seed, 0)  # (B, T-1, E)
+        word_gates = tf.transpose(self.word_gates(embedded), (1, 0, 2))  # (T-1, B, 3U)
+        keys = self.attention.make_keys(encoded_features)  # (B, P, U)
+        steps = tf.shape(word_gates)[0]
+        word_gates = tf.TensorArray(word_gates.dtype, steps).unstack(word_gates)
+
+        def one_step(t, hidden, all_hidden, all_weights):
+            hidden, weights = self.step(word_gates.read(t), encoded_features, keys, hidden)
+            return t + 1, hidden, all_hidden.write(t, hidden), all_weights.write(t, weights[:, :, 0])
+
+        hidden = self.initial_hidden(encoded_features)
+        outputs = tf.TensorArray(hidden.dtype, steps), tf.TensorArray(hidden.dtype, steps)
+        _, _, all_hidden, all_weights = tf.while_loop(
+            lambda t, *_: t < steps, one_step, (0, hidden, *outputs), maximum_iterations=steps
+        )
+        all_hidden = tf.transpose(all_hidden.stack(), (1, 0, 2))  # (B, T-1, U)
+        logits = self.make_logits(self.drop(all_hidden, dropout_seed, 1))  # (B, T-1, V)
+        return logits, tf.transpose(all_weights.stack(), (1, 0, 2))  # (B, T-1, P)
+
+    def drop(self, x, seed, place):
+        """Dropout whose mask depends on nothing but `seed` and `place`, so that a resumed run draws the same."""
+        if seed is None or not self.dropout:
+            return x
+        return tf.nn.experimental.stateless_dropout(x, self.dropout, tf.stack((seed[0], 2 * seed[1] + place)))
+
+
+def build_captioner(config, vocab_size, feature_std=1.0):
+    """Encoder and decoder with all their weights, drawn from `config.seed`.
+
+    Returns:
+      (CNN_Encoder, RNN_Decoder)
+    """
+    keras.utils.set_random_seed(config.seed)
+    encoder = CNN_Encoder(config.encoder_dim, feature_std)
+    decoder = RNN_Decoder(vocab_size, config.embedding_dim, config.units, config.dropout)
+    encoded_features = encoder(tf.zeros((1, LOCATIONS, CHANNELS)))
+    decoder(tf.zeros((1, 1), tf.int32), encoded_features, decoder.initial_hidden(encoded_features))
+    return encoder, decoder
+
+
+def caption_loss(captions, logits):
+    """Cross-entropy of the words, averaged over real tokens only.
+
+    Args:
+      captions: int (B, T)
+      logits: float (B, T-1, V)
+
+    Returns:
+      float (): nats per token; <end> counts, <pad> does not.
+    """
+    words = captions[:, 1:]  # (B, T-1)
+    real = words != PAD
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.boolean_mask(words, real), tf.boolean_mask(logits, real))
+    return tf.reduce_mean(losses)
+
+
+def attention_loss(captions, attention_weights):
+    """The doubly stochastic term (equation 14): each location should be looked at as much as the others in all.
+
+    Args:
+      captions: int (B, T)
+      attention_weights: float (B, T-1, P)
+
+    Returns:
+      float (): the mean over captions and locations of (1 - the sum over words of attention)^2. The paper sums over
+      the locations; as a mean, its weight does not depend on their number.
+    """
+    real = tf.cast(captions[:, 1:] != PAD, attention_weights.dtype)  # (B, T-1)
+    looked = tf.einsum("btp,bt->bp", attention_weights, real)  # (B, P)
+    return tf.reduce_mean(tf.square(1.0 - looked))
+
+
+def greedy_decode(encoder, decoder, features, max_words):
+    """The likeliest word at each step until <end>, as one graph over the batch.
+
+    Args:
+      features: float (B, P, F)
+      max_words: int, the most words of a caption.
+
+    Returns:
+      words: int (B, L), each caption's word ids with <end>, then <pad>; L is the longest caption's length, which
+        ends without <end> if it has `max_words` words
+      log_probabilities: float (B,), natural logarithm of each caption's probability
+      attention_weights: float (B, L, P)
+    """
+    encoded_features = encoder(features)  # (B, P, D)
+    keys = decoder.attention.make_keys(encoded_features)  # (B, P, U)
+    batch = tf.shape(features)[0]
+    never = tf.reduce_sum(tf.one_hot((PAD, UNK, START), decoder.make_logits.units, on_value=-1e9, off_value=0.0), 0)
+
+    def one_step(t, word, hidden, log_probability, words, weights):
+        logits, hidden, attention_weights = decoder(word[:, tf.newaxis], encoded_features, hidden, keys)
+        running = (word != END) & (word != PAD)  # (B,)
+        best = tf.argmax(logits + never, axis=-1, output_type=tf.int32)  # (B,)
+        gain = tf.gather(tf.nn.log_softmax(logits), best, batch_dims=1)  # (B,)
+        word = tf.where(running, best, PAD)
+        log_probability += tf.where(running, gain, 0.0)
+        return t + 1, word, hidden, log_probability, words.write(t, word), weights.write(t, attention_weights[:, :, 0])
+
+    start = tf.fill((batch,), START)
+    outputs = (
+        tf.TensorArray(tf.int32, 0, dynamic_size=True, element_shape=(None,)),
+        tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=(None, LOCATIONS)),
+    )
+    _, _, _, log_probabilities, words, weights = tf.while_loop(
+        lambda t, word, *_: tf.reduce_any((word != END) & (word != PAD)),
+        one_step,
+        (0, start, decoder.initial_hidden(encoded_features), tf.zeros((batch,)), *outputs),
+        maximum_iterations=max_words,
+    )
+    return tf.transpose(words.stack()), log_probabilities, tf.transpose(weights.stack(), (1, 0, 2))
+
+
+def print_shapes(batch=16):
+    """Print what goes in and comes out at the defaults, read off the tensors themselves."""
+    config = Config()
+    encoder, decoder = build_captioner(config, config.vocab_size)
+    features = tf.zeros((batch, LOCATIONS, CHANNELS))
+    encoded_features = encoder(features)
+    words = tf.fill((batch, 1), START)
+    hidden = decoder.initial_hidden(encoded_features)
+    logits, new_hidden, attention_weights = decoder(words, encoded_features, hidden)
+    print("CNN_Encoder")
+    print(f"  in   features {tuple(features.shape)}")
+    print(f"  out  encoded features {tuple(encoded_features.shape)}")
+    print("RNN_Decoder, one step")
+    print(f"  in   words {tuple(words.shape)}, encoded features {tuple(encoded_features.shape)}, ", end="")
+    print(f"hidden {tuple(hidden.shape)}")
+    print(f"  out  logits {tuple(logits.shape)}, hidden {tuple(new_hidden.shape)}, ", end="")
+    print(f"attention_weights {tuple(attention_weights.shape)}")
+
+
+if __name__ == "__main__":
+    print_shapes()

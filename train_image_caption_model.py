@@ -1,0 +1,250 @@
+"""Script 2: train the captioner on what data_utils.py prepared; the same command continues a run that stopped.
+
+python train_image_caption_model.py [--dataset coco|demo] [--<field> VALUE ...]
+"""
+
+import csv
+import dataclasses
+import pathlib
+import time
+
+from command_line import UserError, parse_command_line, run_script
+from data_utils import feature_path, load_prepared, read_feature
+from files import read_json, remove_leftovers, replacing, write_csv, write_json
+from model import attention_loss, build_captioner, caption_loss
+
+import keras
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
+
+# What the weights' shapes depend on, besides the vocabulary: a run continues only with the same values.
+MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units")
+
+
+def main(argv):
+    config, _ = parse_command_line(argv, __doc__)
+    prepared = load_prepared(config)
+    run = open_run(prepared, config)
+    history = read_history(run, config)
+    train = collect_captions(prepared.train, config)
+    validation = collect_captions(prepared.validation, config)
+
+    for epoch in range(int(run.epoch), config.epochs):
+        if epoch - int(run.best_epoch) >= config.patience:
+            print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
+            break
+        row = train_epoch(run, train, epoch, config)
+        row["validation_loss"] = validate(run, validation, config)
+        history.append(row)
+        save_epoch(run, history, config)
+    print(
+        f"trained {int(run.epoch)} epochs; the best is {int(run.best_epoch)}, {float(run.best_loss):.3f} nats per word"
+    )
+    print(f"checkpoints, history.csv and loss.png are in {config.run_dir}")
+
+
+# --- The run folder ---------------------------------------------------------------------------------------------
+
+
+def open_run(prepared, config):
+    """Build models and optimiser, and restore the last checkpoint of `run_dir` if there is one.
+
+    Returns:
+      tf.train.Checkpoint with encoder, decoder, optimizer, epoch (epochs finished), best_epoch and best_loss. The
+      random state is in it as `epoch` and the optimiser's step count: every shuffle is drawn from (seed, epoch) and
+      every dropout mask from (seed, step).
+
+    Raises:
+      UserError: the folder holds a run with another vocabulary or other sizes.
+    """
+    folder = pathlib.Path(config.run_dir)
+    saved = tf.train.latest_checkpoint(folder / "last")
+    if saved:
+        check_run_fits(folder, config, prepared.vocabulary)
+    remove_leftovers(folder)
+    write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
+    write_json(folder / "vocabulary.json", prepared.vocabulary)
+
+    encoder, decoder = build_captioner(config, len(prepared.vocabulary), prepared.feature_std)
+    optimizer = keras.optimizers.Adam(config.learning_rate, global_clipnorm=config.clip_norm)
+    optimizer.build(encoder.trainable_variables + decoder.trainable_variables)
+    run = tf.train.Checkpoint(
+        encoder=encoder,
+        decoder=decoder,
+        optimizer=optimizer,
+        epoch=tf.Variable(0, dtype=tf.int64),
+        best_epoch=tf.Variable(0, dtype=tf.int64),
+        best_loss=tf.Variable(np.inf, dtype=tf.float64),
+    )
+    if saved:
+        run.restore(saved).assert_consumed()
+        optimizer.learning_rate.assign(config.learning_rate)
+        print(f"continuing {folder} after epoch {int(run.epoch)}")
+    return run
+
+
+def check_run_fits(folder, config, vocabulary):
+    """Raise UserError where the run in `folder` has another vocabulary or other sizes than are asked for."""
+    mend = "give another --run_dir, or delete that folder, and run python train_image_caption_model.py again"
+    saved = read_json(folder / "config.json", mend)
+    for name in MODEL_SETTINGS:
+        if saved.get(name) != getattr(config, name):
+            raise UserError(
+                f"{folder} was trained with --{name} {saved.get(name)}, not {getattr(config, name)}: {mend}"
+            )
+    known = read_json(folder / "vocabulary.json", mend)
+    if known != vocabulary:
+        raise UserError(
+            f"{folder} was trained with another vocabulary ({len(known)} words) "
+            f"than {config.data_dir}'s ({len(vocabulary)} words): {mend}"
+        )
+
+
+def read_history(run, config):
+    """The rows of history.csv up to the restored epoch: a later row's epoch was not saved and is trained again."""
+    path = pathlib.Path(config.run_dir, "history.csv")
+    if not path.exists() or not int(run.epoch):
+        return []
+    with path.open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= int(run.epoch)]
+
+
+def save_epoch(run, history, config):
+    """Write history.csv, loss.png, and the checkpoints: `best` if this epoch is, and `last`, which ends the epoch."""
+    folder = pathlib.Path(config.run_dir)
+    row = history[-1]
+    write_csv(folder / "history.csv", history)
+    plot_losses(history, folder / "loss.png")
+    run.epoch.assign(row["epoch"])
+    if row["validation_loss"] < run.best_loss:
+        run.best_loss.assign(row["validation_loss"])
+        run.best_epoch.assign(row["epoch"])
+        weights = tf.train.Checkpoint(encoder=run.encoder, decoder=run.decoder)
+        tf.train.CheckpointManager(weights, folder / "best", max_to_keep=1).save(row["epoch"])
+    tf.train.CheckpointManager(run, folder / "last", max_to_keep=2).save(row["epoch"])
+
+
+def plot_losses(history, path):
+    """Draw training and validation loss by epoch as a PNG file, without a display."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="loss (nats per word)")
+    epochs = [row["epoch"] for row in history]
+    for name, label in (("train_loss", "training"), ("validation_loss", "validation")):
+        axes.plot(epochs, [row[name] for row in history], marker=".", label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """The N captions of a split: the path of each one's features, its words' ids, and how many they are."""
+
+    paths: tf.Tensor  # (N,) string
+    words: tf.RaggedTensor  # (N, T) int32
+    lengths: np.ndarray  # (N,)
+
+
+def collect_captions(images, config):
+    ids = [words for image in images for words in image["ids"]]
+    lengths = np.array([len(words) for words in ids])
+    return Captions(
+        paths=tf.constant([str(feature_path(image, config)) for image in images for _ in image["ids"]]),
+        words=tf.RaggedTensor.from_row_lengths(np.concatenate(ids).astype(np.int32), lengths),
+        lengths=lengths,
+    )
+
+
+def plan_batches(lengths, batch_size, rng):
+    """The order of an epoch: every caption once, those of a batch of similar length, the batches in random order.
+
+    Args:
+      lengths: int (N,), words of each caption.
+      batch_size: int, B.
+      rng: np.random.Generator
+
+    Returns:
+      int (N,): positions of captions; each B in a row are a batch. The last, smaller one takes any lengths.
+    """
+    order = rng.permutation(len(lengths))
+    full = len(order) - len(order) % batch_size
+    batches = order[:full][np.argsort(lengths[order[:full]], kind="stable")].reshape(-1, batch_size)
+    return np.concatenate([rng.permutation(batches).ravel(), order[full:]])
+
+
+def caption_batches(captions, order, batch_size):
+    """A tf.data pipeline of (features (B, P, F), captions (B, T)), padded to the longest of the batch."""
+
+    def read(position):
+        return read_feature(captions.paths[position]), captions.words[position]
+
+    dataset = tf.data.Dataset.from_tensor_slices(order)
+    dataset = dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.padded_batch(batch_size).prefetch(2)
+
+
+# --- Steps ------------------------------------------------------------------------------------------------------
+
+
+def train_epoch(run, captions, epoch, config):
+    """Train one pass over the captions.
+
+    Returns:
+      dict: epoch (counted from 1), train_loss (nats per word, dropout on), captions_per_second.
+    """
+    order = plan_batches(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
+    losses, tokens, start = [], [], time.perf_counter()
+    with tqdm(total=len(order), desc=f"epoch {epoch + 1}/{config.epochs}", unit=" captions") as bar:
+        for features, words in caption_batches(captions, order, config.batch_size):
+            losses.append(float(train_step(run, features, words, config)))
+            tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
+            bar.set_postfix(loss=f"{np.average(losses[-50:], weights=tokens[-50:]):.3f}", refresh=False)
+            bar.update(len(words))
+    seconds = time.perf_counter() - start
+    return {
+        "epoch": epoch + 1,
+        "train_loss": float(np.average(losses, weights=tokens)),
+        "captions_per_second": round(len(order) / seconds, 1),
+    }
+
+
+@tf.function(reduce_retracing=True)
+def train_step(run, features, captions, config):
+    """One optimiser step. features (B, P, F), captions (B, T) -> loss (), nats per word."""
+    dropout_seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(run.optimizer.iterations, tf.int64)))  # (2,)
+    weights = run.encoder.trainable_variables + run.decoder.trainable_variables
+    with tf.GradientTape() as tape:
+        logits, attention_weights = run.decoder.teach(captions, run.encoder(features), dropout_seed)
+        loss = caption_loss(captions, logits)
+        total = loss + config.doubly_stochastic * attention_loss(captions, attention_weights)
+    run.optimizer.apply_gradients(zip(tape.gradient(total, weights), weights, strict=True))
+    return loss
+
+
+def validate(run, captions, config):
+    """The loss over all captions, dropout off, in nats per word."""
+    order = np.argsort(captions.lengths, kind="stable")
+    losses, tokens = [], []
+    for features, words in caption_batches(captions, order, config.batch_size):
+        losses.append(float(validation_step(run, features, words)))
+        tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
+    return float(np.average(losses, weights=tokens))
+
+
+@tf.function(reduce_retracing=True)
+def validation_step(run, features, captions):
+    logits, _ = run.decoder.teach(captions, run.encoder(features))
+    return caption_loss(captions, logits)
+
+
+if __name__ == "__main__":
+    run_script(main)
