@@ -1,6 +1,7 @@
 """From config.py and the command line to one checked Config; from a user's error to one line and exit status 2."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -11,10 +12,26 @@ import sys
 import types
 import typing
 
-# TensorFlow reads this when it is first imported; its C++ notices would bury the scripts' own lines.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from config import PRESETS, Config
 
-from config import PRESETS, Config  # noqa: E402
+
+@contextlib.contextmanager
+def silenced_stderr():
+    """Send what C++ writes to standard error nowhere: TensorFlow's notices would bury the scripts' own lines."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # once imported, it listens to this
+with silenced_stderr():
+    import tensorflow  # noqa: F401
 
 
 class UserError(Exception):
@@ -42,6 +59,7 @@ def parse_command_line(argv, description, add_options=None):
     """
     parser = OneLineParser(
         prog=os.path.basename(sys.argv[0]),
+        usage="%(prog)s [--<option or setting> VALUE ...]",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

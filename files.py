@@ -9,9 +9,9 @@ import pathlib
 import shutil
 import threading
 
-import numpy as np
-
 from command_line import UserError
+
+import numpy as np
 
 TEMPORARY = ".tmp-"
 

@@ -1,0 +1,111 @@
+"""A tiny data set in COCO's layout, with features made up, so that the tests need neither downloads nor InceptionV3."""
+
+import hashlib
+import http.server
+import json
+import pathlib
+import threading
+
+import data_utils
+import train_image_caption_model
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}
+THINGS = ("dog", "cat", "boat")
+IMAGES = 24
+
+SMALL = "--encoder_dim 8 --embedding_dim 12 --units 16 --batch_size 16 --plot_images 2".split()
+
+
+def write_coco(folder, count=IMAGES, captions_each=5):
+    """Draw `count` plain images with five captions each, as a manual download of COCO 2014 leaves them."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "train2014").mkdir()
+    images, annotations = [], []
+    for number in range(1, count + 1):
+        colour = list(COLOURS)[number % 4]
+        thing = THINGS[number % 3]
+        name = f"COCO_train2014_{number:012d}.jpg"
+        size = (64, 48) if number % 2 else (40, 60)
+        Image.new("RGB", size, COLOURS[colour]).save(folder / "train2014" / name)
+        images.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
+        wordings = ("A {} {}.", "There is a {} {} here", "a {} {} on the left, it's near", "The {} {}", "{} {} alone")
+        for wording in wordings[:captions_each]:
+            caption = wording.format(colour, thing)
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": caption})
+    data = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+    (folder / "annotations" / "captions_train2014.json").write_text(json.dumps(data))
+    return folder
+
+
+def write_features(folder, count=IMAGES):
+    """Fill a feature cache with noise, as another program might."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(1, count + 1):
+        features = rng.standard_normal((64, 2048), np.float32).clip(0).astype(np.float16)
+        np.save(folder / f"COCO_train2014_{number:012d}.npy", features)
+
+
+def options(root):
+    """The options that make the three scripts work on the data set under `root`."""
+    places = {"coco_dir": root / "coco", "data_dir": root / "data", "run_dir": root / "run"}
+    given = [part for name, path in places.items() for part in (f"--{name}", str(path))]
+    return [*given, "--num_examples", "none", "--inception_weights", "random", *SMALL]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """The root of a tiny data set whose features are cached and which is not prepared yet."""
+    write_coco(tmp_path / "coco")
+    write_features(tmp_path / "data" / "features")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The root of a tiny data set, prepared and trained for two epochs; tests only read it."""
+    root = pathlib.Path(tmp_path_factory.mktemp("trained"))
+    write_coco(root / "coco")
+    write_features(root / "data" / "features")
+    data_utils.main(options(root))
+    train_image_caption_model.main([*options(root), "--epochs", "2"])
+    return root
+
+
+class FileServer:
+    """An HTTP server over a folder; `publish` makes data_utils expect an archive's size and hash."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.monkeypatch, self.requests = folder, monkeypatch, []
+        outer = self
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def __init__(self, *args):
+                super().__init__(*args, directory=folder)
+
+            def log_message(self, *args):
+                outer.requests.append(self.path)
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        monkeypatch.setattr(data_utils, "COCO_URL", self.url)
+
+    def publish(self, archive):
+        name = archive.relative_to(self.folder).as_posix()
+        data = archive.read_bytes()
+        self.monkeypatch.setitem(data_utils.COCO_ARCHIVES, name, (len(data), hashlib.sha256(data).hexdigest()))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    served = FileServer(folder, monkeypatch)
+    yield served
+    served.http.shutdown()
+    served.http.server_close()

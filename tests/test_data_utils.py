@@ -1,0 +1,317 @@
+import json
+import zipfile
+
+import data_utils
+from command_line import UserError, make_config, parse_command_line
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import IMAGES, options, write_coco
+from PIL import Image
+
+
+def prepare(root, *more):
+    argv = [*options(root), *more]
+    data_utils.main(argv)
+    config, _ = parse_command_line(argv, "")
+    return config, data_utils.load_prepared(config)
+
+
+def file_names(images):
+    return {image["file_name"] for image in images}
+
+
+# --- Preparing, by the script's own entry point
+
+
+def test_the_split_is_by_image_and_the_vocabulary_is_the_training_captions(coco):
+    captions_file = coco / "coco" / "annotations" / "captions_train2014.json"
+    data = json.loads(captions_file.read_text())
+    for annotation in data["annotations"]:  # a word of its own for each image
+        annotation["caption"] += f" word{annotation['image_id']}"
+    captions_file.write_text(json.dumps(data))
+
+    _, prepared = prepare(coco)
+    train, validation = file_names(prepared.train), file_names(prepared.validation)
+    assert not train & validation
+    assert len(train | validation) == IMAGES
+    assert len(validation) == 5  # 20 % of 24, rounded up
+    own_words = {f"word{image['image_id']}" for image in prepared.train}
+    assert {word for word in prepared.vocabulary if word.startswith("word")} == own_words
+    assert prepared.vocabulary[:4] == ["<pad>", "<unk>", "<start>", "<end>"]
+
+
+def test_captions_become_ids_and_back(coco):
+    _, prepared = prepare(coco)
+    for image in prepared.train:
+        for caption, ids in zip(image["captions"], image["ids"], strict=True):
+            assert (ids[0], ids[-1]) == (data_utils.START, data_utils.END)
+            words = "".join(letter if letter.isalpha() or letter == "'" else " " for letter in caption.lower()).split()
+            assert [prepared.vocabulary[i] for i in ids[1:-1]] == words
+
+
+def test_the_vocabulary_is_the_most_frequent_words_up_to_vocab_size(coco):
+    _, prepared = prepare(coco, "--vocab_size", "10")
+    assert len(prepared.vocabulary) == 10
+    counts = {}
+    for image in prepared.train:
+        for caption in image["captions"]:
+            for word in caption.lower().replace(".", "").replace(",", "").split():
+                counts[word] = counts.get(word, 0) + 1
+    least_kept = min(counts[word] for word in prepared.vocabulary[4:])
+    assert all(count <= least_kept for word, count in counts.items() if word not in prepared.vocabulary)
+    assert any(data_utils.UNK in ids for image in prepared.train for ids in image["ids"])
+
+
+def test_the_draw_is_of_captions_and_fixed_by_the_seed(coco):
+    def drawn(*more):
+        _, prepared = prepare(coco, "--num_examples", "30", *more)
+        images = prepared.train + prepared.validation
+        return sorted((image["image_id"], caption) for image in images for caption in image["captions"]), prepared
+
+    first, prepared = drawn()
+    assert len(first) == 30
+    assert all(len(image["references"]) == 5 for image in prepared.validation)  # the metrics use them all
+    assert drawn()[0] == first
+    assert drawn("--seed", "1")[0] != first
+
+
+def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
+    features = coco / "data" / "features"
+    paths = sorted(features.glob("*.npy"))
+    nan = np.load(paths[4])
+    nan[3, 3] = np.nan
+    damages = {
+        paths[0]: b"",
+        paths[1]: paths[1].read_bytes()[:-100],
+        paths[2]: paths[2].read_bytes().replace(b"(64, 2048)", b"(32, 4096)"),
+        paths[3]: paths[3].read_bytes().replace(b"<f2", b"<i2"),
+    }
+    for path, data in damages.items():
+        path.write_bytes(data)
+    np.save(paths[4], nan)
+    paths[5].unlink()
+    untouched = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths[6:]}
+
+    monkeypatch.setattr(
+        data_utils, "feature_network", lambda config, paths: lambda pixels: tf.ones((len(pixels), 64, 2048)) * 0.5
+    )
+    prepare(coco)
+    for path in paths[:6]:
+        assert (np.load(path) == np.full((64, 2048), 0.5, np.float16)).all()
+    for path, (time, data) in untouched.items():
+        assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
+
+
+def test_an_image_that_cannot_be_read_is_named_skipped_and_counted(coco, monkeypatch, capsys):
+    bad = "COCO_train2014_000000000007"
+    (coco / "coco" / "train2014" / f"{bad}.jpg").write_text("no image")
+    (coco / "data" / "features" / f"{bad}.npy").unlink()
+    monkeypatch.setattr(data_utils, "feature_network", lambda config, paths: None)
+    _, prepared = prepare(coco)
+    assert len(prepared.train + prepared.validation) == IMAGES - 1
+    assert f"{bad}.jpg" not in file_names(prepared.train + prepared.validation)
+    printed = capsys.readouterr()
+    assert f"{bad}.jpg cannot be read" in printed.out + printed.err
+    assert list(json.loads((coco / "data" / "skipped.json").read_text())) == [f"{bad}.jpg"]
+
+
+def test_records_that_cannot_be_used_are_left_out(coco, capsys):
+    path = coco / "coco" / "annotations" / "captions_train2014.json"
+    data = json.loads(path.read_text())
+    data["images"] += [
+        {"id": 901, "file_name": "../../escape.jpg"},
+        {"id": 902},
+        {"id": 1, "file_name": "again.jpg"},
+        {"id": 903, "file_name": "COCO_train2014_000000000001.png"},
+        {"id": 904, "file_name": "without_caption.jpg"},
+    ]
+    data["annotations"] += [
+        {"id": 1, "image_id": 999, "caption": "no such image"},
+        {"id": 2, "image_id": 1, "caption": " !? "},
+        {"id": 3, "image_id": 1, "caption": None},
+        {"id": 4, "image_id": 1, "caption": "word " * 500},
+        "nonsense",
+    ]
+    path.write_text(json.dumps(data))
+    _, prepared = prepare(coco)
+    images = prepared.train + prepared.validation
+    assert len(images) == IMAGES
+    assert sum(len(image["captions"]) for image in images) == IMAGES * 5
+    assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["not json", "[1, 2]", '{"images": []}', '{"images": [], "annotations": []}'])
+def test_a_wrong_captions_file_is_one_line(coco, text):
+    (coco / "coco" / "annotations" / "captions_train2014.json").write_text(text)
+    with pytest.raises(UserError, match="captions_train2014.json"):
+        prepare(coco)
+
+
+def test_settings_that_do_not_fit_are_named(coco):
+    prepare(coco)
+    config, _ = parse_command_line([*options(coco), "--vocab_size", "77"], "")
+    with pytest.raises(UserError, match="prepared with --vocab_size 5000, not 77"):
+        data_utils.load_prepared(config)
+
+
+def test_nothing_prepared_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="run python data_utils.py --dataset demo"):
+        data_utils.load_prepared(make_config({"dataset": "demo", "data_dir": str(tmp_path)}))
+
+
+# --- Downloads, from a server on this machine
+
+
+def test_only_the_images_needed_are_fetched_and_only_once(coco, server):
+    """Captions file and image folder are absent: the archive gives the one, coco_url the others."""
+    source = write_coco(server.folder / "source")
+    captions_file = source / "annotations" / "captions_train2014.json"
+    data = json.loads(captions_file.read_text())
+    for image in data["images"]:
+        image["coco_url"] = f"{server.url}/source/train2014/{image['file_name']}"
+    data["images"][2]["coco_url"] = f"{server.url}/missing.jpg"
+    captions_file.write_text(json.dumps(data))
+    archive = server.folder / "annotations" / "annotations_trainval2014.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(captions_file, "annotations/captions_train2014.json")
+        file.writestr("annotations/captions_val2014.json", "{}")
+    server.publish(archive)
+
+    for path in (coco / "coco").rglob("*.*"):
+        path.unlink()
+    for path in (coco / "data" / "features").glob("*.npy"):
+        path.unlink()
+    server.monkeypatch.setattr(
+        data_utils, "feature_network", lambda config, paths: lambda pixels: tf.zeros((len(pixels), 64, 2048))
+    )
+    _, prepared = prepare(coco, "--num_examples", "12")
+    images = prepared.train + prepared.validation
+    fetched = {path.name for path in (coco / "coco" / "train2014").iterdir()}
+    drawn = file_names(images) | set(json.loads((coco / "data" / "skipped.json").read_text()))
+    assert fetched == file_names(images)
+    assert len(drawn) <= 12
+    assert sum(len(image["captions"]) for image in images) >= 12 - 5
+
+    before = len(server.requests)
+    prepare(coco, "--num_examples", "12")
+    assert [path for path in server.requests[before:] if path != "/missing.jpg"] == []
+
+
+def test_the_zip_of_all_images_is_the_other_way(coco, server):
+    archive = server.folder / "zips" / "train2014.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in (coco / "coco" / "train2014").iterdir():
+            file.write(path, f"train2014/{path.name}")
+            path.unlink()
+    server.publish(archive)
+    for path in (coco / "data" / "features").glob("*.npy"):
+        path.unlink()
+    server.monkeypatch.setattr(
+        data_utils, "feature_network", lambda config, paths: lambda pixels: tf.zeros((len(pixels), 64, 2048))
+    )
+    _, prepared = prepare(coco, "--image_source", "zip")
+    assert len(prepared.train + prepared.validation) == IMAGES
+    assert len(list((coco / "coco" / "train2014").iterdir())) == IMAGES
+
+
+# --- Images
+
+
+def save(image, path, **how):
+    image.save(path, **how)
+    return path
+
+
+RED = (220, 20, 20)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: save(Image.new("RGB", (400, 300), RED), folder / "a.jpg"),
+        lambda folder: save(Image.new("RGB", (3, 500), RED), folder / "a.png"),
+        lambda folder: save(Image.new("RGB", (50, 50), RED).convert("CMYK"), folder / "a.jpg"),
+        lambda folder: save(Image.new("RGB", (50, 50), RED).convert("P"), folder / "a.png"),
+        lambda folder: save(Image.new("RGB", (50, 50), RED), folder / "png_inside.jpg", format="PNG"),
+        lambda folder: save(Image.new("RGB", (50, 50), RED), folder / "a.gif", save_all=True),
+        lambda folder: save(Image.new("RGBA", (50, 50), (*RED, 255)), folder / "a.webp", lossless=True),
+    ],
+)
+def test_images_of_every_kind_load(tmp_path, make):
+    pixels = data_utils.load_image(make(tmp_path))
+    assert pixels.shape == (299, 299, 3)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_allclose(pixels.mean((0, 1)), RED, atol=8)
+
+
+def test_grey_16_bit_and_transparent_images_keep_their_brightness(tmp_path):
+    grey = save(Image.new("L", (50, 50), 100), tmp_path / "grey.png")
+    deep = save(Image.fromarray(np.full((50, 50), 100 * 257, np.uint16)), tmp_path / "deep.png")
+    clear = save(Image.new("RGBA", (50, 50), (0, 0, 0, 0)), tmp_path / "clear.png")
+    for path, value in ((grey, 100), (deep, 100), (clear, 255)):
+        np.testing.assert_allclose(data_utils.load_image(path), value, atol=1)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture = Image.new("RGB", (400, 200), RED)
+    picture.paste((20, 20, 220), (0, 0, 200, 200))  # blue on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right: blue on top
+    pixels = data_utils.load_image(save(picture, tmp_path / "a.jpg", exif=exif)).astype(int)
+    assert (pixels[20, :, 2] > pixels[20, :, 0]).all()
+    assert (pixels[-20, :, 0] > pixels[-20, :, 2]).all()
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff\xe0 broken"])
+def test_what_is_no_image_is_named(tmp_path, data):
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="bad.jpg cannot be read"):
+        data_utils.load_image(path)
+
+
+# --- Features
+
+
+def test_inception_end_to_end_with_random_weights(coco):
+    """Images in, (64, 2048) out, in range; the same network again for new pictures; another one is refused."""
+    features = coco / "data" / "features"
+    for path in features.glob("*.npy"):
+        path.unlink()
+    config, prepared = prepare(coco)
+    paths = sorted(features.glob("*.npy"))
+    assert len(paths) == IMAGES
+    first = np.load(paths[0])
+    assert first.shape == (64, 2048)
+    assert first.dtype == np.float16
+    assert 0.05 < first.astype(float).std() < 20  # the activations neither vanish nor explode
+    assert prepared.feature_std == pytest.approx(np.std([np.load(path) for path in paths], dtype=float), rel=0.3)
+
+    network = data_utils.feature_network(config, [])
+    pixels = data_utils.load_image(coco / "coco" / "train2014" / f"{paths[0].stem}.jpg")
+    again = network(tf.constant(pixels[np.newaxis]))[0].numpy()
+    np.testing.assert_allclose(again, first, atol=0.02 * float(first.max()))
+
+    with pytest.raises(UserError, match="made with other weights"):
+        data_utils.feature_network(parse_command_line([*options(coco), "--seed", "1"], "")[0], [])
+
+
+def test_missing_and_unfit_weights_are_one_line(coco):
+    for weights in ("nowhere.h5", str(coco / "coco" / "annotations" / "captions_train2014.json")):
+        config, _ = parse_command_line([*options(coco), "--inception_weights", weights], "")
+        with pytest.raises(UserError, match="--inception_weights") as raised:
+            data_utils.feature_network(config, [])
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_features_are_read_in_the_graph_as_numpy_reads_them(tmp_path, dtype):
+    features = np.random.default_rng(0).standard_normal((64, 2048)).astype(dtype)
+    np.save(tmp_path / "a.npy", features)
+    read = tf.function(data_utils.read_feature)(str(tmp_path / "a.npy"))
+    assert read.shape == (64, 2048)
+    np.testing.assert_array_equal(read, features.astype(np.float32))

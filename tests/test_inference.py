@@ -1,0 +1,111 @@
+import json
+import shutil
+
+import inference_image_caption as inference
+from command_line import UserError
+from conftest import options
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def infer(root, *more):
+    inference.main([*options(root), *more])
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_validation_images_are_captioned_printed_and_plotted(trained, tmp_path, capsys):
+    infer(trained, "--output", str(tmp_path), "--plot_images", "3")
+    written = records(tmp_path / "captions.jsonl")
+    assert len(written) == 3
+    validation = json.loads((trained / "data" / "validation.json").read_text())
+    by_id = {image["image_id"]: image for image in validation}
+    printed = capsys.readouterr().out
+    for record in written:
+        assert record["caption"] == " ".join(record["words"])
+        assert record["caption"] in printed
+        for reference in by_id[record["image_id"]]["references"]:
+            assert reference in printed
+        weights = np.array(record["attention_weights"])
+        assert weights.shape == (len(record["words"]), 64)
+        np.testing.assert_allclose(weights.sum(1), 1, atol=1e-3)
+        assert record["log_probability"] < 0
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+    infer(trained, "--output", str(tmp_path / "again"), "--plot_images", "3")
+    assert records(tmp_path / "again" / "captions.jsonl") == written  # the choice depends on the seed
+
+
+def test_own_pictures_in_files_and_folders_and_a_bad_one(trained, tmp_path, monkeypatch, capsys):
+    pictures = tmp_path / "pictures" / "deep" / "deeper"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (80, 200), "red").save(pictures / "portrait.png")
+    (pictures / "notes.txt").write_text("not a picture, and not taken for one")
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    monkeypatch.setattr(inference, "random_statistics", lambda config: tmp_path)
+    monkeypatch.setattr(
+        inference, "feature_network", lambda config, paths: lambda pixels: pixels[:, :8, :8, :1] + np.zeros(2048)
+    )
+    monkeypatch.setattr(
+        inference, "feature_network", lambda config, paths: lambda pixels: inference.tf.zeros((len(pixels), 64, 2048))
+    )
+    with pytest.raises(SystemExit) as stopped:
+        infer(trained, "--image", str(tmp_path / "broken.jpg"), str(tmp_path / "pictures"), "--output", str(tmp_path))
+    assert stopped.value.code == 1
+    assert "broken.jpg cannot be read" in capsys.readouterr().out
+    (record,) = records(tmp_path / "captions.jsonl")
+    assert record["image"].endswith("portrait.png")
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_inference_before_training_names_the_command(trained, tmp_path):
+    with pytest.raises(UserError, match="run python train_image_caption_model.py first"):
+        infer(trained, "--run_dir", str(tmp_path / "nothing"))
+
+
+def test_a_run_of_other_sizes_or_words_is_refused(trained, tmp_path):
+    with pytest.raises(UserError, match="--units 16, not 20"):
+        infer(trained, "--units", "20")
+    shutil.copytree(trained / "run", tmp_path / "run")
+    vocabulary = json.loads((trained / "run" / "vocabulary.json").read_text())
+    (tmp_path / "run" / "vocabulary.json").write_text(json.dumps(vocabulary[::-1]))
+    with pytest.raises(UserError, match="another vocabulary"):
+        infer(trained, "--run_dir", str(tmp_path / "run"))
+
+
+def test_a_folder_without_pictures_is_one_line(trained, tmp_path):
+    with pytest.raises(UserError, match="no image file"):
+        infer(trained, "--image", str(tmp_path))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 40])
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (1200, 100)])
+def test_figures_of_any_number_of_words_and_any_shape(tmp_path, count, size):
+    Image.new("RGB", size, "white").save(tmp_path / "image.png")
+    weights = np.random.default_rng(0).random((count, 64))
+    words = [f"word{i}" for i in range(count)]
+    caption = {"path": tmp_path / "image.png", "words": words, "caption": " ".join(words), "attention_weights": weights}
+    inference.plot_attention(caption, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width > 100
+        dark = (np.asarray(figure.convert("L")) < 128).mean()
+    assert dark > 0.02 if count else dark < 0.1  # the attention panels darken what was not looked at
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640)])
+def test_the_light_falls_where_the_weight_is(size):
+    weights = np.zeros(64)
+    weights[8 * 1 + 6] = 1.0  # second row, seventh column
+    light = inference.upsample(weights, size)
+    width, height = size
+    assert light.shape == (height, width)
+    assert light.max() == 1.0
+    row, column = np.unravel_index(light.argmax(), light.shape)
+    assert abs(row / height - 1.5 / 8) < 0.03
+    assert abs(column / width - 6.5 / 8) < 0.03
+    along = light[row]  # smooth: no steps as nearest-neighbour would give
+    assert np.abs(np.diff(along)).max() < 0.05

@@ -1,0 +1,150 @@
+import contextlib
+import io
+
+import model
+from command_line import make_config
+from config import Config
+from data_utils import CHANNELS, END, LOCATIONS, PAD, START, UNK
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16, "dropout": 0.4})
+VOCABULARY = 30
+CAPTIONS = tf.constant([[START, 5, 6, 7, END], [START, 8, END, PAD, PAD], [START, 9, 10, END, PAD]])
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return model.build_captioner(SMALL, VOCABULARY, feature_std=0.5)
+
+
+@pytest.fixture(scope="module")
+def features():
+    return tf.constant(np.random.default_rng(1).standard_normal((3, LOCATIONS, CHANNELS), np.float32))
+
+
+def test_shapes_at_the_defaults():
+    config = Config()
+    encoder, decoder = model.build_captioner(config, config.vocab_size)
+    encoded_features = encoder(tf.zeros((16, 64, 2048)))
+    assert encoded_features.shape == (16, 64, 256)
+    logits, hidden, attention_weights = decoder(tf.ones((16, 1), tf.int32), encoded_features, tf.zeros((16, 512)))
+    assert logits.shape == (16, config.vocab_size)
+    assert hidden.shape == (16, 512)
+    assert attention_weights.shape == (16, 64, 1)
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        model.print_shapes()
+    for line in (
+        "in   features (16, 64, 2048)",
+        "out  encoded features (16, 64, 256)",
+        "in   words (16, 1), encoded features (16, 64, 256), hidden (16, 512)",
+        "out  logits (16, 5000), hidden (16, 512), attention_weights (16, 64, 1)",
+    ):
+        assert line in printed.getvalue()
+
+
+def test_the_output_layer_is_as_large_as_the_vocabulary(captioner):
+    assert captioner[1].make_logits.kernel.shape == (SMALL.units, VOCABULARY)
+
+
+def test_teacher_forcing_and_single_steps_agree(captioner, features):
+    encoder, decoder = captioner
+    encoded_features = encoder(features)
+    all_logits, all_weights = decoder.teach(CAPTIONS, encoded_features)
+    assert all_logits.shape == (3, 4, VOCABULARY)
+    assert all_weights.shape == (3, 4, LOCATIONS)
+    hidden = decoder.initial_hidden(encoded_features)
+    for t in range(4):
+        logits, hidden, weights = decoder(CAPTIONS[:, t : t + 1], encoded_features, hidden)
+        np.testing.assert_allclose(logits, all_logits[:, t], atol=1e-5)
+        np.testing.assert_allclose(weights[:, :, 0], all_weights[:, t], atol=1e-5)
+        np.testing.assert_allclose(tf.reduce_sum(weights, axis=1), 1.0, atol=1e-5)
+
+
+def test_the_recurrence_is_keras_own_gru(captioner, features):
+    """Keras's cell, given the same weights and the [word, context] input, must step to the same state."""
+    encoder, decoder = captioner
+    encoded_features = encoder(features)
+    hidden = tf.constant(np.random.default_rng(2).standard_normal((3, SMALL.units), np.float32))
+    words = CAPTIONS[:, 1:2]
+    cell = keras.layers.GRUCell(SMALL.units, reset_after=True)
+    cell.build((3, SMALL.embedding_dim + SMALL.encoder_dim))
+    kernel = tf.concat((decoder.word_gates.kernel, decoder.context_gates.kernel), 0)
+    bias = tf.random.stateless_normal((2, 3 * SMALL.units), (1, 2))
+    decoder.word_gates.bias.assign(bias[0])
+    decoder.hidden_gates.bias.assign(bias[1])
+    cell.set_weights([kernel, decoder.hidden_gates.kernel, bias])
+
+    context_vector, _ = decoder.attention(encoded_features, decoder.attention.make_keys(encoded_features), hidden)
+    expected, _ = cell(tf.concat((decoder.embedding(words[:, 0]), context_vector), -1), [hidden])
+    _, stepped, _ = decoder(words, encoded_features, hidden)
+    np.testing.assert_allclose(stepped, expected, atol=1e-5)
+    assert np.abs(stepped - decoder(words, encoded_features, tf.zeros_like(hidden))[1]).max() > 0.1
+
+
+def test_the_scale_of_the_features_does_not_matter(features):
+    plain, _ = model.build_captioner(SMALL, VOCABULARY, feature_std=1.0)
+    scaled, _ = model.build_captioner(SMALL, VOCABULARY, feature_std=10.0)
+    np.testing.assert_allclose(plain(features), scaled(features * 10), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_depends_on_its_seed_alone(captioner, features):
+    encoder, decoder = captioner
+    encoded_features = encoder(features)
+    first, again, other = (decoder.teach(CAPTIONS, encoded_features, tf.constant((7, n)))[0] for n in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    without, _ = decoder.teach(CAPTIONS, encoded_features)
+    assert np.abs(first - without).max() > 1e-3
+
+
+def test_the_loss_counts_real_tokens_only():
+    logits = np.random.default_rng(3).standard_normal((3, 4, VOCABULARY)).astype(np.float32)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    targets = CAPTIONS[:, 1:].numpy()
+    expected = -np.mean([logs[b, t, targets[b, t]] for b in range(3) for t in range(4) if targets[b, t] != PAD])
+    np.testing.assert_allclose(model.caption_loss(CAPTIONS, tf.constant(logits)), expected, rtol=1e-5)
+    logits[1, 2:] = 1e3  # where only <pad> is wanted
+    np.testing.assert_allclose(model.caption_loss(CAPTIONS, tf.constant(logits)), expected, rtol=1e-5)
+
+
+def test_the_attention_term_is_zero_where_every_location_gets_one_look_in_all():
+    steps = np.array([4, 2, 3], np.float32)  # real steps of each caption
+    even = np.ones((3, 4, LOCATIONS), np.float32) / steps[:, None, None]
+    np.testing.assert_allclose(model.attention_loss(CAPTIONS, tf.constant(even)), 0.0, atol=1e-9)
+    np.testing.assert_allclose(model.attention_loss(CAPTIONS, tf.constant(even * 0)), 1.0)
+
+
+def test_greedy_decoding_says_what_single_steps_say(captioner, features):
+    encoder, decoder = captioner
+    decode = tf.function(model.greedy_decode)
+    words, log_probabilities, attention_weights = decode(encoder, decoder, features, 6)
+    assert words.shape[1] <= 6
+    assert attention_weights.shape == (3, words.shape[1], LOCATIONS)
+    for b in range(3):
+        encoded_features = encoder(features[b : b + 1])
+        hidden, word, total = decoder.initial_hidden(encoded_features), START, 0.0
+        for t in range(words.shape[1]):
+            logits, hidden, weights = decoder(tf.constant([[word]]), encoded_features, hidden)
+            logs = tf.nn.log_softmax(logits)[0].numpy()
+            word = max((i for i in range(VOCABULARY) if i not in (PAD, UNK, START)), key=lambda i: logs[i])
+            assert words[b, t] == word
+            np.testing.assert_allclose(attention_weights[b, t], weights[0, :, 0], atol=1e-5)
+            total += logs[word]
+            if word == END:
+                break
+        assert (words[b, t + 1 :].numpy() == PAD).all()
+        np.testing.assert_allclose(log_probabilities[b], total, rtol=1e-4)
+
+
+def test_greedy_decoding_stops_at_end(captioner, features):
+    encoder, decoder = captioner
+    bias = decoder.make_logits.bias.numpy()
+    decoder.make_logits.bias.assign(tf.one_hot(END, VOCABULARY, on_value=50.0))
+    words, _, _ = model.greedy_decode(encoder, decoder, features, 6)
+    decoder.make_logits.bias.assign(bias)
+    assert words.numpy().tolist() == [[END]] * 3

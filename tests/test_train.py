@@ -1,0 +1,140 @@
+import csv
+import json
+import shutil
+
+import data_utils
+import train_image_caption_model as training
+from command_line import UserError, parse_command_line
+from conftest import IMAGES, options
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+
+def train(root, *more):
+    training.main([*options(root), *more])
+
+
+def weights(root, kind="last"):
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(root / "run" / kind))
+    names = [
+        name for name in reader.get_variable_to_shape_map() if name.startswith(("encoder", "decoder", "optimizer"))
+    ]
+    return {name: reader.get_tensor(name) for name in names}
+
+
+def rows(root):
+    return list(csv.DictReader((root / "run" / "history.csv").open()))
+
+
+def test_training_leaves_checkpoints_history_and_a_loss_curve(trained):
+    assert [row["epoch"] for row in rows(trained)] == ["1", "2"]
+    losses = [float(row["train_loss"]) for row in rows(trained)]
+    assert losses[1] < losses[0] < np.log(21) + 0.5  # 21 words: it starts no worse than guessing
+    for kind in ("last", "best"):
+        assert weights(trained, kind)
+    vocabulary = json.loads((trained / "data" / "vocabulary.json").read_text())
+    assert json.loads((trained / "run" / "vocabulary.json").read_text()) == vocabulary
+    assert json.loads((trained / "run" / "config.json").read_text())["units"] == 16
+    with Image.open(trained / "run" / "loss.png") as figure:
+        assert figure.width > 300
+        assert len(figure.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_stopping_and_continuing_gives_the_weights_of_one_run(trained, tmp_path):
+    """Two epochs, then two more, against four in one go; dropout is on and must go on where it stopped."""
+    stopped = tmp_path / "stopped"
+    shutil.copytree(trained, stopped)
+    shutil.copytree(trained / "data", tmp_path / "whole" / "data")
+    shutil.copytree(trained / "coco", tmp_path / "whole" / "coco")
+    for root in (stopped, tmp_path / "whole"):
+        data_utils.main(options(root))  # the folder's name is one of the prepared settings
+        train(root, "--epochs", "4")
+    whole, continued = weights(tmp_path / "whole"), weights(stopped)
+    assert whole.keys() == continued.keys()
+    for name in whole:
+        np.testing.assert_allclose(continued[name], whole[name], atol=1e-5, err_msg=name)
+    assert [row["epoch"] for row in rows(stopped)] == ["1", "2", "3", "4"]
+    for mine, theirs in zip(rows(stopped), rows(tmp_path / "whole"), strict=True):
+        assert float(mine["validation_loss"]) == pytest.approx(float(theirs["validation_loss"]), abs=1e-4)
+
+    before = weights(stopped)
+    train(stopped, "--epochs", "4")  # all done: nothing changes
+    for name, value in weights(stopped).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_row_of_an_epoch_that_was_not_saved_is_dropped(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    with (tmp_path / "run" / "history.csv").open("a") as file:
+        file.write("3,9.9,9.9,9.9\n")
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
+    history = rows(tmp_path)
+    assert [row["epoch"] for row in history] == ["1", "2", "3"]
+    assert float(history[2]["train_loss"]) < 9
+
+
+def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(coco, capsys):
+    data_utils.main(options(coco))
+    train(coco, "--epochs", "40", "--learning_rate", "0.1", "--patience", "2")  # far too large: it soon gets worse
+    losses = [float(row["validation_loss"]) for row in rows(coco)]
+    best = int(np.argmin(losses)) + 1
+    assert len(losses) == best + 2 < 40
+    assert "stopping" in capsys.readouterr().out
+    assert tf.train.latest_checkpoint(coco / "run" / "best").endswith(f"-{best}")
+    assert tf.train.latest_checkpoint(coco / "run" / "last").endswith(f"-{best + 2}")
+
+
+def test_another_vocabulary_or_size_is_refused_and_both_are_named(trained, tmp_path):
+    with pytest.raises(UserError, match="--units 16, not 20"):
+        train(trained, "--units", "20", "--epochs", "3")
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    (run / "vocabulary.json").write_text(json.dumps(["<pad>", "<unk>", "<start>", "<end>", "word"]))
+    with pytest.raises(UserError, match=r"another vocabulary \(5 words\) than .* \(21 words\)"):
+        train(trained, "--run_dir", str(run), "--epochs", "3")
+
+
+def test_training_before_preparing_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="run python data_utils.py"):
+        train(tmp_path)
+
+
+def test_every_caption_once_an_epoch_in_batches_of_similar_length():
+    lengths = np.random.default_rng(0).integers(3, 40, 1000)
+    order = training.plan_batches(lengths, 64, np.random.default_rng((42, 0)))
+    assert sorted(order) == list(range(1000))
+    spans = [np.ptp(lengths[order[start : start + 64]]) for start in range(0, 960, 64)]
+    assert np.mean(spans) < 4 < np.ptp(lengths) / 8
+    first = [lengths[order[start]] for start in range(0, 960, 64)]
+    assert first != sorted(first)  # in random order
+    assert (order == training.plan_batches(lengths, 64, np.random.default_rng((42, 0)))).all()
+    assert (order != training.plan_batches(lengths, 64, np.random.default_rng((42, 1)))).any()
+
+
+def test_batches_hold_each_captions_own_features_and_words(trained):
+    config, _ = parse_command_line(options(trained), "")
+    images = data_utils.load_prepared(config).train
+    captions = training.collect_captions(images, config)
+    order = training.plan_batches(captions.lengths, 16, np.random.default_rng(0))
+    expected = [(data_utils.feature_path(image, config), words) for image in images for words in image["ids"]]
+    seen = 0
+    for features, words in training.caption_batches(captions, order, 16):
+        assert features.shape == (len(words), 64, 2048)
+        assert words.shape[1] == max(np.count_nonzero(words, axis=1))  # padded to the longest of the batch
+        for row in range(len(words)):
+            path, ids = expected[order[seen]]
+            np.testing.assert_array_equal(features[row], np.load(path).astype(np.float32))
+            assert [i for i in words[row].numpy() if i] == ids
+            seen += 1
+    assert seen == len(expected) > (IMAGES - 6) * 5
+
+
+def test_the_step_is_traced_once(trained, tmp_path, monkeypatch):
+    traces = []
+    real = training.caption_loss
+    monkeypatch.setattr(training, "caption_loss", lambda *args: traces.append(1) or real(*args))
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3", "--batch_size", "7")
+    assert len(traces) == 2  # the training step and the validation step, whatever the shapes
