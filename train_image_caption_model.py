@@ -5,11 +5,12 @@ python train_image_caption_model.py [--dataset coco|demo] [--<field> VALUE ...]
 
 import csv
 import dataclasses
+import os
 import pathlib
 import time
 
 from command_line import UserError, parse_command_line, run_script
-from data_utils import feature_path, load_prepared, read_feature
+from data_utils import CHANNELS, LOCATIONS, feature_path, load_prepared, read_feature
 from files import read_json, remove_leftovers, replacing, write_csv, write_json
 from model import attention_loss, build_captioner, caption_loss
 
@@ -187,12 +188,17 @@ def caption_batches(captions, order, batch_size):
     def read(position):
         return read_feature(captions.paths[position]), captions.words[position]
 
-    dataset = tf.data.Dataset.from_tensor_slices(order)
-    dataset = dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE)
-    return dataset.padded_batch(batch_size).prefetch(2)
+    dataset = tf.data.Dataset.from_tensor_slices(order).map(read, num_parallel_calls=os.cpu_count())
+    tuning = tf.data.Options()
+    tuning.autotune.enabled = False  # its thread can hold up the end of an epoch for many seconds
+    return dataset.padded_batch(batch_size).prefetch(2).with_options(tuning)
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------
+
+# One graph serves batches of every size and length.
+FEATURES = tf.TensorSpec((None, LOCATIONS, CHANNELS), tf.float32)  # (B, P, F)
+CAPTIONS = tf.TensorSpec((None, None), tf.int32)  # (B, T)
 
 
 def train_epoch(run, captions, epoch, config):
@@ -202,10 +208,11 @@ def train_epoch(run, captions, epoch, config):
       dict: epoch (counted from 1), train_loss (nats per word, dropout on), captions_per_second.
     """
     order = plan_batches(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
+    step = train_step.get_concrete_function(run, FEATURES, CAPTIONS, config)  # traced at the first call only
     losses, tokens, start = [], [], time.perf_counter()
     with tqdm(total=len(order), desc=f"epoch {epoch + 1}/{config.epochs}", unit=" captions") as bar:
         for features, words in caption_batches(captions, order, config.batch_size):
-            losses.append(float(train_step(run, features, words, config)))
+            losses.append(float(step(features, words)))
             tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
             bar.set_postfix(loss=f"{np.average(losses[-50:], weights=tokens[-50:]):.3f}", refresh=False)
             bar.update(len(words))
@@ -217,7 +224,7 @@ def train_epoch(run, captions, epoch, config):
     }
 
 
-@tf.function(reduce_retracing=True)
+@tf.function
 def train_step(run, features, captions, config):
     """One optimiser step. features (B, P, F), captions (B, T) -> loss (), nats per word."""
     dropout_seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(run.optimizer.iterations, tf.int64)))  # (2,)
@@ -233,14 +240,15 @@ def train_step(run, features, captions, config):
 def validate(run, captions, config):
     """The loss over all captions, dropout off, in nats per word."""
     order = np.argsort(captions.lengths, kind="stable")
+    step = validation_step.get_concrete_function(run, FEATURES, CAPTIONS)
     losses, tokens = [], []
     for features, words in caption_batches(captions, order, config.batch_size):
-        losses.append(float(validation_step(run, features, words)))
+        losses.append(float(step(features, words)))
         tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
     return float(np.average(losses, weights=tokens))
 
 
-@tf.function(reduce_retracing=True)
+@tf.function
 def validation_step(run, features, captions):
     logits, _ = run.decoder.teach(captions, run.encoder(features))
     return caption_loss(captions, logits)
