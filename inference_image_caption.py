@@ -25,7 +25,7 @@ from data_utils import (
     upright_rgb,
 )
 from files import read_json, replacing, write_bytes
-from model import CNN_Encoder, RNN_Decoder, build_captioner, greedy_decode
+from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions
 from train_image_caption_model import check_run_fits
 
 import numpy as np
@@ -142,7 +142,7 @@ def extract_batches(images, config):
 # --- Captions ---------------------------------------------------------------------------------------------------
 
 
-decode = tf.function(greedy_decode, reduce_retracing=True)
+decode = tf.function(decode_captions, reduce_retracing=True)
 
 
 def caption_batch(captioner, images, features, config):

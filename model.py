@@ -215,45 +215,78 @@ def attention_loss(captions, attention_weights):
     return tf.reduce_mean(tf.square(1.0 - looked))
 
 
-def greedy_decode(encoder, decoder, features, max_words):
-    """The likeliest word at each step until <end>, as one graph over the batch.
+def decode_captions(encoder, decoder, features, max_words, beam_width=1, length_penalty=0.0):
+    """Beam search for the likeliest caption, as one graph over the batch; a width of 1 is greedy decoding.
+
+    A beam that says <end> keeps its place to the last; the others go on until they end or have `max_words` words.
+    Of an image's ended beams (of all, where none has ended) the one of the highest log-probability divided by
+    length ** length_penalty is taken. <pad>, <unk> and <start> are never said.
 
     Args:
       features: float (B, P, F)
       max_words: int, the most words of a caption.
+      beam_width: int, K.
+      length_penalty: float, 0 for plain log-probabilities, which favour short captions; 1 for their mean per word.
 
     Returns:
-      words: int (B, L), each caption's word ids with <end>, then <pad>; L is the longest caption's length, which
-        ends without <end> if it has `max_words` words
+      words: int (B, L), each caption's word ids with <end>, then <pad>; L is the longest beam's length
       log_probabilities: float (B,), natural logarithm of each caption's probability
-      attention_weights: float (B, L, P)
+      attention_weights: float (B, L, P), along the winning beam
     """
+    vocab_size = decoder.make_logits.units
+    never = -1e9 * tf.reduce_sum(tf.one_hot((PAD, UNK, START), vocab_size), 0)  # (V,)
     encoded_features = encoder(features)  # (B, P, D)
     keys = decoder.attention.make_keys(encoded_features)  # (B, P, U)
+    hidden = decoder.initial_hidden(encoded_features)  # (B, U)
+    encoded_features, keys, hidden = (
+        tf.repeat(x, beam_width, 0) for x in (encoded_features, keys, hidden)
+    )  # (BK, ...)
+
+    def one_step(t, total, hidden, words, weights):
+        logits, hidden, looked = decoder(tf.reshape(words[:, :, -1], (-1, 1)), encoded_features, hidden, keys)
+        gains = tf.reshape(tf.nn.log_softmax(logits) + never, (-1, beam_width, vocab_size))  # (B, K, V)
+        ended = has_ended(words)[:, :, tf.newaxis]  # (B, K, 1)
+        is_pad = tf.range(vocab_size) == PAD  # (V,)
+        # What an ended beam goes on to say is <pad>, which ranks above all that a running one can say (at most 0).
+        candidates = total[:, :, tf.newaxis] + tf.where(ended, 0.0, gains)  # (B, K, V)
+        ranks = tf.where(ended, tf.where(is_pad, 1.0, -tf.float32.max), candidates)  # (B, K, V)
+        best = tf.math.top_k(tf.reshape(ranks, (-1, beam_width * vocab_size)), beam_width).indices  # (B, K)
+        total = tf.gather(tf.reshape(candidates, (-1, beam_width * vocab_size)), best, batch_dims=1)  # (B, K)
+        beam, word = best // vocab_size, best % vocab_size  # (B, K)
+        looked = tf.reshape(looked, (-1, beam_width, 1, LOCATIONS))  # (B, K, 1, P)
+        hidden = tf.gather(tf.reshape(hidden, (-1, beam_width, hidden.shape[-1])), beam, batch_dims=1)  # (B, K, U)
+        words = tf.concat((tf.gather(words, beam, batch_dims=1), word[:, :, tf.newaxis]), -1)  # (B, K, t + 2)
+        weights = tf.gather(tf.concat((weights, looked), 2), beam, batch_dims=1)  # (B, K, t + 1, P)
+        return t + 1, total, tf.reshape(hidden, (-1, hidden.shape[-1])), words, weights
+
     batch = tf.shape(features)[0]
-    never = tf.reduce_sum(tf.one_hot((PAD, UNK, START), decoder.make_logits.units, on_value=-1e9, off_value=0.0), 0)
-
-    def one_step(t, word, hidden, log_probability, words, weights):
-        logits, hidden, attention_weights = decoder(word[:, tf.newaxis], encoded_features, hidden, keys)
-        running = (word != END) & (word != PAD)  # (B,)
-        best = tf.argmax(logits + never, axis=-1, output_type=tf.int32)  # (B,)
-        gain = tf.gather(tf.nn.log_softmax(logits), best, batch_dims=1)  # (B,)
-        word = tf.where(running, best, PAD)
-        log_probability += tf.where(running, gain, 0.0)
-        return t + 1, word, hidden, log_probability, words.write(t, word), weights.write(t, attention_weights[:, :, 0])
-
-    start = tf.fill((batch,), START)
-    outputs = (
-        tf.TensorArray(tf.int32, 0, dynamic_size=True, element_shape=(None,)),
-        tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=(None, LOCATIONS)),
-    )
-    _, _, _, log_probabilities, words, weights = tf.while_loop(
-        lambda t, word, *_: tf.reduce_any((word != END) & (word != PAD)),
+    total = tf.tile([[0.0] + [-1e6] * (beam_width - 1)], (batch, 1))  # (B, K): all beams begin alike, so one begins
+    words = tf.fill((batch, beam_width, 1), START)
+    weights = tf.zeros((batch, beam_width, 0, LOCATIONS))
+    _, total, _, words, weights = tf.while_loop(
+        lambda t, total, hidden, words, weights: not tf.reduce_all(has_ended(words)),
         one_step,
-        (0, start, decoder.initial_hidden(encoded_features), tf.zeros((batch,)), *outputs),
+        (0, total, hidden, words, weights),
+        shape_invariants=(
+            tf.TensorShape(()),
+            tf.TensorShape((None, beam_width)),
+            tf.TensorShape((None, hidden.shape[-1])),
+            tf.TensorShape((None, beam_width, None)),
+            tf.TensorShape((None, beam_width, None, LOCATIONS)),
+        ),
         maximum_iterations=max_words,
     )
-    return tf.transpose(words.stack()), log_probabilities, tf.transpose(weights.stack(), (1, 0, 2))
+    ended = has_ended(words)  # (B, K)
+    eligible = ended | ~tf.reduce_any(ended, axis=1, keepdims=True)  # (B, K)
+    lengths = tf.reduce_sum(tf.cast(words != PAD, tf.float32), axis=2) - 1  # (B, K), without <start>
+    best = tf.argmax(tf.where(eligible, total / lengths**length_penalty, -tf.float32.max), axis=1)  # (B,)
+    words, total, weights = (tf.gather(x, best, batch_dims=1) for x in (words, total, weights))
+    return words[:, 1:], total, weights  # (B, L), (B,), (B, L, P)
+
+
+def has_ended(words):
+    """Whether each caption's last word is <end> or comes after it. int (..., T) -> bool (...)."""
+    return (words[..., -1] == END) | (words[..., -1] == PAD)
 
 
 def print_shapes(batch=16):

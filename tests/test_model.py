@@ -121,7 +121,7 @@ def test_the_attention_term_is_zero_where_every_location_gets_one_look_in_all():
 
 def test_greedy_decoding_says_what_single_steps_say(captioner, features):
     encoder, decoder = captioner
-    decode = tf.function(model.greedy_decode)
+    decode = tf.function(model.decode_captions)
     words, log_probabilities, attention_weights = decode(encoder, decoder, features, 6)
     assert words.shape[1] <= 6
     assert attention_weights.shape == (3, words.shape[1], LOCATIONS)
@@ -145,6 +145,78 @@ def test_greedy_decoding_stops_at_end(captioner, features):
     encoder, decoder = captioner
     bias = decoder.make_logits.bias.numpy()
     decoder.make_logits.bias.assign(tf.one_hot(END, VOCABULARY, on_value=50.0))
-    words, _, _ = model.greedy_decode(encoder, decoder, features, 6)
+    words, _, _ = model.decode_captions(encoder, decoder, features, 6)
     decoder.make_logits.bias.assign(bias)
     assert words.numpy().tolist() == [[END]] * 3
+
+
+def beams_by_hand(encoder, decoder, features, max_words, width, length_penalty):
+    """Beam search over one image in plain Python, one prefix at a time."""
+    encoded_features = encoder(features)
+    beams = [(0.0, [START], decoder.initial_hidden(encoded_features))]
+    for _ in range(max_words):
+        candidates = [beam for beam in beams if beam[1][-1] == END]
+        room = width - len(candidates)
+        running = []
+        for total, words, hidden in beams:
+            if words[-1] == END:
+                continue
+            logits, hidden, _ = decoder(tf.constant([[words[-1]]]), encoded_features, hidden)
+            logs = tf.nn.log_softmax(logits)[0].numpy()
+            sayable = (i for i in range(len(logs)) if i not in (PAD, UNK, START))
+            running += [(total + logs[i], [*words, i], hidden) for i in sayable]
+        beams = candidates + sorted(running, key=lambda beam: -beam[0])[:room]
+    ended = [beam for beam in beams if beam[1][-1] == END] or beams
+    total, words, _ = max(ended, key=lambda beam: beam[0] / (len(beam[1]) - 1) ** length_penalty)
+    return words[1:], total
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_beam_search_finds_what_it_finds_by_hand(captioner, features, width, length_penalty):
+    encoder, decoder = captioner
+    decode = tf.function(model.decode_captions)
+    words, log_probabilities, attention_weights = decode(encoder, decoder, features, 7, width, length_penalty)
+    for b in range(3):
+        expected, total = beams_by_hand(encoder, decoder, features[b : b + 1], 7, width, length_penalty)
+        said = [i for i in words[b].numpy().tolist() if i != PAD]
+        assert said == expected
+        np.testing.assert_allclose(log_probabilities[b], total, rtol=1e-4)
+        captions = tf.constant([[START, *said]])
+        _, along = decoder.teach(captions, encoder(features[b : b + 1]))
+        np.testing.assert_allclose(attention_weights[b, : len(said)], along[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "seeds"), [(7, range(5)), (3, (0, 1, 3, 4))])
+def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(features, width, seeds):
+    """Two words and <end>, at most 2 in a caption: 7 beams hold them all. 3 may lose the best, but not for these."""
+    decode = tf.function(model.decode_captions)
+    better_than_greedy = 0
+    for seed in seeds:
+        encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed}), 6)
+        decoder.make_logits.kernel.assign(decoder.make_logits.kernel * 5)
+        words, log_probabilities, _ = decode(encoder, decoder, features, 2, width)
+        greedy, _, _ = decode(encoder, decoder, features, 2, 1)
+        for b in range(3):
+            scores = {}
+            for caption in ((END,), (4, END), (5, END)):
+                logits, _ = decoder.teach(tf.constant([[START, *caption]]), encoder(features[b : b + 1]))
+                logs = tf.nn.log_softmax(logits)[0].numpy()
+                scores[caption] = sum(logs[t, word] for t, word in enumerate(caption))
+            best = max(scores, key=scores.get)
+            assert tuple(i for i in words[b].numpy() if i != PAD) == best
+            np.testing.assert_allclose(log_probabilities[b], scores[best], rtol=1e-4)
+            better_than_greedy += best != tuple(i for i in greedy[b].numpy() if i != PAD)
+    assert better_than_greedy
+
+
+def test_special_words_are_never_said(captioner, features):
+    encoder, decoder = captioner
+    bias = decoder.make_logits.bias.numpy()
+    decoder.make_logits.bias.assign(tf.reduce_sum(tf.one_hot((PAD, UNK, START), VOCABULARY, on_value=50.0), 0))
+    for width in (1, 3):
+        words, _, _ = model.decode_captions(encoder, decoder, features, 6, width)
+        said = words.numpy()
+        assert not np.isin(said, (UNK, START)).any()
+        assert (said[:, 0] != PAD).all()
+    decoder.make_logits.bias.assign(bias)
