@@ -7,7 +7,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import os
 import pathlib
 import warnings
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 LOCATIONS, CHANNELS = 64, 2048  # P and F: InceptionV3's last 8x8 grid, row by row
 IMAGE_SIZE = 299
+EXTRACT_WORKERS = 3  # batches under way at a time, each read and computed by a thread of its own
 
 SPECIAL_WORDS = ("<pad>", "<unk>", "<start>", "<end>")
 PAD, UNK, START, END = range(4)
@@ -305,6 +305,18 @@ def upright_rgb(image, smallest=IMAGE_SIZE):
 # --- Features ---------------------------------------------------------------------------------------------------
 
 
+def has_fast_bfloat16():
+    """Whether the device that TensorFlow computes on multiplies bfloat16 faster than float32."""
+    graphics = tf.config.list_physical_devices("GPU")
+    if graphics:
+        return tf.config.experimental.get_device_details(graphics[0]).get("compute_capability", (0, 0)) >= (8, 0)
+    try:
+        flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # not Linux: float32 is right everywhere
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
 def features_folder(config):
     return pathlib.Path(config.features_dir or pathlib.Path(config.data_dir, "features"))
 
@@ -372,7 +384,7 @@ def cache_features(train, validation, skipped, config):
 
 
 def extract_features(network, paths, batch_size):
-    """Run the network over image files, one batch per core at a time.
+    """Run the network over image files; while it computes one batch, others are read.
 
     Args:
       network: function, as feature_network returns.
@@ -382,12 +394,11 @@ def extract_features(network, paths, batch_size):
     Yields:
       (paths of a batch's readable images, their features as float32 (B, P, F), list of (path, reason) of the others)
     """
-    workers = os.cpu_count()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with concurrent.futures.ThreadPoolExecutor(EXTRACT_WORKERS) as pool:
         running = collections.deque()
         for start in range(0, len(paths), batch_size):
             running.append(pool.submit(extract_batch, network, paths[start : start + batch_size]))
-            if len(running) > workers:
+            if len(running) > EXTRACT_WORKERS:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
@@ -437,10 +448,18 @@ def feature_network(config, calibration_paths):
     if weights == "random":
         set_random_weights(inception, config, calibration_paths)
 
+    # As constants the weights let TensorFlow fold batch norm into the convolutions, which variables do not.
+    trainable = [variable.numpy() for variable in inception.trainable_variables]
+    others = [variable.numpy() for variable in inception.non_trainable_variables]
+    if config.extract_precision == "bfloat16" or (config.extract_precision == "auto" and has_fast_bfloat16()):
+        tf.config.optimizer.set_experimental_options({"auto_mixed_precision_onednn_bfloat16": True})
+
     @tf.function(input_signature=[tf.TensorSpec((None, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)])
     def network(pixels):
         scaled = tf.cast(pixels, tf.float32) / 127.5 - 1.0
-        return tf.reshape(inception(scaled, training=False), (-1, LOCATIONS, CHANNELS))  # (B, P, F)
+        constants = [tf.constant(value) for value in trainable], [tf.constant(value) for value in others]
+        grid, _ = inception.stateless_call(*constants, scaled, training=False)  # (B, 8, 8, F)
+        return tf.reshape(grid, (-1, LOCATIONS, CHANNELS))  # (B, P, F)
 
     return network
 
@@ -520,12 +539,14 @@ class Prepared:
 
     train, validation: lists of {"image_id", "file_name", "captions", "references", "ids"}.
     vocabulary: list of V words.
-    feature_std: standard deviation of the training features, so that the model need not depend on their scale.
+    feature_mean: float32 (F,), each channel's mean over training images and locations.
+    feature_std: float, standard deviation of the features less these means.
     """
 
     train: list
     validation: list
     vocabulary: list
+    feature_mean: np.ndarray
     feature_std: float
 
 
@@ -533,10 +554,12 @@ def keep_readable(images, skipped):
     return [image for image in images if image["file_name"] not in skipped]
 
 
-def measure_std(images, config, count=200):
-    """Standard deviation of the features of (up to) the first `count` images."""
-    sample = [np.load(feature_path(image, config)).astype(np.float32) for image in images[:count]]
-    return max(float(np.std(sample)), 1e-6)
+def measure_features(images, config, count=500):
+    """Each channel's mean (F,), and the standard deviation about them (), over the first `count` images at the most."""
+    sample = np.stack([np.load(feature_path(image, config)) for image in images[:count]])  # (count, P, F)
+    mean = sample.mean((0, 1), dtype=np.float32)  # (F,)
+    squares = sum(float(np.square(features - mean).mean(dtype=np.float32)) for features in sample)
+    return mean, max((squares / len(sample)) ** 0.5, 1e-6)
 
 
 def save_prepared(train, validation, skipped, config):
@@ -550,7 +573,10 @@ def save_prepared(train, validation, skipped, config):
     write_json(folder / "validation.json", encode_captions(validation, vocabulary))
     write_json(folder / "skipped.json", skipped, indent=1)
     settings = {name: getattr(config, name) for name in PREPARED_SETTINGS}
-    write_json(folder / "settings.json", {**settings, "feature_std": measure_std(train, config)}, indent=1)
+    mean, std = measure_features(train, config)
+    with replacing(folder / "feature_statistics.npz") as temporary:
+        np.savez(temporary, mean=mean, std=std)
+    write_json(folder / "settings.json", settings, indent=1)
     for name, images in (("training", train), ("validation", validation)):
         print(f"{name}: {len(images)} images, {sum(len(image['captions']) for image in images)} captions")
     print(f"vocabulary: {len(vocabulary)} words; {len(skipped)} images skipped (see {folder / 'skipped.json'})")
@@ -580,23 +606,22 @@ def load_prepared(config):
         if not path.is_file():
             raise UserError(f"{path} is missing from the feature cache: {command}")
     vocabulary = read_json(folder / "vocabulary.json", command)
-    return Prepared(train, validation, vocabulary, settings["feature_std"])
+    with np.load(folder / "feature_statistics.npz") as statistics:
+        return Prepared(train, validation, vocabulary, statistics["mean"], float(statistics["std"]))
 
 
 def dataset_option(config):
     return "" if config.dataset == "coco" else f"--dataset {config.dataset}"
 
 
-def read_feature(path):
-    """Read one cached feature inside a TensorFlow graph. () string -> float32 (P, F)."""
+def read_feature(path, dtype="float32"):
+    """Read one cached feature inside a TensorFlow graph, whichever of the two types it is kept in. () -> (P, F)."""
     data = tf.io.read_file(path)
-    header = 10 + tf.cast(tf.io.decode_raw(tf.strings.substr(data, 8, 2), tf.uint16)[0], tf.int32)
-    size = tf.strings.length(data) - header
-    numbers = tf.strings.substr(data, header, size)
+    header = 10 + tf.cast(tf.io.decode_raw(tf.strings.substr(data, 8, 2), tf.uint16)[0], tf.int32)  # bytes
     features = tf.cond(
-        tf.equal(size, LOCATIONS * CHANNELS * 2),
-        lambda: tf.cast(tf.io.decode_raw(numbers, tf.float16), tf.float32),
-        lambda: tf.io.decode_raw(numbers, tf.float32),
+        tf.equal(tf.strings.length(data) - header, LOCATIONS * CHANNELS * 2),
+        lambda: tf.cast(tf.io.decode_raw(data, tf.float16)[header // 2 :], dtype),
+        lambda: tf.cast(tf.io.decode_raw(data, tf.float32)[header // 4 :], dtype),
     )
     return tf.reshape(features, (LOCATIONS, CHANNELS))  # (P, F)
 

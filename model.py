@@ -13,8 +13,16 @@ from config import Config
 from data_utils import CHANNELS, END, LOCATIONS, PAD, START, UNK
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import layers
+
+
+class Product(layers.Dense):
+    """A Dense layer that multiplies in the precision of its `dtype` policy and gives float32 to what comes next."""
+
+    def call(self, inputs):
+        return tf.cast(super().call(inputs), tf.float32)
 
 
 class CNN_Encoder(keras.Model):
@@ -22,7 +30,9 @@ class CNN_Encoder(keras.Model):
 
     Args:
       encoder_dim: int, D.
-      feature_std: float, what features are divided by, so that nothing depends on the scale of theirs.
+      feature_mean: float (F,), what is subtracted from features, each channel's mean.
+      feature_std: float, what they are then divided by, so that nothing depends on their scale.
+      precision: Keras dtype policy of the large product.
 
     Call:
       features: float (B, P, F)
@@ -31,21 +41,22 @@ class CNN_Encoder(keras.Model):
       encoded_features: float (B, P, D)
     """
 
-    def __init__(self, encoder_dim, feature_std=1.0):
+    def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32"):
         super().__init__()
-        self.dense = layers.Dense(encoder_dim)
-        self.feature_std = self.add_weight(
-            shape=(), initializer=keras.initializers.Constant(feature_std), trainable=False, name="feature_std"
-        )
+        self.product = Product(encoder_dim, use_bias=False, dtype=precision)
+        self.bias = self.add_weight(shape=(encoder_dim,), initializer="zeros", name="bias")
+        self.feature_mean = self.keep("feature_mean", feature_mean)
+        self.feature_std = self.keep("feature_std", feature_std)
+
+    def keep(self, name, value):
+        """A weight that training leaves alone and checkpoints hold."""
+        constant = lambda shape, dtype: tf.constant(value, dtype, shape)  # noqa: E731
+        return self.add_weight(shape=np.shape(value), initializer=constant, trainable=False, name=name)
 
     def call(self, features):
+        centred = features - tf.cast(self.feature_mean, features.dtype)  # (B, P, F)
         # Scaled behind the product, which is the same and touches 8 times fewer numbers.
-        kernel, bias = self.dense.kernel / self.feature_std, self.dense.bias
-        return tf.nn.relu(tf.tensordot(features, kernel, 1) + bias)  # (B, P, D)
-
-    def build(self, features_shape):
-        self.dense.build(features_shape)
-        self.built = True
+        return tf.nn.relu(self.product(centred) / self.feature_std + self.bias)  # (B, P, D)
 
 
 class BahdanauAttention(layers.Layer):
@@ -53,6 +64,7 @@ class BahdanauAttention(layers.Layer):
 
     Args:
       units: int, U.
+      precision: Keras dtype policy of `make_keys`.
 
     Call:
       encoded_features: float (B, P, D)
@@ -64,9 +76,9 @@ class BahdanauAttention(layers.Layer):
       attention_weights: float (B, P, 1), summing to 1 over the locations
     """
 
-    def __init__(self, units):
+    def __init__(self, units, precision="float32"):
         super().__init__()
-        self.make_keys = layers.Dense(units)
+        self.make_keys = Product(units, dtype=precision)
         self.make_query = layers.Dense(units, use_bias=False)
         self.make_score = layers.Dense(1, use_bias=False)  # softmax would undo a bias
 
@@ -86,6 +98,7 @@ class RNN_Decoder(keras.Model):
       embedding_dim: int, E.
       units: int, U.
       dropout: float, share of the embeddings and of the hidden states before the output layer dropped in training.
+      precision: Keras dtype policy of the products over a whole caption; the recurrence stays in float32.
 
     Call, one step:
       words: int (B, 1), the previous word of each caption
@@ -99,17 +112,17 @@ class RNN_Decoder(keras.Model):
       attention_weights: float (B, P, 1)
     """
 
-    def __init__(self, vocab_size, embedding_dim, units, dropout=0.0):
+    def __init__(self, vocab_size, embedding_dim, units, dropout=0.0, precision="float32"):
         super().__init__()
         self.dropout = dropout
         self.embedding = layers.Embedding(vocab_size, embedding_dim)
-        self.attention = BahdanauAttention(units)
+        self.attention = BahdanauAttention(units, precision)
         self.make_hidden = layers.Dense(units, activation="tanh")
         # The GRU's input is [word, context]; its kernel is in two parts, as all words' part is known beforehand.
-        self.word_gates = layers.Dense(3 * units)
+        self.word_gates = Product(3 * units, dtype=precision)
         self.context_gates = layers.Dense(3 * units, use_bias=False)
         self.hidden_gates = layers.Dense(3 * units, kernel_initializer="orthogonal")
-        self.make_logits = layers.Dense(vocab_size)
+        self.make_logits = Product(vocab_size, dtype=precision)
 
     def initial_hidden(self, encoded_features):
         """The first hidden state, from the mean feature (section 3.1.2). (B, P, D) -> (B, U)."""
@@ -169,15 +182,21 @@ class RNN_Decoder(keras.Model):
         return tf.nn.experimental.stateless_dropout(x, self.dropout, tf.stack((seed[0], 2 * seed[1] + place)))
 
 
-def build_captioner(config, vocab_size, feature_std=1.0):
+def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, precision="float32"):
     """Encoder and decoder with all their weights, drawn from `config.seed`.
+
+    Args:
+      vocab_size: int, V.
+      feature_mean, feature_std: what normalises the features; a checkpoint that is restored brings its own.
+      precision: Keras dtype policy of the large products; the weights are float32 whatever it is.
 
     Returns:
       (CNN_Encoder, RNN_Decoder)
     """
     keras.utils.set_random_seed(config.seed)
-    encoder = CNN_Encoder(config.encoder_dim, feature_std)
-    decoder = RNN_Decoder(vocab_size, config.embedding_dim, config.units, config.dropout)
+    mean = np.zeros(CHANNELS, np.float32) if feature_mean is None else feature_mean
+    encoder = CNN_Encoder(config.encoder_dim, mean, feature_std, precision)
+    decoder = RNN_Decoder(vocab_size, config.embedding_dim, config.units, config.dropout, precision)
     encoded_features = encoder(tf.zeros((1, LOCATIONS, CHANNELS)))
     decoder(tf.zeros((1, 1), tf.int32), encoded_features, decoder.initial_hidden(encoded_features))
     return encoder, decoder

@@ -10,7 +10,7 @@ import pathlib
 import time
 
 from command_line import UserError, parse_command_line, run_script
-from data_utils import CHANNELS, LOCATIONS, feature_path, load_prepared, read_feature
+from data_utils import CHANNELS, LOCATIONS, feature_path, has_fast_bfloat16, load_prepared, read_feature
 from files import read_json, remove_leftovers, replacing, write_csv, write_json
 from model import attention_loss, build_captioner, caption_loss
 
@@ -69,7 +69,12 @@ def open_run(prepared, config):
     write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
     write_json(folder / "vocabulary.json", prepared.vocabulary)
 
-    encoder, decoder = build_captioner(config, len(prepared.vocabulary), prepared.feature_std)
+    precision = config.precision
+    if precision == "auto":
+        precision = "mixed_bfloat16" if has_fast_bfloat16() else "float32"
+    encoder, decoder = build_captioner(
+        config, len(prepared.vocabulary), prepared.feature_mean, prepared.feature_std, precision
+    )
     optimizer = keras.optimizers.Adam(config.learning_rate, global_clipnorm=config.clip_norm)
     optimizer.build(encoder.trainable_variables + decoder.trainable_variables)
     run = tf.train.Checkpoint(
@@ -182,23 +187,25 @@ def plan_batches(lengths, batch_size, rng):
     return np.concatenate([rng.permutation(batches).ravel(), order[full:]])
 
 
-def caption_batches(captions, order, batch_size):
-    """A tf.data pipeline of (features (B, P, F), captions (B, T)), padded to the longest of the batch."""
+def caption_batches(captions, order, config):
+    """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption."""
 
     def read(position):
-        return read_feature(captions.paths[position]), captions.words[position]
+        return read_feature(captions.paths[position], config.feature_dtype), captions.words[position]
 
     dataset = tf.data.Dataset.from_tensor_slices(order).map(read, num_parallel_calls=os.cpu_count())
     tuning = tf.data.Options()
     tuning.autotune.enabled = False  # its thread can hold up the end of an epoch for many seconds
-    return dataset.padded_batch(batch_size).prefetch(2).with_options(tuning)
+    return dataset.padded_batch(config.batch_size).prefetch(2).with_options(tuning)
+
+
+def batch_shapes(config):
+    """Shapes and types of a batch of any size and length, so that one graph serves them all."""
+    features = tf.TensorSpec((None, LOCATIONS, CHANNELS), config.feature_dtype)  # (B, P, F)
+    return features, tf.TensorSpec((None, None), tf.int32)  # (B, T)
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------
-
-# One graph serves batches of every size and length.
-FEATURES = tf.TensorSpec((None, LOCATIONS, CHANNELS), tf.float32)  # (B, P, F)
-CAPTIONS = tf.TensorSpec((None, None), tf.int32)  # (B, T)
 
 
 def train_epoch(run, captions, epoch, config):
@@ -208,10 +215,10 @@ def train_epoch(run, captions, epoch, config):
       dict: epoch (counted from 1), train_loss (nats per word, dropout on), captions_per_second.
     """
     order = plan_batches(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
-    step = train_step.get_concrete_function(run, FEATURES, CAPTIONS, config)  # traced at the first call only
+    step = train_step.get_concrete_function(run, *batch_shapes(config), config)  # traced at the first call only
     losses, tokens, start = [], [], time.perf_counter()
     with tqdm(total=len(order), desc=f"epoch {epoch + 1}/{config.epochs}", unit=" captions") as bar:
-        for features, words in caption_batches(captions, order, config.batch_size):
+        for features, words in caption_batches(captions, order, config):
             losses.append(float(step(features, words)))
             tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
             bar.set_postfix(loss=f"{np.average(losses[-50:], weights=tokens[-50:]):.3f}", refresh=False)
@@ -240,9 +247,9 @@ def train_step(run, features, captions, config):
 def validate(run, captions, config):
     """The loss over all captions, dropout off, in nats per word."""
     order = np.argsort(captions.lengths, kind="stable")
-    step = validation_step.get_concrete_function(run, FEATURES, CAPTIONS)
+    step = validation_step.get_concrete_function(run, *batch_shapes(config))
     losses, tokens = [], []
-    for features, words in caption_batches(captions, order, config.batch_size):
+    for features, words in caption_batches(captions, order, config):
         losses.append(float(step(features, words)))
         tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
     return float(np.average(losses, weights=tokens))

@@ -121,7 +121,7 @@ def test_batches_hold_each_captions_own_features_and_words(trained):
     order = training.plan_batches(captions.lengths, 16, np.random.default_rng(0))
     expected = [(data_utils.feature_path(image, config), words) for image in images for words in image["ids"]]
     seen = 0
-    for features, words in training.caption_batches(captions, order, 16):
+    for features, words in training.caption_batches(captions, order, config):
         assert features.shape == (len(words), 64, 2048)
         assert words.shape[1] == max(np.count_nonzero(words, axis=1))  # padded to the longest of the batch
         for row in range(len(words)):
