@@ -5,6 +5,7 @@ python inference_image_caption.py [--image FILE_OR_FOLDER ...] [--output DIR] [-
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import warnings
@@ -121,9 +122,11 @@ def own_images(names):
 
 def cached_batches(images, config):
     """(images, features (B, P, F)) of images whose features data_utils.py cached, `decode_batch` at a time."""
-    for start in range(0, len(images), config.decode_batch):
-        batch = images[start : start + config.decode_batch]
-        yield batch, tf.stack([read_feature(str(feature_path(image, config))) for image in batch])  # (B, P, F)
+    paths = [str(feature_path(image, config)) for image in images]
+    dataset = tf.data.Dataset.from_tensor_slices(paths).map(read_feature, num_parallel_calls=os.cpu_count())
+    for number, features in enumerate(dataset.batch(config.decode_batch).prefetch(1)):
+        start = number * config.decode_batch
+        yield images[start : start + config.decode_batch], features  # (B, P, F)
 
 
 def extract_batches(images, config):
@@ -153,7 +156,7 @@ def caption_batch(captioner, images, features, config):
       "attention_weights", (words, P).
     """
     words, log_probabilities, attention_weights = decode(
-        captioner.encoder, captioner.decoder, tf.constant(features), config.max_words
+        captioner.encoder, captioner.decoder, tf.convert_to_tensor(features), config.max_words
     )
     captions = []
     for image, ids, log_probability, weights in zip(
