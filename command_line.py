@@ -73,7 +73,7 @@ def parse_command_line(argv, description, add_options=None):
             f"--{field.name}",
             metavar=describe_type(setting_types()[field.name]),
             default=argparse.SUPPRESS,
-            help=f"{comments[field.name]} (default: {field.default})".replace("%", "%%"),
+            help=f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%"),
         )
     options, unknown = parser.parse_known_args(argv)
     if unknown:

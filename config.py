@@ -47,6 +47,8 @@ class Config:
     patience: Annotated[int, (1, None)] = 4  # epochs without a better validation loss before training stops
 
     # Inference
+    beam_width: Annotated[int, (1, 20)] = 1  # captions kept in view while decoding; 1 is greedy
+    length_penalty: Annotated[float, (0.0, 2.0)] = 0.7  # beams rank by log-probability / length to this power
     plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
     decode_batch: Annotated[int, (1, None)] = 100  # images decoded at a time
 
@@ -62,6 +64,6 @@ PRESETS = {
         "encoder_dim": 128,
         "embedding_dim": 64,
         "units": 256,
-        "epochs": 5,
+        "epochs": 8,
     },
 }

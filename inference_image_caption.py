@@ -1,6 +1,6 @@
 """Script 3: caption validation images, or your own, and plot where the model looked for each word.
 
-python inference_image_caption.py [--image FILE_OR_FOLDER ...] [--output DIR] [--dataset coco|demo] [--<field> VALUE]
+python inference_image_caption.py [--image FILE_OR_FOLDER ... | --evaluate] [--output DIR] [--<field> VALUE ...]
 """
 
 import dataclasses
@@ -10,6 +10,8 @@ import pathlib
 import sys
 import warnings
 
+import demo_scenes
+from caption_metrics import format_table, score_captions, write_metrics
 from command_line import UserError, parse_command_line, run_script
 from data_utils import (
     END,
@@ -36,12 +38,14 @@ from PIL import Image
 
 GRID = int(LOCATIONS**0.5)
 PLOT_SIZE = 480  # pixels, the longer side of a panel
+EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that --evaluate compares
 
 
 def add_options(parser):
     parser.add_argument(
         "--image", nargs="+", metavar="FILE_OR_FOLDER", help="caption these pictures instead of validation images"
     )
+    parser.add_argument("--evaluate", action="store_true", help="caption and score the whole validation split")
     parser.add_argument("--output", metavar="DIR", help="where captions and figures go (default: <run_dir>/captions)")
 
 
@@ -51,11 +55,14 @@ def main(argv):
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
 
     captioner = load_captioner(config)
+    if options.evaluate:
+        evaluate(captioner, output, config)
+        return
     if options.image:
         images = own_images(options.image)
         batches = extract_batches(images, config)
     else:
-        images = validation_images(captioner, config)
+        images = choose_images(validation_images(captioner, config), config)
         batches = cached_batches(images, config)
     captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
 
@@ -98,12 +105,16 @@ def load_captioner(config):
 
 
 def validation_images(captioner, config):
-    """A choice of `plot_images` validation images that depends on the seed alone."""
+    """The validation images that data_utils.py prepared, each with its "path"."""
     prepared = load_prepared(config)
     check_run_fits(pathlib.Path(config.run_dir), config, prepared.vocabulary)
-    count = min(config.plot_images, len(prepared.validation))
-    chosen = np.random.default_rng(config.seed).choice(len(prepared.validation), count, replace=False)
-    return [{**prepared.validation[i], "path": image_path(prepared.validation[i], config)} for i in chosen]
+    return [{**image, "path": image_path(image, config)} for image in prepared.validation]
+
+
+def choose_images(images, config):
+    """`plot_images` of the images, a choice that depends on the seed alone."""
+    count = min(config.plot_images, len(images))
+    return [images[i] for i in np.random.default_rng(config.seed).choice(len(images), count, replace=False)]
 
 
 def own_images(names):
@@ -156,7 +167,12 @@ def caption_batch(captioner, images, features, config):
       "attention_weights", (words, P).
     """
     words, log_probabilities, attention_weights = decode(
-        captioner.encoder, captioner.decoder, tf.convert_to_tensor(features), config.max_words
+        captioner.encoder,
+        captioner.decoder,
+        tf.convert_to_tensor(features),
+        config.max_words,
+        config.beam_width,
+        config.length_penalty,
     )
     captions = []
     for image, ids, log_probability, weights in zip(
@@ -193,6 +209,39 @@ def write_captions(captions, path):
         record["attention_weights"] = caption["attention_weights"].astype(np.float64).round(6).tolist()
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_bytes(path, "".join(lines).encode())
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(captioner, output, config):
+    """Caption every validation image greedily and with beams, and print and write the field's metrics of each run."""
+    images = validation_images(captioner, config)
+    references = {image["image_id"]: image["references"] for image in images}
+    texts, metrics = {}, {}
+    for width in sorted({*EVALUATED_WIDTHS, config.beam_width}):
+        run = "greedy" if width == 1 else f"beam {width}"
+        settings = dataclasses.replace(config, beam_width=width)
+        batches = cached_batches(images, settings)
+        captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, settings)]
+        texts[run] = {caption["image_id"]: caption["caption"] for caption in captions}
+        metrics[run] = score_captions(texts[run], references)
+        if config.dataset == "demo":
+            metrics[run]["scenes"] = score_demo(captions, config)
+    write_metrics(output, config.coco_split, texts, metrics)
+    print(format_table(metrics))
+    for run, values in metrics.items():
+        for name, share in values.get("scenes", {}).items():
+            print(f"{run}, {name}: {share:.1%}")
+    print(f"metrics.json and the captions in COCO's results format are in {output}")
+
+
+def score_demo(captions, config):
+    """Shares of what captions of the demo's scenes say that is true, see demo_scenes.score_captions."""
+    scenes = demo_scenes.read_scenes(config.coco_dir)
+    return demo_scenes.score_captions(
+        [caption["caption"] for caption in captions], [scenes[caption["image_id"]] for caption in captions]
+    )
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------
