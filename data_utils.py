@@ -5,6 +5,7 @@ python data_utils.py [--dataset coco|demo] [--<field> VALUE ...]
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -372,7 +373,7 @@ def cache_features(train, validation, skipped, config):
     network = feature_network(config, [image_path(image, config) for image in train])
     targets = {image_path(image, config): feature_path(image, config) for image in missing}
     skipped = {}
-    with tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
+    with extract_precision(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
         for paths, features, failed in extract_features(network, list(targets), config.extract_batch):
             for path, feature in zip(paths, features.astype(config.feature_dtype), strict=True):
                 write_npy(targets[path], feature)
@@ -381,6 +382,20 @@ def cache_features(train, validation, skipped, config):
                 skipped[path.name] = reason
             bar.update(len(paths) + len(failed))
     return skipped
+
+
+@contextlib.contextmanager
+def extract_precision(config):
+    """Inside the block TensorFlow turns products and convolutions into bfloat16, where config asks for that.
+
+    The option is the whole process's: decoding, whose captions are to be float32's, stays outside.
+    """
+    fast = config.extract_precision == "bfloat16" or (config.extract_precision == "auto" and has_fast_bfloat16())
+    tf.config.optimizer.set_experimental_options({"auto_mixed_precision_onednn_bfloat16": fast})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({"auto_mixed_precision_onednn_bfloat16": False})
 
 
 def extract_features(network, paths, batch_size):
@@ -451,8 +466,6 @@ def feature_network(config, calibration_paths):
     # As constants the weights let TensorFlow fold batch norm into the convolutions, which variables do not.
     trainable = [variable.numpy() for variable in inception.trainable_variables]
     others = [variable.numpy() for variable in inception.non_trainable_variables]
-    if config.extract_precision == "bfloat16" or (config.extract_precision == "auto" and has_fast_bfloat16()):
-        tf.config.optimizer.set_experimental_options({"auto_mixed_precision_onednn_bfloat16": True})
 
     @tf.function(input_signature=[tf.TensorSpec((None, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)])
     def network(pixels):

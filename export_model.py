@@ -1,9 +1,10 @@
 """The trained captioner as one TensorFlow SavedModel, from the bytes of image files to captions, without this code.
 
-    model = tensorflow.saved_model.load(folder).signatures["serving_default"]
-    model(images=tensorflow.constant([open("image.jpg", "rb").read()]))["captions"]
+caption = tensorflow.saved_model.load(folder).signatures["serving_default"]
+caption(images=tensorflow.constant([open("image.jpg", "rb").read()]))["captions"]
 """
 
+import functools
 import os
 import pathlib
 import shutil
@@ -17,36 +18,33 @@ import tensorflow as tf
 
 
 def export_captioner(captioner, network, config, folder):
-    """Write decoding of images, InceptionV3, encoder, decoder and vocabulary as a SavedModel that serves
+    """Write decoding of images, InceptionV3, encoder, decoder and vocabulary as a SavedModel.
 
-      images: string (B,), the bytes of JPEG, PNG, GIF (first frame), BMP or WebP files
-
-    Returns (of the signature `serving_default`):
+    Its signature `serving_default` takes
+      images: string (B,), B at least 1, files as bytes: JPEG, PNG, WebP, BMP without a palette, or a GIF's first frame
+    and returns
       captions: string (B,)
       log_probabilities: float32 (B,), natural
-      attention_weights: float32 (B, L, P), L the longest caption's words and <end>; row t is a caption's word t
+      attention_weights: float32 (B, L, P), of a caption's words, then of <end> and of padding to the longest's
 
-    A photograph is taken as it is stored, as TensorFlow cannot read which side EXIF says is up. All is computed in
-    float32, so a caption can differ from the scripts' where these use bfloat16 or Pillow scales a large JPEG file.
+    TensorFlow does not read EXIF, so a photograph is captioned as it is stored, not as a viewer would turn it. All is
+    computed in float32, so a caption may differ where the scripts use bfloat16. One damaged file fails the whole batch.
 
     Args:
-      captioner: has encoder, decoder and vocabulary, as inference_image_caption.load_captioner returns.
+      captioner: encoder, decoder and vocabulary, as inference_image_caption.load_captioner returns.
       network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
-      config: Config; `max_words`, and the beam's settings where it has them.
-      folder: the SavedModel's path; a folder that is there must be empty.
+      config: Config; `max_words`, and the settings of the beam where it has them.
+      folder: where to; may be there if it is empty.
 
     Raises:
-      UserError: the folder holds something already, or cannot be written.
+      UserError: the folder holds something, or cannot be written.
     """
-    target = pathlib.Path(folder).resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
     beam = getattr(config, "beam_width", 1), getattr(config, "length_penalty", 0.0)
-    said = tf.constant(["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)])  # (V,)
+    said = ["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)]  # (V,)
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="images")])
     def caption(images):
-        pixels = tf.map_fn(decode_image, images, tf.TensorSpec((IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8))
+        pixels = tf.map_fn(decode_image, images, fn_output_signature=tf.uint8)  # (B, 299, 299, 3)
         words, log_probabilities, attention_weights = decode_captions(
             captioner.encoder, captioner.decoder, network(pixels), config.max_words, *beam
         )
@@ -56,13 +54,16 @@ def export_captioner(captioner, network, config, folder):
             "attention_weights": attention_weights,
         }
 
-    module = tf.Module()  # what it holds is saved
-    module.encoder, module.decoder, module.said = captioner.encoder, captioner.decoder, said
+    model = tf.Module()
+    model.weights = [weight.value for weight in captioner.encoder.weights + captioner.decoder.weights]
+    target = pathlib.Path(folder).resolve()
     temporary = target.with_name(f".{target.name}.export")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     try:
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
-        tf.saved_model.save(module, str(temporary), signatures=caption)
+        tf.saved_model.save(model, str(temporary), signatures=caption)
         os.replace(temporary, target)
     except (OSError, tf.errors.OpError) as error:
         reason = str(error).splitlines()[0]
@@ -72,23 +73,17 @@ def export_captioner(captioner, network, config, folder):
 
 
 def decode_image(data):
-    """What data_utils.load_image does, but for EXIF, in a graph. Bytes, string () -> uint8 (299, 299, 3)."""
-    rgb = tf.case(
-        [
-            (
-                tf.strings.substr(data, 0, 2) == b"\xff\xd8",
-                lambda: tf.io.decode_jpeg(data, 3, dct_method="INTEGER_ACCURATE"),  # as Pillow
-            ),
-            (tf.strings.substr(data, 0, 4) == b"\x89PNG", lambda: on_white(tf.io.decode_png(data, 4))),
-        ],
-        default=lambda: tf.io.decode_image(data, 3, expand_animations=False),
-    )
-    scaled = tf.image.resize(rgb, (IMAGE_SIZE, IMAGE_SIZE), antialias=True)
-    return tf.cast(tf.round(scaled), tf.uint8)
-
-
-def on_white(rgba):
-    """Transparent parts white. uint8 (height, width, 4) -> uint8 (height, width, 3)."""
-    rgba = tf.cast(rgba, tf.float32)
-    opaque = rgba[:, :, 3:] / 255  # (height, width, 1)
-    return tf.cast(tf.round(opaque * rgba[:, :, :3] + (1 - opaque) * 255), tf.uint8)
+    """What data_utils.load_image does, EXIF apart, inside a graph. string () -> uint8 (299, 299, 3)."""
+    if tf.strings.substr(data, 0, 2) == b"\xff\xd8":  # JPEG
+        decode = functools.partial(tf.io.decode_jpeg, data, 3, dct_method="INTEGER_ACCURATE")  # as Pillow does
+        excess = tf.reduce_min(tf.io.extract_jpeg_shape(data)[:2]) // IMAGE_SIZE  # a large one at 1/2, 1/4 or 1/8
+        smaller = tf.reduce_sum(tf.cast(excess >= (2, 4, 8), tf.int32))
+        rgb = tf.switch_case(smaller, [functools.partial(decode, ratio=ratio) for ratio in (1, 2, 4, 8)])
+    elif tf.strings.substr(data, 0, 4) == b"\x89PNG":
+        rgba = tf.cast(tf.io.decode_png(data, 4), tf.float32)
+        opaque = rgba[:, :, 3:] / 255  # (height, width, 1)
+        rgb = tf.cast(tf.round(opaque * rgba[:, :, :3] + (1 - opaque) * 255), tf.uint8)
+    else:
+        rgb = tf.io.decode_image(data, 3, expand_animations=False)
+    resized = tf.image.resize(rgb, (IMAGE_SIZE, IMAGE_SIZE), antialias=True)
+    return tf.cast(tf.round(resized), tf.uint8)

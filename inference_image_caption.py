@@ -19,6 +19,7 @@ from data_utils import (
     PAD,
     dataset_option,
     extract_features,
+    extract_precision,
     feature_network,
     feature_path,
     image_path,
@@ -38,6 +39,7 @@ from PIL import Image
 
 GRID = int(LOCATIONS**0.5)
 PLOT_SIZE = 480  # pixels, the longer side of a panel
+EXTRACTED = 1000  # images whose features are held in memory before they are captioned
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that --evaluate compares
 
 
@@ -146,11 +148,15 @@ def extract_batches(images, config):
         raise UserError(f"{random_statistics(config)} is missing: run python data_utils.py {dataset_option(config)}")
     network = feature_network(config, [])
     by_path = {image["path"]: image for image in images}
-    for paths, features, failed in extract_features(network, list(by_path), config.extract_batch):
-        for _, reason in failed:
-            print(reason)
-        if paths:
-            yield [by_path[path] for path in paths], features
+    paths = list(by_path)
+    for start in range(0, len(paths), EXTRACTED):
+        with extract_precision(config):
+            extracted = list(extract_features(network, paths[start : start + EXTRACTED], config.extract_batch))
+        for readable, features, failed in extracted:
+            for _, reason in failed:
+                print(reason)
+            if readable:
+                yield [by_path[path] for path in readable], features
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------

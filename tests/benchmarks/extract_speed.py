@@ -7,6 +7,7 @@ written here as a short reference: tf.data reads, decodes and resizes; Keras's m
 The two ways' features are compared first.
 """
 
+import dataclasses
 import pathlib
 import tempfile
 import time
@@ -32,23 +33,28 @@ def main(argv):
     config, options = parse_command_line(["--inception_weights", "random", *argv], __doc__, add_options)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        config = data_utils.dataclasses.replace(config, features_dir=str(folder / "features"))
+        config = dataclasses.replace(config, features_dir=str(folder / "features"))
         paths = sorted(options.folder.glob("*.jpg")) if options.folder else draw_photographs(folder, options.count)
         paths = paths[: options.count]
-        network = data_utils.feature_network(config, paths)
-        inception = usual_network(config, paths)
-        similarity = compare(network, inception, paths[:32])
-        ready = tf.constant(np.stack([data_utils.load_image(path) for path in paths[: config.extract_batch]]))
-
-        rates = {"usual": [], "ours": [], "InceptionV3 alone, our graph": []}
-        for _ in range(options.rounds + 1):  # the first round warms up
-            rates["usual"].append(rate(len(paths), extract_the_usual_way, inception, paths, folder))
-            rates["ours"].append(rate(len(paths), extract_our_way, network, paths, folder, config))
-            rates["InceptionV3 alone, our graph"].append(rate(len(ready) * 5, call_often, network, ready, 5))
+        with data_utils.extract_precision(config):  # a rewriting of graphs, which leaves eager calls as they are
+            similarity, rates = measure(paths, folder, options.rounds, config)
     print(f"{len(paths)} images, batch {config.extract_batch}, precision {config.extract_precision}")
     print(f"mean cosine between the two ways' features, per location: {similarity:.5f}")
     print(describe_machine())
     print_table("extraction", "images/s", rates)
+
+
+def measure(paths, folder, rounds, config):
+    network = data_utils.feature_network(config, paths)
+    inception = usual_network(config, paths)
+    similarity = compare(network, inception, paths[:32])
+    ready = tf.constant(np.stack([data_utils.load_image(path) for path in paths[: config.extract_batch]]))
+    rates = {"usual": [], "ours": [], "InceptionV3 alone, our graph": []}
+    for _ in range(rounds + 1):  # the first round warms up
+        rates["usual"].append(rate(len(paths), extract_the_usual_way, inception, paths, folder))
+        rates["ours"].append(rate(len(paths), extract_our_way, network, paths, folder, config))
+        rates["InceptionV3 alone, our graph"].append(rate(len(ready) * 5, call_often, network, ready, 5))
+    return similarity, rates
 
 
 def draw_photographs(folder, count):

@@ -1,0 +1,240 @@
+import copy
+import json
+import random
+
+from attention_accuracy import attention_accuracy, coco_looks, demo_looks
+from command_line import UserError
+from demo_scenes import compose_scene, write_captions
+from inference_image_caption import upsample
+
+import numpy as np
+import pytest
+
+SIZE = (320, 240)  # cells of 40 x 30 pixels
+
+
+def one_cell(row, column):
+    """A map whose light peaks in the middle of one of the 8 x 8 cells."""
+    weights = np.zeros(64, np.float32)
+    weights[8 * row + column] = 1
+    return weights
+
+
+def captioned(image_id, text, maps=None):
+    words = text.split()
+    maps = np.tile(one_cell(3, 3), (len(words), 1)) if maps is None else np.stack(maps)
+    return {"image_id": image_id, "caption": text, "words": words, "attention_weights": maps}
+
+
+def accuracy(*looks):
+    return attention_accuracy(list(looks), upsample)
+
+
+# --- Accuracy
+
+
+def test_a_peak_counts_in_any_of_the_boxes_and_in_no_other_place():
+    cell = [6 * 40, 2 * 30, 40, 30]  # row 2, column 6
+    for row, column, inside in ((2, 6, 1), (2, 5, 0), (3, 6, 0), (6, 2, 0)):
+        assert accuracy((one_cell(row, column), SIZE, [cell]))["inside"] == inside
+    far = [0, 0, 10, 10]
+    assert accuracy((one_cell(2, 6), SIZE, [far, cell]))["inside"] == 1
+    assert accuracy((one_cell(2, 6), SIZE, [far]))["inside"] == 0
+
+
+def test_width_and_height_are_not_mixed_up():
+    weights = one_cell(1, 6)
+    assert accuracy((weights, (800, 80), [[600, 10, 100, 10]]))["inside"] == 1
+    assert accuracy((weights, (80, 800), [[60, 100, 10, 100]]))["inside"] == 1
+    assert accuracy((weights, (80, 800), [[10, 600, 10, 100]]))["inside"] == 0
+
+
+@pytest.mark.parametrize(
+    "boxes, pixels",
+    [
+        ([[0, 0, 320, 240]], 320 * 240),
+        ([[10, 20, 30, 40]], 30 * 40),
+        ([[10, 20, 30, 40], [200, 100, 5, 5]], 30 * 40 + 5 * 5),
+        ([[10, 20, 30, 40], [20, 30, 30, 40]], 2 * 30 * 40 - 20 * 30),  # what both cover counts once
+        ([[10, 20, 30, 40], [15, 25, 5, 5]], 30 * 40),
+        ([[-10, -5, 30, 25]], 20 * 20),  # clipped at each border
+        ([[300, 230, 100, 100]], 20 * 10),
+        ([[400, 0, 10, 10]], 0),
+        ([[0.4, 0.6, 2.0, 1.0]], 2 * 1),  # the pixels whose middle is inside
+    ],
+)
+def test_chance_is_the_share_of_the_image_in_the_union_of_the_boxes(boxes, pixels):
+    assert accuracy((one_cell(4, 4), SIZE, boxes))["chance"] == pytest.approx(pixels / (320 * 240), rel=1e-12)
+
+
+def test_shares_are_means_over_words():
+    left, right = [0, 0, 160, 240], [160, 0, 160, 240]
+    hit, miss = (one_cell(4, 1), SIZE, [left]), (one_cell(4, 1), SIZE, [right])
+    scores = accuracy(hit, miss, hit, (one_cell(4, 1), SIZE, [left, right]))
+    assert scores == {"words": 4, "inside": 0.75, "chance": 0.625}
+
+
+def test_a_level_map_is_worth_chance():
+    scores = accuracy((np.full(64, 1 / 64, np.float32), SIZE, [[0, 0, 32, 240]]))
+    assert scores["inside"] == pytest.approx(0.1) == scores["chance"]
+
+
+def test_without_words_there_is_no_share():
+    assert accuracy() == {"words": 0, "inside": None, "chance": None}
+
+
+# --- Demo
+
+
+def test_each_noun_of_a_demo_caption_is_held_against_its_own_box():
+    scene = next(s for s in (compose_scene(n, 7) for n in range(1, 99)) if len(s["objects"]) == 2)
+    scene["objects"][0] |= {"noun": "ball", "place": "left", "box": [20, 80, 100, 100]}
+    scene["objects"][1] |= {"noun": "box", "place": "right", "box": [200, 80, 100, 100]}
+    scene |= {"width": 320, "height": 240}
+    text = write_captions(scene)[0].lower().rstrip(".")
+    caption = captioned(5, text)
+    ball, box = caption["words"].index("ball"), caption["words"].index("box")
+    caption["attention_weights"][ball], caption["attention_weights"][box] = one_cell(4, 1), one_cell(4, 6)
+
+    looks = demo_looks([caption], {5: scene})
+    assert [(size, boxes) for _, size, boxes in looks] == [
+        (SIZE, [[20, 80, 100, 100]]),
+        (SIZE, [[200, 80, 100, 100]]),
+    ]
+    assert accuracy(*looks) == {"words": 2, "inside": 1.0, "chance": 100 * 100 / (320 * 240)}
+
+    caption["attention_weights"] = caption["attention_weights"][:, ::-1]
+    assert accuracy(*demo_looks([caption], {5: scene}))["inside"] == 0
+    assert demo_looks([captioned(5, "on the grass")], {5: scene}) == []
+
+
+def test_a_demo_image_without_scene_is_one_line():
+    with pytest.raises(UserError, match="no scene is known for image 9: run python data_utils.py --dataset demo"):
+        demo_looks([captioned(9, "a ball")], {})
+
+
+# --- MS-COCO
+
+NAMES = "person,bicycle,bus,bench,dog,hot dog,bear,teddy bear,knife,mouse,sheep,tv,cell phone,wine glass,toy".split(",")
+INSTANCES = {
+    "categories": [{"id": 10 + n, "name": name} for n, name in enumerate(NAMES)],
+    "images": [{"id": n, "width": 320, "height": 240} for n in (1, 2)],
+    "annotations": [{"image_id": 1, "category_id": 10 + n, "bbox": [n, 0, 40.5, 30]} for n, name in enumerate(NAMES)],
+}
+
+
+@pytest.fixture
+def instances(tmp_path):
+    path = tmp_path / "instances_val2014.json"
+    path.write_text(json.dumps(INSTANCES))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("a dog on a bench", ["dog", "bench"]),
+        ("two dogs on benches near buses", ["dog", "bench", "bus"]),
+        ("a man and women with children", ["person", "person", "person"]),
+        ("people and a person", ["person", "person"]),
+        ("babies and ladies and boys", ["person", "person", "person"]),
+        ("a hot dog and hot dogs", ["hot dog", "hot dog"]),
+        ("a hot day for a dog", ["dog"]),
+        ("a teddy bear beside bears", ["teddy bear", "bear"]),
+        ("teddy", []),
+        ("knives mice sheep toys", ["knife", "mouse", "sheep", "toy"]),
+        ("bikes televisions phones", ["bicycle", "tv", "cell phone"]),
+        ("wine glasses and glasses", ["wine glass"]),
+        ("a cell phone", ["cell phone"]),
+        ("busy mandogs <unk>", []),
+        ("a sofa", []),  # no couch among this file's categories
+        ("", []),
+    ],
+)
+def test_words_name_categories(instances, text, names):
+    looks, absent = coco_looks([captioned(1, text, [one_cell(0, 0)] * len(text.split()) or [[]])], instances)
+    assert [boxes for _, _, boxes in looks] == [[[NAMES.index(name), 0, 40.5, 30]] for name in names]
+    assert {size for _, size, _ in looks} <= {SIZE}
+    assert absent == 0
+
+
+def test_each_word_comes_with_its_own_map_and_two_words_with_their_mean(instances):
+    maps = [one_cell(0, n) for n in range(4)]
+    looks, _ = coco_looks([captioned(1, "dog beside teddy bears", maps)], instances)
+    assert [np.flatnonzero(weights).tolist() for weights, _, _ in looks] == [[0], [2, 3]]
+    assert looks[1][0].sum() == 1
+
+
+def test_categories_without_a_box_in_the_image_are_counted_as_absent(instances):
+    captions = [captioned(2, "a dog on a sofa"), captioned(1, "a dog"), captioned(77, "two dogs and a bear")]
+    looks, absent = coco_looks(captions, instances)
+    assert (len(looks), absent) == (1, 3)
+
+
+def test_all_boxes_of_a_category_in_the_image_count(instances):
+    data = copy.deepcopy(INSTANCES)
+    data["annotations"] = [
+        {"image_id": image, "category_id": 14, "bbox": box}
+        for image, box in ((1, [0, 0, 40, 30]), (1, [40, 0, 40, 30]), (2, [0, 0, 320, 240]))
+    ]
+    instances.write_text(json.dumps(data))
+    looks, _ = coco_looks([captioned(1, "dogs", [one_cell(3, 3)])], instances)
+    assert accuracy(*looks) == {"words": 1, "inside": 0.0, "chance": 2 / 64}
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"images": [], "categories": []}'])
+def test_a_wrong_instances_file_is_one_line(instances, text):
+    instances.write_text(text)
+    with pytest.raises(UserError, match="instances_val2014.json .*COCO's own file"):
+        coco_looks([captioned(1, "a dog")], instances)
+
+
+def test_instances_of_other_images_are_one_line(instances):
+    with pytest.raises(UserError, match="lists none of the captioned images"):
+        coco_looks([captioned(77, "a dog")], instances)
+    with pytest.raises(UserError, match="is missing"):
+        coco_looks([captioned(1, "a dog")], instances.with_name("nowhere.json"))
+
+
+@pytest.mark.parametrize(
+    "key, record, problem",
+    [
+        ("categories", {"id": 99}, "a category without id or name"),
+        ("categories", {"id": 99, "name": " "}, "a category without id or name"),
+        ("images", {"id": 3, "width": 320}, "an image without id, width or height"),
+        ("images", {"id": 3, "width": 10**9, "height": 10}, "an image of an impossible size"),
+        ("annotations", {"image_id": 1, "category_id": 14, "bbox": [0, 0, 5]}, "or a box"),
+        ("annotations", {"image_id": 1, "category_id": 14, "bbox": [0, 0, float("nan"), 5]}, "or a box"),
+        ("annotations", {"image_id": 1, "category_id": 14, "bbox": [0, 0, 10**400, 5]}, "or a box"),
+        ("annotations", {"image_id": 1, "category_id": 14, "bbox": [0, 0, 0, 5]}, "or a box"),
+        ("annotations", {"image_id": 1, "category_id": 99, "bbox": [0, 0, 5, 5]}, "category that is not listed"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_left_out_and_named(instances, capsys, key, record, problem):
+    data = copy.deepcopy(INSTANCES)
+    data[key].append(record)
+    instances.write_text(json.dumps(data))
+    looks, absent = coco_looks([captioned(1, "a dog")], instances)
+    assert ([boxes for _, _, boxes in looks], absent) == ([[[4, 0, 40.5, 30]]], 0)
+    printed = capsys.readouterr().out
+    assert printed.count("1 left out") == 1 and problem in printed
+
+
+def test_wrong_types_anywhere_are_left_out_or_one_line(instances):
+    """One value somewhere in the file becomes another: what comes back can be scored, or a UserError comes."""
+    rng = random.Random(0)
+    captions = [captioned(1, "a dog with people and a teddy bear")]
+    for _ in range(300):
+        data = copy.deepcopy(INSTANCES)
+        place = data[rng.choice(list(data))]
+        key = rng.randrange(len(place))
+        if rng.random() < 0.7:
+            place, key = place[key], rng.choice(list(place[key]))
+        place[key] = rng.choice((None, True, -1, 0, 1e300, float("nan"), "", "\ud800", [], [[]] * 4, {}, [1, 2, 3, 4]))
+        instances.write_text(json.dumps(data))
+        try:
+            scores = accuracy(*coco_looks(captions, instances)[0])
+        except UserError as error:
+            assert "\n" not in str(error)
+            continue
+        assert scores["words"] <= 3

@@ -1,0 +1,186 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import inference_image_caption as inference
+from command_line import UserError, make_config
+from conftest import write_coco
+from data_utils import SPECIAL_WORDS, extract_features, feature_network, load_image
+from export_model import decode_image, export_captioner
+from model import build_captioner
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+BFLOAT16 = "auto_mixed_precision_onednn_bfloat16"
+SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32}
+VOCABULARY = [*SPECIAL_WORDS, *(f"word{i}" for i in range(16)), "tüür"]
+
+# Pillow's mode and size of a picture; one of 299 x 299 without loss is the same to the last bit for Pillow and
+# TensorFlow, in the others a pixel is off by one or two of 255.
+SAME = {
+    "colour.png": ("RGB", (299, 299)),
+    "grey.png": ("L", (299, 299)),
+    "alpha.png": ("RGBA", (299, 299)),
+    "palette.png": ("P", (299, 299)),
+    "palette.gif": ("P", (299, 299)),
+    "colour.bmp": ("RGB", (299, 299)),
+}
+NEAR = {
+    "large.png": ("RGB", (640, 480)),
+    "grey_alpha.png": ("LA", (200, 350)),
+    "colour.jpg": ("RGB", (640, 480)),
+    "grey.jpg": ("L", (400, 300)),
+    "cmyk.jpg": ("CMYK", (300, 640)),
+    "half.jpg": ("RGB", (650, 900)),
+    "quarter.jpg": ("L", (1500, 1300)),
+    "eighth.jpg": ("RGB", (3000, 2400)),
+}
+
+CAPTIONED = ("colour.png", "grey.png", "alpha.png", "palette.gif", "large.png", "colour.jpg", "grey.jpg", "half.jpg")
+
+# All that another program needs.
+PROGRAM = """
+import json, sys
+import tensorflow as tf
+caption = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+answer = caption(images=tf.constant([open(path, "rb").read() for path in sys.argv[2:]]))
+answer["captions"] = tf.strings.unicode_decode(answer["captions"], "UTF-8")
+answer = {name: value.to_list() if name == "captions" else value.numpy().tolist() for name, value in answer.items()}
+print(json.dumps({**answer, "modules": list(sys.modules)}))
+"""
+
+
+def draw(folder, name, mode, size):
+    """A smooth picture, another for each name, with some of every colour and opacity."""
+    rng = np.random.default_rng(list(name.encode()))
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 4 if "A" in mode else 3), np.uint8))
+    coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).save(folder / name)
+    return folder / name
+
+
+def tiny_captioner(config, features):
+    """A captioner of such weights that captions are sure, and differ in words and lengths from image to image."""
+    encoder, decoder = build_captioner(config, len(VOCABULARY), features.mean((0, 1)), features.std())
+    rng = np.random.default_rng(1)
+    for weight in decoder.trainable_weights:
+        weight.assign(0.7 * rng.standard_normal(weight.shape))
+    decoder.make_logits.kernel.assign(2 * decoder.make_logits.kernel)
+    return inference.Captioner(encoder, decoder, VOCABULARY)
+
+
+@pytest.fixture
+def no_network():
+    """A stand-in for InceptionV3: only the mean colour matters."""
+    return lambda pixels: tf.reduce_mean(tf.cast(pixels, tf.float32), (1, 2, 3))[:, None, None] + tf.zeros((64, 2048))
+
+
+@pytest.fixture
+def float32():
+    """What feature_network sets for the whole process, off in the test and put back after it."""
+    before = tf.config.optimizer.get_experimental_options().get(BFLOAT16, False)
+    tf.config.optimizer.set_experimental_options({BFLOAT16: False})
+    yield
+    tf.config.optimizer.set_experimental_options({BFLOAT16: before})
+
+
+def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path, float32):
+    write_coco(tmp_path / "coco", count=8)
+    paths = [draw(tmp_path, name, *(SAME | NEAR)[name]) for name in CAPTIONED]
+    config = make_config(
+        {
+            "data_dir": str(tmp_path / "data"),
+            "inception_weights": "random",
+            "extract_precision": "float32",
+            **SIZES,
+            "max_words": 9,
+        }
+    )
+    network = feature_network(config, sorted((tmp_path / "coco" / "train2014").iterdir()))
+    ((_, features, _),) = extract_features(network, paths, len(paths))
+    captioner = tiny_captioner(config, features)
+    expected = inference.caption_batch(captioner, [{"path": path} for path in paths], features, config)
+    assert len({caption["caption"] for caption in expected}) > len(paths) / 2
+    assert len({len(caption["words"]) for caption in expected}) > 2
+
+    tf.config.optimizer.set_experimental_options({BFLOAT16: True})  # of this process, not of the model
+    export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
+    assert os.listdir(tmp_path / "deep") == ["exported"]
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", PROGRAM, tmp_path / "deep" / "exported", *paths]
+    run = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert not {path.stem for path in pathlib.Path(inference.__file__).parent.glob("*.py")} & set(answer["modules"])
+    captions = ["".join(map(chr, letters)) for letters in answer["captions"]]
+    assert captions == [caption["caption"] for caption in expected]
+    for caption, log_probability, weights in zip(
+        expected, answer["log_probabilities"], answer["attention_weights"], strict=True
+    ):
+        same = caption["path"].name in SAME
+        assert log_probability == pytest.approx(caption["log_probability"], abs=1e-2 if same else 0.5)
+        assert np.shape(weights)[1] == 64
+        own = weights[: len(caption["words"])]
+        np.testing.assert_allclose(own, caption["attention_weights"], atol=1e-3 if same else 0.1)
+
+
+decode_in_graph = tf.function(decode_image)
+
+
+@pytest.mark.parametrize("name", SAME | NEAR)
+def test_images_are_decoded_as_for_the_features(tmp_path, name):
+    path = draw(tmp_path, name, *(SAME | NEAR)[name])
+    decoded = decode_in_graph(tf.constant(path.read_bytes()))
+    assert decoded.dtype == tf.uint8
+    difference = np.abs(decoded.numpy().astype(int) - load_image(path))  # (299, 299, 3)
+    assert difference.max() <= (0 if name in SAME else 3)
+    assert difference.mean() < 0.5
+
+
+def test_an_empty_folder_is_taken_and_a_killed_exports_rest_goes(tmp_path, no_network):
+    config = make_config({**SIZES, "max_words": 3})
+    captioner = tiny_captioner(config, np.ones((1, 64, 2048)))
+    (tmp_path / "model").mkdir()
+    (tmp_path / ".model.export").mkdir()
+    (tmp_path / ".model.export" / "half.pb").write_bytes(b"half")
+    export_captioner(captioner, no_network, config, tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
+    assert not (tmp_path / "model" / "half.pb").exists()
+    assert tf.saved_model.contains_saved_model(str(tmp_path / "model"))
+
+    kept = (tmp_path / "model" / "saved_model.pb").read_bytes()
+    with pytest.raises(UserError, match="model is there already"):
+        export_captioner(captioner, no_network, config, tmp_path / "model")
+    assert (tmp_path / "model" / "saved_model.pb").read_bytes() == kept
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_export_that_fails_leaves_nothing(tmp_path, no_network, monkeypatch, error):
+    def half(model, folder, signatures):
+        (tmp_path / folder / "saved_model.pb").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(tf.saved_model, "save", half)
+    config = make_config(SIZES)
+    captioner = tiny_captioner(config, np.ones((1, 64, 2048)))
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
+        export_captioner(captioner, no_network, config, tmp_path / "model")
+    assert isinstance(error, KeyboardInterrupt) or "No space left on device" in str(raised.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path, no_network):
+    (tmp_path / "file").write_text("")
+    config = make_config(SIZES)
+    captioner = tiny_captioner(config, np.ones((1, 64, 2048)))
+    for folder in (tmp_path / "file", tmp_path / "file" / "model"):
+        with pytest.raises(UserError) as raised:
+            export_captioner(captioner, no_network, config, folder)
+        assert "\n" not in str(raised.value)

@@ -1,0 +1,84 @@
+"""The three scripts as a user runs them, one process each: on a small demo, and on real photographs where they are."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import data_utils
+from command_line import parse_command_line
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+WEIGHTS = SHARED / "weights" / "inception_v3_notop.weights.h5"
+
+
+def run(script, *argv):
+    done = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def check_figures(folder, count):
+    figures = sorted(folder.glob("*.png"))
+    assert len(figures) == count
+    for figure in figures:
+        with Image.open(figure) as image:
+            assert image.width > 200
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert len(lines) == count
+    return lines
+
+
+def test_a_small_demo_from_drawing_to_figures(tmp_path):
+    places = ["--coco_dir", str(tmp_path / "scenes"), "--data_dir", str(tmp_path), "--run_dir", str(tmp_path / "run")]
+    argv = ["--dataset", "demo", *places, "--demo_images", "30", "--epochs", "2", "--plot_images", "2"]
+    assert "24 images, 120 captions" in run("data_utils.py", *argv)
+    assert "30 of 30 are in" in run("data_utils.py", *argv)
+    run("train_image_caption_model.py", *argv)
+    out = run("inference_image_caption.py", *argv)
+    assert out.count("predicted") == 2
+    check_figures(tmp_path / "run" / "captions", 2)
+
+    picture = next((tmp_path / "scenes" / "train2014").glob("*.jpg"))
+    run("inference_image_caption.py", *argv, "--image", str(picture), "--output", str(tmp_path / "own"))
+    (own,) = check_figures(tmp_path / "own", 1)
+    assert own["image"] == str(picture)
+
+    out = run("inference_image_caption.py", *argv, "--evaluate")
+    metrics = json.loads((tmp_path / "run" / "captions" / "metrics.json").read_text())
+    assert {"greedy", "beam 3", "beam 5"} <= metrics.keys()
+    for name in ("BLEU-4", "CIDEr", "ROUGE-L"):
+        assert name in out
+        assert metrics["greedy"][name] >= 0
+    assert 0 <= metrics["greedy"]["scenes"]["objects"] <= 1
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")
+def test_real_photographs_in_coco_2017_layout(tmp_path):
+    argv = ["--coco_dir", str(SHARED / "coco_mini"), "--coco_split", "train2017", "--inception_weights", str(WEIGHTS)]
+    argv += ["--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run"), "--num_examples", "none"]
+    argv += ["--units", "64", "--epochs", "2", "--plot_images", "2"]
+    run("data_utils.py", *argv)
+    run("train_image_caption_model.py", *argv)
+    run("inference_image_caption.py", *argv)
+    check_figures(tmp_path / "run" / "captions", 2)
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")
+def test_fast_features_are_float32s_up_to_rounding(tmp_path):
+    paths = sorted((SHARED / "coco_mini" / "val2017").glob("*.jpg"))[:16]
+    pixels = tf.constant(np.stack([data_utils.load_image(path) for path in paths]))
+    argv = ["--inception_weights", str(WEIGHTS), "--features_dir", str(tmp_path)]
+    features = {}
+    for precision in ("float32", "auto"):
+        config, _ = parse_command_line([*argv, "--extract_precision", precision], "")
+        with data_utils.extract_precision(config):
+            features[precision] = data_utils.feature_network(config, [])(pixels).numpy()
+    norms = np.linalg.norm(features["float32"], axis=-1) * np.linalg.norm(features["auto"], axis=-1)
+    assert ((features["float32"] * features["auto"]).sum(-1) / norms).mean() > 0.999
