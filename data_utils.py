@@ -432,12 +432,13 @@ def extract_batch(network, paths):
     return readable, network(tf.constant(np.stack(pixels))).numpy(), failed  # (B, P, F)
 
 
-def feature_network(config, calibration_paths):
+def feature_network(config, calibration_paths=None):
     """InceptionV3 without its top, as one graph.
 
     Args:
       config: Config; its `inception_weights` are imagenet, random, or the path of a weights file.
-      calibration_paths: image files from which `random` weights get their batch-norm statistics, the first time.
+      calibration_paths: image files from which `random` weights get their batch-norm statistics, the first time that
+        a cache is filled; None where the network must be the one that filled it.
 
     Returns:
       function of uint8 (B, 299, 299, 3) -> float32 (B, 64, 2048)
@@ -448,7 +449,7 @@ def feature_network(config, calibration_paths):
     weights = config.inception_weights
     if weights not in ("imagenet", "random") and not pathlib.Path(weights).is_file():
         raise UserError(f"--inception_weights {weights} is no file: name one, or take imagenet or random")
-    check_cache_owner(config)
+    check_cache_owner(config, claim=calibration_paths is not None)
     try:
         inception = keras.applications.InceptionV3(
             include_top=False,
@@ -477,8 +478,13 @@ def feature_network(config, calibration_paths):
     return network
 
 
-def check_cache_owner(config):
-    """Note in the cache which weights fill it; UserError where others did, as their features do not mix."""
+def check_cache_owner(config, claim):
+    """Raise UserError where the cached features are another network's: the two do not mix.
+
+    Args:
+      claim: bool, whether to note in a cache that names no network that it is this one's from now on; without, such
+        a cache, filled by another program, is refused.
+    """
     weights = config.inception_weights
     if weights == "random":
         identity = f"random, seed {config.seed}"
@@ -494,7 +500,13 @@ def check_cache_owner(config):
                 f"the features in {note.parent} were made with other weights than {weights} ({owner}): "
                 "give another --features_dir, or delete that folder, and run python data_utils.py again"
             )
-    write_json(note, {"inception_weights": identity})
+    elif claim:
+        write_json(note, {"inception_weights": identity})
+    else:
+        raise UserError(
+            f"the features in {note.parent} were made by another program, so that its network must read new pictures: "
+            "train on a --features_dir that python data_utils.py has filled"
+        )
 
 
 def set_random_weights(inception, config, calibration_paths):

@@ -32,7 +32,8 @@ def replacing(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error} ({free_space(path.parent)})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def free_space(folder):

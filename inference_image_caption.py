@@ -24,7 +24,6 @@ from data_utils import (
     feature_path,
     image_path,
     load_prepared,
-    random_statistics,
     read_feature,
     upright_rgb,
 )
@@ -144,9 +143,7 @@ def cached_batches(images, config):
 
 def extract_batches(images, config):
     """(images, features (B, P, F)) of image files; those that cannot be read are named and left out."""
-    if config.inception_weights == "random" and not random_statistics(config).exists():
-        raise UserError(f"{random_statistics(config)} is missing: run python data_utils.py {dataset_option(config)}")
-    network = feature_network(config, [])
+    network = feature_network(config)
     by_path = {image["path"]: image for image in images}
     paths = list(by_path)
     for start in range(0, len(paths), EXTRACTED):

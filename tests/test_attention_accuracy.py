@@ -60,7 +60,7 @@ def test_width_and_height_are_not_mixed_up():
         ([[-10, -5, 30, 25]], 20 * 20),  # clipped at each border
         ([[300, 230, 100, 100]], 20 * 10),
         ([[400, 0, 10, 10]], 0),
-        ([[0.4, 0.6, 2.0, 1.0]], 2 * 1),  # the pixels whose middle is inside
+        ([[0.4, 0.6, 2.2, 1.0]], 3 * 1),  # the pixels whose middle is inside
     ],
 )
 def test_chance_is_the_share_of_the_image_in_the_union_of_the_boxes(boxes, pixels):
@@ -115,7 +115,11 @@ def test_a_demo_image_without_scene_is_one_line():
 
 # --- MS-COCO
 
-NAMES = "person,bicycle,bus,bench,dog,hot dog,bear,teddy bear,knife,mouse,sheep,tv,cell phone,wine glass,toy".split(",")
+NAMES = (
+    "person,bicycle,bus,bench,dog,hot dog,bear,teddy bear,knife,mouse,sheep,tv,cell phone,wine glass,toy,toy box".split(
+        ","
+    )
+)
 INSTANCES = {
     "categories": [{"id": 10 + n, "name": name} for n, name in enumerate(NAMES)],
     "images": [{"id": n, "width": 320, "height": 240} for n in (1, 2)],
@@ -142,6 +146,7 @@ def instances(tmp_path):
         ("a hot day for a dog", ["dog"]),
         ("a teddy bear beside bears", ["teddy bear", "bear"]),
         ("teddy", []),
+        ("a toy box of toys", ["toy box", "toy"]),
         ("knives mice sheep toys", ["knife", "mouse", "sheep", "toy"]),
         ("bikes televisions phones", ["bicycle", "tv", "cell phone"]),
         ("wine glasses and glasses", ["wine glass"]),
@@ -169,6 +174,13 @@ def test_categories_without_a_box_in_the_image_are_counted_as_absent(instances):
     captions = [captioned(2, "a dog on a sofa"), captioned(1, "a dog"), captioned(77, "two dogs and a bear")]
     looks, absent = coco_looks(captions, instances)
     assert (len(looks), absent) == (1, 3)
+
+
+def test_an_image_of_unknown_size_has_no_boxes(instances):
+    data = copy.deepcopy(INSTANCES)
+    del data["images"][0]["width"]
+    instances.write_text(json.dumps(data))
+    assert coco_looks([captioned(1, "a dog"), captioned(2, "grass")], instances) == ([], 1)
 
 
 def test_all_boxes_of_a_category_in_the_image_count(instances):

@@ -1,15 +1,17 @@
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import inference_image_caption as inference
 from command_line import UserError, make_config
 from conftest import write_coco
-from data_utils import SPECIAL_WORDS, extract_features, feature_network, load_image
+from data_utils import END, PAD, SPECIAL_WORDS, extract_features, feature_network, load_image
 from export_model import decode_image, export_captioner
-from model import build_captioner
+from model import build_captioner, decode_captions
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from PIL import Image
 BFLOAT16 = "auto_mixed_precision_onednn_bfloat16"
 SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32}
 VOCABULARY = [*SPECIAL_WORDS, *(f"word{i}" for i in range(16)), "tüür"]
+
+NO_FEATURES = np.array([-0.7, 0.7])[:, None, None] + np.zeros((64, 2048))  # of mean 0 and some deviation
 
 # Pillow's mode and size of a picture; one of 299 x 299 without loss is the same to the last bit for Pillow and
 # TensorFlow, in the others a pixel is off by one or two of 255.
@@ -49,8 +53,8 @@ import json, sys
 import tensorflow as tf
 caption = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
 answer = caption(images=tf.constant([open(path, "rb").read() for path in sys.argv[2:]]))
-answer["captions"] = tf.strings.unicode_decode(answer["captions"], "UTF-8")
-answer = {name: value.to_list() if name == "captions" else value.numpy().tolist() for name, value in answer.items()}
+answer = {name: value.numpy().tolist() for name, value in answer.items()}
+answer["captions"] = [text.decode() for text in answer["captions"]]
 print(json.dumps({**answer, "modules": list(sys.modules)}))
 """
 
@@ -75,8 +79,9 @@ def tiny_captioner(config, features):
 
 @pytest.fixture
 def no_network():
-    """A stand-in for InceptionV3: only the mean colour matters."""
-    return lambda pixels: tf.reduce_mean(tf.cast(pixels, tf.float32), (1, 2, 3))[:, None, None] + tf.zeros((64, 2048))
+    """A stand-in for InceptionV3: features that depend on the mean colour alone."""
+    noise = np.random.default_rng(0).standard_normal((64, 2048), np.float32)
+    return lambda pixels: tf.sin(tf.reduce_mean(tf.cast(pixels, tf.float32), (1, 2, 3))[:, None, None] * noise)
 
 
 @pytest.fixture
@@ -119,8 +124,7 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path, f
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
     assert not {path.stem for path in pathlib.Path(inference.__file__).parent.glob("*.py")} & set(answer["modules"])
-    captions = ["".join(map(chr, letters)) for letters in answer["captions"]]
-    assert captions == [caption["caption"] for caption in expected]
+    assert answer["captions"] == [caption["caption"] for caption in expected]
     for caption, log_probability, weights in zip(
         expected, answer["log_probabilities"], answer["attention_weights"], strict=True
     ):
@@ -144,9 +148,28 @@ def test_images_are_decoded_as_for_the_features(tmp_path, name):
     assert difference.mean() < 0.5
 
 
+def test_the_beam_is_the_configs(tmp_path, no_network):
+    settings = {**dataclasses.asdict(make_config(SIZES)), "max_words": 5, "beam_width": 3, "length_penalty": 1.0}
+    captioner = tiny_captioner(make_config(SIZES), NO_FEATURES)
+    export_captioner(captioner, no_network, types.SimpleNamespace(**settings), tmp_path / "model")
+    paths = [draw(tmp_path, name, *how) for name, how in SAME.items()]
+    served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
+    answer = served(images=tf.constant([path.read_bytes() for path in paths]))
+
+    features = no_network(np.stack([load_image(path) for path in paths]))
+    decode = tf.function(decode_captions)
+    words, log_probabilities, weights = decode(captioner.encoder, captioner.decoder, features, 5, 3, 1.0)
+    said = [" ".join(VOCABULARY[i] for i in ids if i not in (PAD, END)) for ids in words]
+    assert [text.decode() for text in answer["captions"].numpy()] == said
+    np.testing.assert_allclose(answer["log_probabilities"], log_probabilities, atol=1e-3)
+    np.testing.assert_allclose(answer["attention_weights"], weights, atol=1e-3)
+    greedy = decode(captioner.encoder, captioner.decoder, features, 5)
+    assert not np.allclose(greedy[1], log_probabilities, atol=0.1)  # or no beam would be seen
+
+
 def test_an_empty_folder_is_taken_and_a_killed_exports_rest_goes(tmp_path, no_network):
     config = make_config({**SIZES, "max_words": 3})
-    captioner = tiny_captioner(config, np.ones((1, 64, 2048)))
+    captioner = tiny_captioner(config, NO_FEATURES)
     (tmp_path / "model").mkdir()
     (tmp_path / ".model.export").mkdir()
     (tmp_path / ".model.export" / "half.pb").write_bytes(b"half")
@@ -169,7 +192,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, no_network, monkeypatch, 
 
     monkeypatch.setattr(tf.saved_model, "save", half)
     config = make_config(SIZES)
-    captioner = tiny_captioner(config, np.ones((1, 64, 2048)))
+    captioner = tiny_captioner(config, NO_FEATURES)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
         export_captioner(captioner, no_network, config, tmp_path / "model")
     assert isinstance(error, KeyboardInterrupt) or "No space left on device" in str(raised.value)
@@ -179,7 +202,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, no_network, monkeypatch, 
 def test_a_file_in_the_way_is_one_line(tmp_path, no_network):
     (tmp_path / "file").write_text("")
     config = make_config(SIZES)
-    captioner = tiny_captioner(config, np.ones((1, 64, 2048)))
+    captioner = tiny_captioner(config, NO_FEATURES)
     for folder in (tmp_path / "file", tmp_path / "file" / "model"):
         with pytest.raises(UserError) as raised:
             export_captioner(captioner, no_network, config, folder)

@@ -46,13 +46,8 @@ def test_own_pictures_in_files_and_folders_and_a_bad_one(trained, tmp_path, monk
     Image.new("RGB", (80, 200), "red").save(pictures / "portrait.png")
     (pictures / "notes.txt").write_text("not a picture, and not taken for one")
     (tmp_path / "broken.jpg").write_bytes(b"broken")
-    monkeypatch.setattr(inference, "random_statistics", lambda config: tmp_path)
-    monkeypatch.setattr(
-        inference, "feature_network", lambda config, paths: lambda pixels: pixels[:, :8, :8, :1] + np.zeros(2048)
-    )
-    monkeypatch.setattr(
-        inference, "feature_network", lambda config, paths: lambda pixels: inference.tf.zeros((len(pixels), 64, 2048))
-    )
+    zeros = inference.tf.zeros
+    monkeypatch.setattr(inference, "feature_network", lambda config: lambda pixels: zeros((len(pixels), 64, 2048)))
     with pytest.raises(SystemExit) as stopped:
         infer(trained, "--image", str(tmp_path / "broken.jpg"), str(tmp_path / "pictures"), "--output", str(tmp_path))
     assert stopped.value.code == 1
@@ -60,6 +55,12 @@ def test_own_pictures_in_files_and_folders_and_a_bad_one(trained, tmp_path, monk
     (record,) = records(tmp_path / "captions.jsonl")
     assert record["image"].endswith("portrait.png")
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_new_pictures_are_refused_where_another_program_made_the_features(trained, tmp_path):
+    Image.new("RGB", (80, 200), "red").save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="made by another program"):
+        infer(trained, "--image", str(tmp_path / "a.png"))
 
 
 def test_inference_before_training_names_the_command(trained, tmp_path):
