@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 @dataclass(frozen=True)
 class Config:
     # Data: what data_utils.py prepares
-    dataset: Literal["coco", "demo"] = "coco"  # data set: MS-COCO captions, or scenes that the project draws itself
+    dataset: Literal["coco", "demo", "karpathy"] = "coco"  # MS-COCO, scenes drawn by the project, or a split file
     data_dir: str = "data/coco"  # folder that data_utils.py writes to and the later scripts read
     coco_dir: str = "."  # folder with annotations/ and the image folder, as COCO's zip files unpack
     coco_split: str = "train2014"  # COCO files to read: annotations/captions_<coco_split>.json and <coco_split>/
+    karpathy_json: str = ""  # dataset karpathy: the file dataset_coco.json, dataset_flickr8k.json or _flickr30k.json
+    images: str = ""  # dataset karpathy: folder with the images, in COCO's case train2014/ and val2014/
     image_source: Literal["each", "zip"] = "each"  # missing images: fetch each one needed, or the 13.5 GB zip file
     download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
     demo_images: Annotated[int, (10, None)] = 2_500  # scenes drawn for the demo
@@ -65,5 +67,10 @@ PRESETS = {
         "embedding_dim": 64,
         "units": 256,
         "epochs": 8,
+    },
+    "karpathy": {
+        "data_dir": "data/karpathy",
+        "run_dir": "runs/karpathy",
+        "num_examples": None,
     },
 }

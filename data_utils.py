@@ -15,6 +15,7 @@ from command_line import UserError, parse_command_line, run_script
 from demo_scenes import draw_demo
 from downloads import download, download_all, unpack
 from files import read_json, remove_leftovers, replacing, write_json, write_npy
+from karpathy_splits import read_karpathy
 
 import keras
 import numpy as np
@@ -47,6 +48,8 @@ PREPARED_SETTINGS = (
     "dataset",
     "coco_dir",
     "coco_split",
+    "karpathy_json",
+    "images",
     "num_examples",
     "val_fraction",
     "vocab_size",
@@ -62,20 +65,28 @@ def main(argv):
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
 
+    splits = read_splits(config)
+    images = [image for split in splits.values() for image in split]
+    skipped = fetch_images(images, config)
+    skipped |= cache_features(splits, skipped, config)
+    save_prepared(splits, skipped, config)
+
+
+# --- Captions ---------------------------------------------------------------------------------------------------
+
+
+def read_splits(config):
+    """The images with their captions, by split: train and validation, and test where the data set has one."""
+    if config.dataset == "karpathy":
+        splits = read_karpathy(config.karpathy_json, config.images, config.max_words, count_words, image_problem)
+        train = draw_examples(splits["train"], config.num_examples, config.seed)
+        return {"train": train, "validation": splits["val"], "test": splits["test"]}
     if config.dataset == "demo":
         draw_demo(config.coco_dir, config.demo_images, config.seed)
     images = read_captions(find_annotations(config), config.max_words)
     images = draw_examples(images, config.num_examples, config.seed)
     train, validation = split_by_image(images, config.val_fraction, config.seed)
-
-    skipped = fetch_images(images, config)
-    skipped |= cache_features(train, validation, skipped, config)
-    train, validation = (keep_readable(split, skipped) for split in (train, validation))
-
-    save_prepared(train, validation, skipped, config)
-
-
-# --- Captions ---------------------------------------------------------------------------------------------------
+    return {"train": train, "validation": validation}
 
 
 def find_annotations(config):
@@ -167,6 +178,8 @@ def image_problem(record, images, stems):
     ):
         return "an image without id or file_name"
     name = record["file_name"]
+    if not name.isprintable() or not name:
+        return "a file name that is none"
     if pathlib.PurePosixPath(name).name != name or pathlib.PureWindowsPath(name).name != name or name.startswith("."):
         return "a file name with a folder in it"
     if record["id"] in images or pathlib.PurePath(name).stem in stems:
@@ -177,6 +190,8 @@ def image_problem(record, images, stems):
 def caption_problem(record, images):
     if not isinstance(record, dict) or not isinstance(record.get("caption"), str):
         return "a caption that is no text"
+    if any("\ud800" <= letter <= "\udfff" for letter in record["caption"]):
+        return "a caption with half a character"
     if type(record.get("image_id")) is not int or record["image_id"] not in images:
         return "a caption of an image that is not listed"
     return None
@@ -242,6 +257,8 @@ def encode_captions(images, vocabulary):
 
 
 def image_path(image, config):
+    if config.dataset == "karpathy":
+        return pathlib.Path(config.images, image["folder"], image["file_name"])
     return pathlib.Path(config.coco_dir, config.coco_split, image["file_name"])
 
 
@@ -258,15 +275,14 @@ def fetch_images(images, config):
     ]
     if not missing:
         return {}
-    if config.image_source == "zip":
+    if config.image_source == "zip" and config.dataset != "karpathy":
         wanted = {image["file_name"] for image in missing}
         fetch_archive(f"zips/{config.coco_split}.zip", config, lambda name: pathlib.PurePosixPath(name).name in wanted)
         return {
             image["file_name"]: "not in the zip file" for image in missing if not image_path(image, config).is_file()
         }
-    folder = pathlib.Path(config.coco_dir, config.coco_split)
     skipped = {
-        image["file_name"]: f"not in {folder}, and the captions file gives no coco_url"
+        image["file_name"]: f"{image_path(image, config)} is missing, and the captions file gives no coco_url"
         for image in missing
         if not isinstance(image["url"], str)
     }
@@ -340,11 +356,11 @@ def is_feature_file(path):
     )
 
 
-def cache_features(train, validation, skipped, config):
+def cache_features(splits, skipped, config):
     """Write the features of every image that has none in the cache.
 
     Args:
-      train, validation: lists of images; `random` weights are calibrated on training images.
+      splits: dict of lists of images; `random` weights are calibrated on those of "train".
       skipped: dict of file name to reason, images not to try.
 
     Returns:
@@ -355,7 +371,7 @@ def cache_features(train, validation, skipped, config):
     """
     folder = features_folder(config)
     remove_leftovers(folder)
-    images = [image for image in train + validation if image["file_name"] not in skipped]
+    images = [image for split in splits.values() for image in split if image["file_name"] not in skipped]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         whole = list(
             tqdm(
@@ -370,7 +386,7 @@ def cache_features(train, validation, skipped, config):
     if not missing:
         return {}
 
-    network = feature_network(config, [image_path(image, config) for image in train])
+    network = feature_network(config, [image_path(image, config) for image in splits["train"]])
     targets = {image_path(image, config): feature_path(image, config) for image in missing}
     skipped = {}
     with extract_precision(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
@@ -562,7 +578,8 @@ def calibrate(inception, norms, image_paths, count=64):
 class Prepared:
     """What data_utils.py leaves for the later scripts.
 
-    train, validation: lists of {"image_id", "file_name", "captions", "references", "ids"}.
+    train, validation, test: lists of {"image_id", "file_name", "captions", "references", "ids"}; only Karpathy's data
+      sets have a test split.
     vocabulary: list of V words.
     feature_mean: float32 (F,), each channel's mean over training images and locations.
     feature_std: float, standard deviation of the features less these means.
@@ -570,13 +587,10 @@ class Prepared:
 
     train: list
     validation: list
+    test: list
     vocabulary: list
     feature_mean: np.ndarray
     feature_std: float
-
-
-def keep_readable(images, skipped):
-    return [image for image in images if image["file_name"] not in skipped]
 
 
 def measure_features(images, config, count=500):
@@ -587,23 +601,23 @@ def measure_features(images, config, count=500):
     return mean, max((squares / len(sample)) ** 0.5, 1e-6)
 
 
-def save_prepared(train, validation, skipped, config):
+def save_prepared(splits, skipped, config):
     """Encode the captions and write the prepared files; settings.json comes last and vouches for the others."""
-    if not train or not validation:
-        raise UserError(f"no readable images are left ({len(skipped)} skipped): check {config.coco_dir}")
+    splits = {name: [image for image in split if image["file_name"] not in skipped] for name, split in splits.items()}
+    for name, images in splits.items():
+        if not images:
+            raise UserError(f"no readable {name} images are left ({len(skipped)} skipped): check the image folder")
     folder = pathlib.Path(config.data_dir)
-    vocabulary = build_vocabulary(train, config.vocab_size)
+    vocabulary = build_vocabulary(splits["train"], config.vocab_size)
     write_json(folder / "vocabulary.json", vocabulary)
-    write_json(folder / "train.json", encode_captions(train, vocabulary))
-    write_json(folder / "validation.json", encode_captions(validation, vocabulary))
+    for name, images in splits.items():
+        write_json(folder / f"{name}.json", encode_captions(images, vocabulary))
+        print(f"{name}: {len(images)} images, {sum(len(image['captions']) for image in images)} captions")
     write_json(folder / "skipped.json", skipped, indent=1)
-    settings = {name: getattr(config, name) for name in PREPARED_SETTINGS}
-    mean, std = measure_features(train, config)
+    mean, std = measure_features(splits["train"], config)
     with replacing(folder / "feature_statistics.npz") as temporary:
         np.savez(temporary, mean=mean, std=std)
-    write_json(folder / "settings.json", settings, indent=1)
-    for name, images in (("training", train), ("validation", validation)):
-        print(f"{name}: {len(images)} images, {sum(len(image['captions']) for image in images)} captions")
+    write_json(folder / "settings.json", {name: getattr(config, name) for name in PREPARED_SETTINGS}, indent=1)
     print(f"vocabulary: {len(vocabulary)} words; {len(skipped)} images skipped (see {folder / 'skipped.json'})")
 
 
@@ -625,14 +639,17 @@ def load_prepared(config):
                 f"{folder} was prepared with --{name} {settings.get(name)}, not {getattr(config, name)}: "
                 f"give --{name} {settings.get(name)}, or run python data_utils.py with the new value"
             )
-    train, validation = (read_json(folder / f"{split}.json", command) for split in ("train", "validation"))
-    for image in train + validation:
+    names = ("train", "validation", "test") if config.dataset == "karpathy" else ("train", "validation")
+    splits = [read_json(folder / f"{name}.json", command) for name in names]
+    for image in (image for split in splits for image in split):
         path = feature_path(image, config)
         if not path.is_file():
             raise UserError(f"{path} is missing from the feature cache: {command}")
     vocabulary = read_json(folder / "vocabulary.json", command)
     with np.load(folder / "feature_statistics.npz") as statistics:
-        return Prepared(train, validation, vocabulary, statistics["mean"], float(statistics["std"]))
+        mean, std = statistics["mean"], float(statistics["std"])
+    train, validation, test = (*splits, [])[:3]
+    return Prepared(train, validation, test, vocabulary, mean, std)
 
 
 def dataset_option(config):

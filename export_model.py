@@ -33,20 +33,20 @@ def export_captioner(captioner, network, config, folder):
     Args:
       captioner: encoder, decoder and vocabulary, as inference_image_caption.load_captioner returns.
       network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
-      config: Config; `max_words`, and the settings of the beam where it has them.
+      config: Config; its max_words, beam_width and length_penalty are the exported model's.
       folder: where to; may be there if it is empty.
 
     Raises:
       UserError: the folder holds something, or cannot be written.
     """
-    beam = getattr(config, "beam_width", 1), getattr(config, "length_penalty", 0.0)
+    search = config.max_words, config.beam_width, config.length_penalty
     said = ["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)]  # (V,)
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="images")])
     def caption(images):
         pixels = tf.map_fn(decode_image, images, fn_output_signature=tf.uint8)  # (B, 299, 299, 3)
         words, log_probabilities, attention_weights = decode_captions(
-            captioner.encoder, captioner.decoder, network(pixels), config.max_words, *beam
+            captioner.encoder, captioner.decoder, network(pixels), *search
         )
         return {
             "captions": tf.strings.strip(tf.strings.reduce_join(tf.gather(said, words), axis=1, separator=" ")),

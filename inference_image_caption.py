@@ -1,6 +1,6 @@
 """Script 3: caption validation images, or your own, and plot where the model looked for each word.
 
-python inference_image_caption.py [--image FILE_OR_FOLDER ... | --evaluate] [--output DIR] [--<field> VALUE ...]
+python inference_image_caption.py [--image FILE_OR_FOLDER ... | --evaluate | --export DIR] [--output DIR] [--<field> VALUE ...]
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import sys
 import warnings
 
 import demo_scenes
+from attention_accuracy import attention_accuracy, coco_looks, demo_looks
 from caption_metrics import format_table, score_captions, write_metrics
 from command_line import UserError, parse_command_line, run_script
 from data_utils import (
@@ -27,6 +28,7 @@ from data_utils import (
     read_feature,
     upright_rgb,
 )
+from export_model import export_captioner
 from files import read_json, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions
 from train_image_caption_model import check_run_fits
@@ -46,7 +48,11 @@ def add_options(parser):
     parser.add_argument(
         "--image", nargs="+", metavar="FILE_OR_FOLDER", help="caption these pictures instead of validation images"
     )
-    parser.add_argument("--evaluate", action="store_true", help="caption and score the whole validation split")
+    parser.add_argument("--evaluate", action="store_true", help="score the captions of the whole split")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
+    parser.add_argument(
+        "--export", metavar="DIR", help="write the captioner as a TensorFlow SavedModel, and no captions"
+    )
     parser.add_argument("--output", metavar="DIR", help="where captions and figures go (default: <run_dir>/captions)")
 
 
@@ -56,14 +62,18 @@ def main(argv):
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
 
     captioner = load_captioner(config)
+    if options.export:
+        export_captioner(captioner, feature_network(config), config, options.export)
+        print(f"the SavedModel is in {options.export}")
+        return
     if options.evaluate:
-        evaluate(captioner, output, config)
+        evaluate(captioner, split_images(options.split, config), output, config)
         return
     if options.image:
         images = own_images(options.image)
         batches = extract_batches(images, config)
     else:
-        images = choose_images(validation_images(captioner, config), config)
+        images = choose_images(split_images(options.split, config), config)
         batches = cached_batches(images, config)
     captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
 
@@ -105,11 +115,14 @@ def load_captioner(config):
     return Captioner(encoder, decoder, vocabulary)
 
 
-def validation_images(captioner, config):
-    """The validation images that data_utils.py prepared, each with its "path"."""
+def split_images(split, config):
+    """The images of the validation or test split that data_utils.py prepared, each with its "path"."""
     prepared = load_prepared(config)
     check_run_fits(pathlib.Path(config.run_dir), config, prepared.vocabulary)
-    return [{**image, "path": image_path(image, config)} for image in prepared.validation]
+    images = getattr(prepared, split)
+    if not images:
+        raise UserError(f"{config.data_dir} has no {split} split: leave out --split, or prepare --dataset karpathy")
+    return [{**image, "path": image_path(image, config)} for image in images]
 
 
 def choose_images(images, config):
@@ -120,16 +133,15 @@ def choose_images(images, config):
 
 def own_images(names):
     """The image files that are named, and those in the folders that are named, at any depth."""
-    images = []
+    paths = []
     for name in map(pathlib.Path, names):
         if name.is_dir():
-            inside = sorted(path for path in name.rglob("*") if path.suffix.lower() in Image.registered_extensions())
-            images += [{"path": path} for path in inside]
+            paths += sorted(path for path in name.rglob("*") if path.suffix.lower() in Image.registered_extensions())
         else:
-            images.append({"path": name})
-    if not images:
+            paths.append(name)
+    if not paths:
         raise UserError(f"no image file is in {', '.join(names)}: name image files or folders behind --image")
-    return images
+    return [{"path": path} for path in dict.fromkeys(paths)]
 
 
 def cached_batches(images, config):
@@ -217,9 +229,8 @@ def write_captions(captions, path):
 # --- Scores -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(captioner, output, config):
-    """Caption every validation image greedily and with beams, and print and write the field's metrics of each run."""
-    images = validation_images(captioner, config)
+def evaluate(captioner, images, output, config):
+    """Caption every image greedily and with beams, and print and write the field's metrics of each run."""
     references = {image["image_id"]: image["references"] for image in images}
     texts, metrics = {}, {}
     for width in sorted({*EVALUATED_WIDTHS, config.beam_width}):
@@ -229,22 +240,34 @@ def evaluate(captioner, output, config):
         captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, settings)]
         texts[run] = {caption["image_id"]: caption["caption"] for caption in captions}
         metrics[run] = score_captions(texts[run], references)
-        if config.dataset == "demo":
-            metrics[run]["scenes"] = score_demo(captions, config)
+        metrics[run] |= score_attention(captions, config)
     write_metrics(output, config.coco_split, texts, metrics)
     print(format_table(metrics))
     for run, values in metrics.items():
-        for name, share in values.get("scenes", {}).items():
-            print(f"{run}, {name}: {share:.1%}")
+        for kind in ("scenes", "attention"):
+            if kind in values:
+                print(f"{run}, {kind}: " + ", ".join(f"{name} {value:.3g}" for name, value in values[kind].items()))
     print(f"metrics.json and the captions in COCO's results format are in {output}")
 
 
-def score_demo(captions, config):
-    """Shares of what captions of the demo's scenes say that is true, see demo_scenes.score_captions."""
-    scenes = demo_scenes.read_scenes(config.coco_dir)
-    return demo_scenes.score_captions(
-        [caption["caption"] for caption in captions], [scenes[caption["image_id"]] for caption in captions]
-    )
+def score_attention(captions, config):
+    """What is known of where things are: "attention", the share of object words whose attention peak is inside the
+    object's box, and, of the demo, "scenes", see demo_scenes.score_captions."""
+    if config.dataset == "demo":
+        scenes = demo_scenes.read_scenes(config.coco_dir)
+        texts, theirs = [c["caption"] for c in captions], [scenes[c["image_id"]] for c in captions]
+        attention = attention_accuracy(demo_looks(captions, scenes), spread)
+        return {"scenes": demo_scenes.score_captions(texts, theirs), "attention": attention}
+    instances = pathlib.Path(config.coco_dir, "annotations", f"instances_{config.coco_split}.json")
+    if config.dataset != "coco" or not instances.exists():
+        return {}
+    looks, absent = coco_looks(captions, instances)
+    return {"attention": attention_accuracy(looks, spread) | {"absent": absent}}
+
+
+def spread(weights, size):
+    """As `upsample`, but dark outside the image, so that a border cell's peak is not drawn to the very edge."""
+    return upsample(weights, size, "constant")
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------
@@ -255,9 +278,15 @@ def plot_attention(caption, path):
 
     Args:
       caption: dict with "path", "words" and "attention_weights" (words, P).
+
+    Raises:
+      UserError: the image file is gone.
     """
-    with Image.open(caption["path"]) as opened:
-        image = upright_rgb(opened, PLOT_SIZE)
+    try:
+        with Image.open(caption["path"]) as opened:
+            image = upright_rgb(opened, PLOT_SIZE)
+    except OSError as error:
+        raise UserError(f"{caption['path']} cannot be drawn ({error}): run python data_utils.py to fetch it") from error
     image.thumbnail((PLOT_SIZE, PLOT_SIZE))
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)
     panels = [("", pixels)]
@@ -281,10 +310,11 @@ def plot_attention(caption, path):
         figure.savefig(temporary, dpi=80)
 
 
-def upsample(weights, size):
+def upsample(weights, size, border="edge"):
     """An attention map as light over an image. (P,), (width, height) -> float (height, width), its peak 1."""
-    grid = np.asarray(weights, np.float32).reshape(GRID, GRID)
-    smooth = np.asarray(Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)).clip(0)
+    grid = np.pad(np.asarray(weights, np.float32).reshape(GRID, GRID), 2, border)
+    inside = (2, 2, 2 + GRID, 2 + GRID)
+    smooth = np.asarray(Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC, box=inside)).clip(0)
     return smooth / max(smooth.max(), 1e-12)
 
 

@@ -307,7 +307,7 @@ def test_missing_and_unfit_weights_are_one_line(coco):
     for weights in ("nowhere.h5", str(coco / "coco" / "annotations" / "captions_train2014.json")):
         config, _ = parse_command_line([*options(coco), "--inception_weights", weights], "")
         with pytest.raises(UserError, match="--inception_weights") as raised:
-            data_utils.feature_network(config)
+            data_utils.feature_network(config, [])
         assert "\n" not in str(raised.value)
 
 

@@ -1,15 +1,13 @@
-import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import inference_image_caption as inference
 from command_line import UserError, make_config
 from conftest import write_coco
-from data_utils import END, PAD, SPECIAL_WORDS, extract_features, feature_network, load_image
+from data_utils import END, PAD, SPECIAL_WORDS, extract_features, extract_precision, feature_network, load_image
 from export_model import decode_image, export_captioner
 from model import build_captioner, decode_captions
 
@@ -18,7 +16,6 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-BFLOAT16 = "auto_mixed_precision_onednn_bfloat16"
 SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32}
 VOCABULARY = [*SPECIAL_WORDS, *(f"word{i}" for i in range(16)), "tüür"]
 
@@ -60,10 +57,12 @@ print(json.dumps({**answer, "modules": list(sys.modules)}))
 
 
 def draw(folder, name, mode, size):
-    """A smooth picture, another for each name, with some of every colour and opacity."""
+    """A smooth picture with some grain, another for each name, with some of every colour and opacity."""
     rng = np.random.default_rng(list(name.encode()))
     coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 4 if "A" in mode else 3), np.uint8))
-    coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).save(folder / name)
+    smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
+    grain = rng.integers(-30, 31, smooth.shape)
+    Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).convert(mode).save(folder / name)
     return folder / name
 
 
@@ -84,23 +83,14 @@ def no_network():
     return lambda pixels: tf.sin(tf.reduce_mean(tf.cast(pixels, tf.float32), (1, 2, 3))[:, None, None] * noise)
 
 
-@pytest.fixture
-def float32():
-    """What feature_network sets for the whole process, off in the test and put back after it."""
-    before = tf.config.optimizer.get_experimental_options().get(BFLOAT16, False)
-    tf.config.optimizer.set_experimental_options({BFLOAT16: False})
-    yield
-    tf.config.optimizer.set_experimental_options({BFLOAT16: before})
-
-
-def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path, float32):
+def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
     write_coco(tmp_path / "coco", count=8)
     paths = [draw(tmp_path, name, *(SAME | NEAR)[name]) for name in CAPTIONED]
     config = make_config(
         {
             "data_dir": str(tmp_path / "data"),
             "inception_weights": "random",
-            "extract_precision": "float32",
+            "extract_precision": "bfloat16",
             **SIZES,
             "max_words": 9,
         }
@@ -112,8 +102,8 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path, f
     assert len({caption["caption"] for caption in expected}) > len(paths) / 2
     assert len({len(caption["words"]) for caption in expected}) > 2
 
-    tf.config.optimizer.set_experimental_options({BFLOAT16: True})  # of this process, not of the model
-    export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
+    with extract_precision(config):  # this process's, not the model's
+        export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
     assert os.listdir(tmp_path / "deep") == ["exported"]
 
     elsewhere = tmp_path / "elsewhere"
@@ -149,9 +139,9 @@ def test_images_are_decoded_as_for_the_features(tmp_path, name):
 
 
 def test_the_beam_is_the_configs(tmp_path, no_network):
-    settings = {**dataclasses.asdict(make_config(SIZES)), "max_words": 5, "beam_width": 3, "length_penalty": 1.0}
-    captioner = tiny_captioner(make_config(SIZES), NO_FEATURES)
-    export_captioner(captioner, no_network, types.SimpleNamespace(**settings), tmp_path / "model")
+    config = make_config({**SIZES, "max_words": 5, "beam_width": 3, "length_penalty": 1.0})
+    captioner = tiny_captioner(config, NO_FEATURES)
+    export_captioner(captioner, no_network, config, tmp_path / "model")
     paths = [draw(tmp_path, name, *how) for name, how in SAME.items()]
     served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
     answer = served(images=tf.constant([path.read_bytes() for path in paths]))

@@ -1,7 +1,9 @@
 import json
 import shutil
 
+import data_utils
 import inference_image_caption as inference
+import train_image_caption_model as training
 from command_line import UserError
 from conftest import options
 
@@ -110,3 +112,35 @@ def test_the_light_falls_where_the_weight_is(size):
     assert abs(column / width - 6.5 / 8) < 0.03
     along = light[row]  # smooth: no steps as nearest-neighbour would give
     assert np.abs(np.diff(along)).max() < 0.05
+
+
+def test_karpathys_splits_are_prepared_trained_on_and_scored(coco, capsys):
+    """Every third image is a test image: none of them is trained on, and all of them are scored."""
+    captions = json.loads((coco / "coco" / "annotations" / "captions_train2014.json").read_text())
+    images = []
+    for image in captions["images"]:
+        texts = [record["caption"] for record in captions["annotations"] if record["image_id"] == image["id"]]
+        split = "test" if image["id"] % 3 == 0 else "val" if image["id"] % 5 == 0 else "train"
+        sentences = [{"raw": text, "tokens": text.split()} for text in texts]
+        images.append({"imgid": image["id"], "filename": image["file_name"], "split": split, "sentences": sentences})
+    (coco / "dataset.json").write_text(json.dumps({"dataset": "flickr8k", "images": images}))
+    argv = [*options(coco), "--dataset", "karpathy", "--karpathy_json", str(coco / "dataset.json")]
+    argv += ["--images", str(coco / "coco" / "train2014")]
+    data_utils.main(argv)
+    training.main([*argv, "--epochs", "1"])
+    inference.main([*argv, "--evaluate", "--split", "test", "--output", str(coco / "scores")])
+
+    expected = {image["imgid"] for image in images if image["split"] == "test"}
+    trained_on = {image["image_id"] for image in json.loads((coco / "data" / "train.json").read_text())}
+    assert not trained_on & expected
+    (results,) = (coco / "scores").glob("captions_*greedy_results.json")
+    assert {record["image_id"] for record in json.loads(results.read_text())} == expected
+    assert "CIDEr" in capsys.readouterr().out
+
+    inference.main([*argv, "--output", str(coco / "figures")])  # validation images are drawn from where they lie
+    assert len(list((coco / "figures").glob("*.png"))) == 2
+
+
+def test_a_split_that_is_not_there_is_one_line(trained):
+    with pytest.raises(UserError, match="no test split"):
+        infer(trained, "--evaluate", "--split", "test")

@@ -50,6 +50,9 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
     (own,) = check_figures(tmp_path / "own", 1)
     assert own["image"] == str(picture)
 
+    run("inference_image_caption.py", *argv, "--export", str(tmp_path / "exported"))
+    assert (tmp_path / "exported" / "saved_model.pb").exists()
+
     out = run("inference_image_caption.py", *argv, "--evaluate")
     metrics = json.loads((tmp_path / "run" / "captions" / "metrics.json").read_text())
     assert {"greedy", "beam 3", "beam 5"} <= metrics.keys()
@@ -57,6 +60,7 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
         assert name in out
         assert metrics["greedy"][name] >= 0
     assert 0 <= metrics["greedy"]["scenes"]["objects"] <= 1
+    assert metrics["greedy"]["attention"]["words"] > 0
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")
