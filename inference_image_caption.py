@@ -1,6 +1,6 @@
 """Script 3: caption validation images, or your own, and plot where the model looked for each word.
 
-python inference_image_caption.py [--image FILE_OR_FOLDER ... | --evaluate | --export DIR] [--output DIR] [--<field> VALUE ...]
+python inference_image_caption.py [--image FILE ... | --evaluate | --export DIR] [--output DIR] [--<field> VALUE ...]
 """
 
 import dataclasses
