@@ -294,8 +294,8 @@ def plot_attention(caption, path):
         light = upsample(weights, image.size)
         panels.append((word, pixels * (0.2 + 0.8 * light[..., np.newaxis])))
 
-    columns = min(len(panels), 4 if image.width > image.height else 6)
-    rows = -(-len(panels) // columns)
+    rows = -(-len(panels) // (5 if image.width > 1.2 * image.height else 6))
+    columns = -(-len(panels) // rows)
     width = 2.4
     height = width * image.height / image.width + 0.3
     figure = Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")

@@ -18,9 +18,7 @@ import time
 
 def main(argv):
     cut = argv.index("--")
-    print(
-        "| captions | prepare: s | extraction: images/s | first step after: s | training: captions/s | peak memory: MB |"
-    )
+    print("| captions | prepare: s | extract: images/s | first step: s | train: captions/s | largest process: MB |")
     print("|---|---|---|---|---|---|", flush=True)
     for size in argv[:cut]:
         with tempfile.TemporaryDirectory() as folder:
