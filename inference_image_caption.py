@@ -30,7 +30,7 @@ from data_utils import (
 )
 from export_model import export_captioner
 from files import read_json, replacing, write_bytes
-from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions
+from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
 from train_image_caption_model import check_run_fits
 
 import numpy as np
@@ -41,6 +41,7 @@ from PIL import Image
 GRID = int(LOCATIONS**0.5)
 PLOT_SIZE = 480  # pixels, the longer side of a panel
 EXTRACTED = 1000  # images whose features are held in memory before they are captioned
+SHORT = 20  # words, within which most captions end
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that --evaluate compares
 
 
@@ -181,18 +182,18 @@ def caption_batch(captioner, images, features, config):
       list of B dicts: what `images` holds, with "words" (<end> left out), "caption", "log_probability" (natural) and
       "attention_weights", (words, P).
     """
-    words, log_probabilities, attention_weights = decode(
-        captioner.encoder,
-        captioner.decoder,
-        tf.convert_to_tensor(features),
-        config.max_words,
-        config.beam_width,
-        config.length_penalty,
-    )
+    features = tf.convert_to_tensor(features)
+    # Greedily, few captions are long, and the others need not wait for them. With beams a longer one may yet win.
+    most = min(SHORT, config.max_words) if config.beam_width == 1 else config.max_words
+    decoded = decode_batch(captioner, features, most, config)
+    unfinished = [i for i, (ids, _, _) in enumerate(decoded) if not has_ended(ids)]
+    if unfinished and most < config.max_words:
+        longer = decode_batch(captioner, tf.gather(features, unfinished), config.max_words, config)
+        for i, result in zip(unfinished, longer, strict=True):
+            decoded[i] = result
+
     captions = []
-    for image, ids, log_probability, weights in zip(
-        images, words.numpy(), log_probabilities.numpy(), attention_weights.numpy(), strict=True
-    ):
+    for image, (ids, log_probability, weights) in zip(images, decoded, strict=True):
         said = [captioner.vocabulary[i] for i in ids if i not in (PAD, END)]
         captions.append(
             {
@@ -204,6 +205,14 @@ def caption_batch(captioner, images, features, config):
             }
         )
     return captions
+
+
+def decode_batch(captioner, features, max_words, config):
+    """list of B (word ids (L,), log-probability, attention weights (L, P)), each as decode_captions returns it."""
+    decoded = decode(
+        captioner.encoder, captioner.decoder, features, max_words, config.beam_width, config.length_penalty
+    )
+    return list(zip(*(part.numpy() for part in decoded), strict=True))
 
 
 def print_caption(caption):

@@ -1,10 +1,11 @@
+import dataclasses
 import json
 import shutil
 
 import data_utils
 import inference_image_caption as inference
 import train_image_caption_model as training
-from command_line import UserError
+from command_line import UserError, parse_command_line
 from conftest import options
 
 import numpy as np
@@ -144,3 +145,23 @@ def test_karpathys_splits_are_prepared_trained_on_and_scored(coco, capsys):
 def test_a_split_that_is_not_there_is_one_line(trained):
     with pytest.raises(UserError, match="no test split"):
         infer(trained, "--evaluate", "--split", "test")
+
+
+def test_long_captions_are_decoded_to_their_end(trained, monkeypatch):
+    """A first pass of few words must change nothing of what is said in the end."""
+    config, _ = parse_command_line(options(trained), "")
+    captioner = inference.load_captioner(config)
+    images = inference.split_images("validation", config)
+    config = dataclasses.replace(config, max_words=12)
+
+    def captions():
+        batches = inference.cached_batches(images, config)
+        return [caption for batch in batches for caption in inference.caption_batch(captioner, *batch, config)]
+
+    whole = captions()
+    assert max(len(caption["words"]) for caption in whole) > 2
+    monkeypatch.setattr(inference, "SHORT", 2)
+    for short_first, at_once in zip(captions(), whole, strict=True):
+        assert short_first["words"] == at_once["words"]
+        assert short_first["log_probability"] == pytest.approx(at_once["log_probability"], rel=1e-4)
+        np.testing.assert_allclose(short_first["attention_weights"], at_once["attention_weights"], atol=1e-5)
