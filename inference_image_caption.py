@@ -255,7 +255,8 @@ def evaluate(captioner, images, output, config):
     for run, values in metrics.items():
         for kind in ("scenes", "attention"):
             if kind in values:
-                print(f"{run}, {kind}: " + ", ".join(f"{name} {value:.3g}" for name, value in values[kind].items()))
+                known = ((name, value) for name, value in values[kind].items() if value is not None)
+                print(f"{run}, {kind}: " + ", ".join(f"{name} {value:.3g}" for name, value in known))
     print(f"metrics.json and the captions in COCO's results format are in {output}")
 
 

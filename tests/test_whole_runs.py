@@ -60,7 +60,7 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
         assert name in out
         assert metrics["greedy"][name] >= 0
     assert 0 <= metrics["greedy"]["scenes"]["objects"] <= 1
-    assert metrics["greedy"]["attention"]["words"] > 0
+    assert metrics["greedy"]["attention"].keys() == {"words", "inside", "chance"}  # None where no object was named
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")
