@@ -213,6 +213,9 @@ def train_epoch(run, captions, epoch, config):
 
     Returns:
       dict: epoch (counted from 1), train_loss (nats per word, dropout on), captions_per_second.
+
+    Raises:
+      UserError: the loss is not finite.
     """
     order = plan_batches(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
     step = train_step.get_concrete_function(run, *batch_shapes(config), config)  # traced at the first call only
@@ -220,6 +223,11 @@ def train_epoch(run, captions, epoch, config):
     with tqdm(total=len(order), desc=f"epoch {epoch + 1}/{config.epochs}", unit=" captions") as bar:
         for features, words in caption_batches(captions, order, config):
             losses.append(float(step(features, words)))
+            if not np.isfinite(losses[-1]):
+                raise UserError(
+                    f"the loss is {losses[-1]} at batch {len(losses)} of epoch {epoch + 1}: lower --learning_rate or "
+                    "--clip_norm and run the same command, which continues from the last good checkpoint"
+                )
             tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
             bar.set_postfix(loss=f"{np.average(losses[-50:], weights=tokens[-50:]):.3f}", refresh=False)
             bar.update(len(words))

@@ -138,3 +138,14 @@ def test_the_step_is_traced_once(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "caption_loss", lambda *args: traces.append(1) or real(*args))
     train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3", "--batch_size", "7")
     assert len(traces) == 2  # the training step and the validation step, whatever the shapes
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    before = weights(tmp_path)
+    real = training.caption_loss
+    monkeypatch.setattr(training, "caption_loss", lambda *args: real(*args) * np.nan)
+    with pytest.raises(UserError, match="batch 1 of epoch 3: lower --learning_rate"):
+        train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
+    for name, value in weights(tmp_path).items():
+        np.testing.assert_array_equal(value, before[name])
