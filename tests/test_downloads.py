@@ -467,6 +467,7 @@ def test_interrupt_does_not_wait_for_open_connections(server, tmp_path):
     )
     with python(code, server.url, tmp_path) as process:
         wait_until(lambda: len(server.requests) == 3)
+        time.sleep(1)  # by now the main thread waits for the first result
         process.send_signal(signal.SIGINT)
         try:
             _, errors = process.communicate(timeout=30)
