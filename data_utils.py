@@ -1,6 +1,6 @@
 """Script 1: find or download the captioned images, split them, build the vocabulary, cache InceptionV3 features.
 
-python data_utils.py [--dataset coco|demo] [--<field> VALUE ...]
+python data_utils.py [--dataset coco|demo] [--shard I/N] [--<field> VALUE ...]
 """
 
 import collections
@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import hashlib
 import pathlib
+import re
 import warnings
 
 from command_line import UserError, parse_command_line, run_script
 from demo_scenes import draw_demo
 from downloads import download, download_all, unpack
-from files import read_json, remove_leftovers, replacing, write_json, write_npy
+from files import STALE, read_json, remove_leftovers, replacing, write_json, write_npy
 from karpathy_splits import read_karpathy
 
 import keras
@@ -27,6 +28,7 @@ from tqdm import tqdm
 LOCATIONS, CHANNELS = 64, 2048  # P and F: InceptionV3's last 8x8 grid, row by row
 IMAGE_SIZE = 299
 EXTRACT_WORKERS = 3  # batches under way at a time, each read and computed by a thread of its own
+CALIBRATION_IMAGES = 64  # training images from which random weights get their batch-norm statistics
 
 SPECIAL_WORDS = ("<pad>", "<unk>", "<start>", "<end>")
 PAD, UNK, START, END = range(4)
@@ -60,51 +62,103 @@ PREPARED_SETTINGS = (
 )
 
 
+def add_options(parser):
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        type=parse_shard,
+        help="fetch and extract only the I-th of N shares of the images; when all are done, run without --shard",
+    )
+
+
+def parse_shard(text):
+    """(I, N) of "I/N", the I-th of N shares, from 1 on."""
+    match = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard takes I/N, such as 2/4 for the second of four shares, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def main(argv):
-    config, _ = parse_command_line(argv, __doc__)
+    config, options = parse_command_line(argv, __doc__, add_options)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
+    if options.shard:
+        extract_shard(*options.shard, config)
+        return
     pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
 
     splits = read_splits(config)
     images = [image for split in splits.values() for image in split]
     skipped = fetch_images(images, config)
-    skipped |= cache_features(splits, skipped, config)
+    skipped |= cache_features(images, skipped, calibration_paths(splits, config), config)
     save_prepared(splits, skipped, config)
+
+
+def extract_shard(number, count, config):
+    """Fetch and cache the images of one share, beside others that write to the same folders from other hosts.
+
+    Raises:
+      UserError: the shards would get into each other's way, or what an unsharded run raises.
+    """
+    if config.image_source == "zip":
+        raise UserError("--shard fetches its own images only: give --image_source each (those at hand are not fetched)")
+    splits = read_splits(config, (number, count))
+    calibration = calibration_paths(splits, config)
+    absent = [path for path in calibration if not path.is_file()]
+    # They belong to several shares, and two hosts must not download to one file.
+    if config.inception_weights == "random" and absent and not random_statistics(config).exists():
+        raise UserError(f"{absent[0]} is missing, and random weights need it in every shard: run without --shard")
+    images = [image for split in splits.values() for image in split][number - 1 :: count]
+    skipped = fetch_images(images, config)
+    skipped |= cache_features(images, skipped, calibration, config)
+    print(
+        f"shard {number} of {count} is done: {len(images) - len(skipped)} images cached, {len(skipped)} skipped; "
+        "when all shards are done, run the same command without --shard"
+    )
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------
 
 
-def read_splits(config):
-    """The images with their captions, by split: train and validation, and test where the data set has one."""
+def read_splits(config, shard=None):
+    """The images with their captions, by split: train and validation, and test where the data set has one.
+
+    With a `shard`, (number, count), what is shared is only added to, and downloaded to a file of the shard's own.
+    """
     if config.dataset == "karpathy":
         splits = read_karpathy(config.karpathy_json, config.images, config.max_words, count_words, image_problem)
         train = draw_examples(splits["train"], config.num_examples, config.seed)
         return {"train": train, "validation": splits["val"], "test": splits["test"]}
     if config.dataset == "demo":
-        draw_demo(config.coco_dir, config.demo_images, config.seed)
-    images = read_captions(find_annotations(config), config.max_words)
+        draw_demo(config.coco_dir, config.demo_images, config.seed, replace=shard is None)
+    images = read_captions(find_annotations(config, shard), config.max_words)
     images = draw_examples(images, config.num_examples, config.seed)
     train, validation = split_by_image(images, config.val_fraction, config.seed)
     return {"train": train, "validation": validation}
 
 
-def find_annotations(config):
+def find_annotations(config, shard=None):
     """The path of the captions file in `coco_dir`; COCO 2014's is downloaded where it is missing."""
     path = pathlib.Path(config.coco_dir, "annotations", f"captions_{config.coco_split}.json")
     if not path.is_file():
         if config.coco_split not in ("train2014", "val2014"):
             raise UserError(f"{path} is missing: put it there, or set --coco_dir and --coco_split to where it is")
-        fetch_archive("annotations/annotations_trainval2014.zip", config, wanted=lambda name: name.endswith(".json"))
+        name = "annotations/annotations_trainval2014.zip"
+        fetch_archive(name, config, wanted=lambda name: name.endswith(".json"), shard=shard)
     return path
 
 
-def fetch_archive(name, config, wanted=None):
-    """Download one of COCO_ARCHIVES into `coco_dir` and unpack it there."""
+def fetch_archive(name, config, wanted=None, shard=None):
+    """Download one of COCO_ARCHIVES into `coco_dir` and unpack it there; a shard deletes its own copy after that."""
     size, sha256 = COCO_ARCHIVES[name]
     archive = pathlib.Path(config.coco_dir, pathlib.PurePosixPath(name).name)
+    own = shard is not None and not archive.is_file()
+    if own:
+        archive = archive.with_stem("{}_shard_{}_of_{}".format(archive.stem, *shard))
     download(f"{COCO_URL}/{name}", archive, size=size, sha256=sha256)
     unpack(archive, config.coco_dir, wanted)
+    if own:
+        archive.unlink()
 
 
 def read_captions(path, max_words):
@@ -356,12 +410,18 @@ def is_feature_file(path):
     )
 
 
-def cache_features(splits, skipped, config):
+def calibration_paths(splits, config):
+    """The first training images, the same for every shard."""
+    return [image_path(image, config) for image in splits["train"][:CALIBRATION_IMAGES]]
+
+
+def cache_features(images, skipped, calibration, config):
     """Write the features of every image that has none in the cache.
 
     Args:
-      splits: dict of lists of images; `random` weights are calibrated on those of "train".
+      images: list of images.
       skipped: dict of file name to reason, images not to try.
+      calibration: list of image files, as for feature_network.
 
     Returns:
       dict of file name to reason, for images that cannot be decoded.
@@ -370,8 +430,8 @@ def cache_features(splits, skipped, config):
       UserError: the weights cannot be had, the cache is another network's, or the disk is full.
     """
     folder = features_folder(config)
-    remove_leftovers(folder)
-    images = [image for split in splits.values() for image in split if image["file_name"] not in skipped]
+    remove_leftovers(folder, STALE)
+    images = [image for image in images if image["file_name"] not in skipped]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         whole = list(
             tqdm(
@@ -386,7 +446,7 @@ def cache_features(splits, skipped, config):
     if not missing:
         return {}
 
-    network = feature_network(config, [image_path(image, config) for image in splits["train"]])
+    network = feature_network(config, calibration)
     targets = {image_path(image, config): feature_path(image, config) for image in missing}
     skipped = {}
     with extract_precision(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
@@ -554,16 +614,14 @@ def random_statistics(config):
     return features_folder(config) / "random_statistics.npz"
 
 
-def calibrate(inception, norms, image_paths, count=64):
-    """Set each batch-norm layer's statistics to those of `count` images, in one forward pass."""
+def calibrate(inception, norms, image_paths):
+    """Set each batch-norm layer's statistics to those of the images, in one forward pass."""
     pixels = []
     for path in image_paths:
         try:
             pixels.append(load_image(path))
         except ValueError:
             continue  # named and counted when its own turn comes
-        if len(pixels) == count:
-            break
     if not pixels:
         raise UserError("no training image can be read, and random weights need some: check the image folder")
     for norm in norms:

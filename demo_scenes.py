@@ -71,11 +71,14 @@ CAPTIONS_OF_TWO = [
 # --- The data set on disk -----------------------------------------------------------------------------------------
 
 
-def draw_demo(folder, count, seed):
+def draw_demo(folder, count, seed, replace=True):
     """Draw `count` scenes below `folder` in COCO 2014's layout; what is there already is not drawn again.
 
     Writes annotations/captions_train2014.json (COCO's keys), annotations/scenes_train2014.json (see `read_scenes`) and
-    train2014/COCO_train2014_<image id>.jpg.
+    train2014/COCO_train2014_<image id>.jpg. Several hosts may draw into one folder.
+
+    Args:
+      replace: bool, whether scenes of another count or seed make way.
 
     Raises:
       UserError: the folder holds something else, or cannot be written.
@@ -85,14 +88,16 @@ def draw_demo(folder, count, seed):
     scenes = [compose_scene(image_id, seed) for image_id in range(1, count + 1)]
     info = {"description": "scenes drawn by demo_scenes.py", "version": VERSION, "seed": seed}
 
+    # Looked for before the scenes: another host that draws here at this moment writes those first.
+    others = captions_path.exists() or (images.is_dir() and any(images.iterdir()))
     if scenes_path.exists():
-        clear_other_demo(folder, {"info": info, "scenes": scenes})
-    elif captions_path.exists() or (images.is_dir() and any(images.iterdir())):
+        clear_other_demo(folder, {"info": info, "scenes": scenes}, replace)
+    elif others:
         raise UserError(f"{folder} holds another data set: name another folder for the demo with --coco_dir")
     # The scenes come first and the captions last: a folder with scenes is the demo's, one with captions is whole.
     if not scenes_path.exists():
         files.write_json(scenes_path, {"info": info, "scenes": scenes})
-    files.remove_leftovers(images)
+    files.remove_leftovers(images, files.STALE)
     missing = [scene for scene in scenes if not (images / scene["file_name"]).exists()]
     for scene in tqdm(missing, desc="drawing scenes", unit=" images", disable=not missing):
         with files.replacing(images / scene["file_name"]) as temporary:
@@ -105,12 +110,14 @@ def annotation_path(folder, kind):
     return pathlib.Path(folder, "annotations", f"{kind}_{SPLIT}.json")
 
 
-def clear_other_demo(folder, wanted):
+def clear_other_demo(folder, wanted, replace):
     """Delete the demo in `folder` if its scenes are not those of `wanted`; its own files and no others."""
     scenes_path = annotation_path(folder, "scenes")
     found = files.read_json(scenes_path, "delete that file and the folder with the demo's images")
     if found == wanted:
         return
+    if not replace:
+        raise UserError(f"{folder} holds scenes of other settings: delete it or name another folder with --coco_dir")
     annotation_path(folder, "captions").unlink(missing_ok=True)
     for scene in found["scenes"]:
         pathlib.Path(folder, SPLIT, scene["file_name"]).unlink(missing_ok=True)

@@ -6,14 +6,16 @@ import io
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import threading
+import time
 
 from command_line import UserError
 
 import numpy as np
 
 TEMPORARY = ".tmp-"
+STALE = 3600.0  # seconds after which no host is still writing a temporary file
 
 
 @contextlib.contextmanager
@@ -24,7 +26,7 @@ def replacing(path):
       UserError: the disk is full or the folder cannot be written.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{threading.get_ident()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -42,10 +44,16 @@ def free_space(folder):
     return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free there; make room and run the same command again"
 
 
-def remove_leftovers(folder):
-    """Delete the temporary files that a killed run left in `folder`."""
+def remove_leftovers(folder, age=0.0):
+    """Delete the temporary files that a killed run left in `folder`.
+
+    Args:
+      age: float, seconds; younger ones stay. STALE where other hosts write to the same folder.
+    """
     for path in pathlib.Path(folder).glob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def write_bytes(path, data):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import demo_scenes
 import files
@@ -124,7 +125,9 @@ def test_a_killed_run_continues_and_leaves_no_half_files(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         demo_scenes.draw_demo(tmp_path / "killed", 5, seed=7)
     assert not (tmp_path / "killed" / "annotations" / "captions_train2014.json").exists()
-    (tmp_path / "killed" / "train2014" / f"{files.TEMPORARY}1-1-half.jpg").write_bytes(b"half")
+    half = tmp_path / "killed" / "train2014" / f"{files.TEMPORARY}1-1-half.jpg"
+    half.write_bytes(b"half")
+    os.utime(half, (0, 0))
 
     monkeypatch.setattr(
         demo_scenes, "draw_scene", lambda scene, seed: drawn.append(scene["image_id"]) or draw_scene(scene, seed)

@@ -1,0 +1,157 @@
+"""data_utils.py --shard I/N: shares of the images, extracted side by side into one folder."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import data_utils
+import files
+from command_line import UserError
+from conftest import IMAGES, options, write_coco
+from test_whole_runs import ROOT
+
+import pytest
+import tensorflow as tf
+
+
+def brightness(config, calibration):
+    """A network that costs nothing: an image's brightness everywhere."""
+    return lambda pixels: tf.tile(tf.reduce_mean(tf.cast(pixels, tf.float32), (1, 2, 3))[:, None, None], (1, 64, 2048))
+
+
+def no_network(config, calibration):
+    pytest.fail("there was something left to extract")
+
+
+def prepare(root, *more):
+    data_utils.main([*options(root), *more])
+
+
+def cached(root):
+    return {path.name: path.read_bytes() for path in (root / "data" / "features").iterdir()}
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """The root of a tiny data set of which nothing is cached."""
+    write_coco(tmp_path / "coco", count=8)
+    return tmp_path
+
+
+def demo_options(root):
+    return ["--dataset", "demo", "--demo_images", "10", "--coco_dir", str(root / "scenes"), "--data_dir", str(root)]
+
+
+def test_two_shards_at_once_give_the_cache_of_one_run(tmp_path, monkeypatch, capsys):
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    command = [sys.executable, "data_utils.py", *demo_options(both)]
+    shards = [
+        subprocess.Popen([*command, "--shard", f"{number}/2"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for number in (1, 2)
+    ]
+    data_utils.main(demo_options(alone))
+    for number, shard in enumerate(shards, 1):
+        printed, _ = shard.communicate()
+        assert shard.returncode == 0
+        assert f"shard {number} of 2 is done: 5 images cached, 0 skipped" in printed
+    names = {path.name for path in (both / "features").iterdir()}
+    assert names >= {"network.json", "random_statistics.npz"} and len(names) == 10 + 2
+    for name in names:
+        assert (both / "features" / name).read_bytes() == (alone / "features" / name).read_bytes()
+
+    monkeypatch.setattr(data_utils, "feature_network", no_network)
+    assert not (both / "settings.json").exists()
+    data_utils.main(demo_options(both))
+    assert "10 of 10 are in" in capsys.readouterr().out
+    assert (both / "settings.json").exists()
+
+
+def test_shards_share_the_images_and_the_run_without_fills_the_gaps(coco, monkeypatch):
+    features = coco / "data" / "features"
+    for path in features.iterdir():
+        path.unlink()
+    monkeypatch.setattr(data_utils, "feature_network", brightness)
+    counts = []
+    for number in (3, 1, 2):
+        prepare(coco, "--shard", f"{number}/3")
+        counts.append(len(cached(coco)))
+    assert counts == [8, 16, IMAGES]
+    by_shards = cached(coco)
+
+    damaged, missing = sorted(features.iterdir())[5:7]
+    damaged.write_bytes(b"half")
+    missing.unlink()
+    prepare(coco)
+    assert cached(coco) == by_shards
+
+
+def test_a_shard_run_again_extracts_nothing_and_leaves_prepared_data_alone(coco, monkeypatch):
+    prepare(coco)
+    before = {path: path.stat().st_mtime_ns for path in (coco / "data").rglob("*")}
+    monkeypatch.setattr(data_utils, "feature_network", no_network)
+    prepare(coco, "--shard", "1/2")
+    assert {path: path.stat().st_mtime_ns for path in (coco / "data").rglob("*")} == before
+
+
+@pytest.mark.parametrize("more", [[], ["--shard", "1/2"]])
+def test_what_another_host_is_writing_stays(coco, more):
+    live, left = (coco / "data" / "features" / f"{files.TEMPORARY}{name}.npy" for name in ("live", "left"))
+    live.write_bytes(b"half")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    prepare(coco, *more)
+    assert live.exists() and not left.exists()
+
+
+def test_a_shard_fetches_its_own_images_and_captions_by_a_file_of_its_own(plain, server, monkeypatch):
+    captions_file = plain / "coco" / "annotations" / "captions_train2014.json"
+    data = json.loads(captions_file.read_text())
+    for image in data["images"]:
+        image["coco_url"] = f"{server.url}/{image['file_name']}"
+        (plain / "coco" / "train2014" / image["file_name"]).rename(server.folder / image["file_name"])
+    archive = server.folder / "annotations" / "annotations_trainval2014.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("annotations/captions_train2014.json", json.dumps(data))
+    server.publish(archive)
+    captions_file.unlink()
+    of_another = plain / "coco" / "annotations_trainval2014.zip.part"
+    of_another.write_bytes(b"the beginning")
+
+    monkeypatch.setattr(data_utils, "feature_network", brightness)
+    prepare(plain, "--shard", "2/3", "--inception_weights", "imagenet")
+    assert len(list((plain / "coco" / "train2014").iterdir())) == 3
+    assert len(cached(plain)) == 3
+    assert len(server.requests) == 1 + 3
+    assert of_another.read_bytes() == b"the beginning"
+    assert [path.name for path in (plain / "coco").glob("*.zip*")] == [of_another.name]
+
+
+def test_random_weights_need_the_same_images_in_every_shard(plain):
+    for path in (plain / "coco" / "train2014").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="random weights need it in every shard"):
+        prepare(plain, "--shard", "1/2")
+
+
+def test_a_shard_does_not_draw_over_another_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "feature_network", brightness)
+    data_utils.main([*demo_options(tmp_path), "--shard", "1/2"])
+    assert len(list((tmp_path / "features").iterdir())) == 5
+    before = {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("*.*")}
+    with pytest.raises(UserError, match="scenes of other settings"):
+        data_utils.main([*demo_options(tmp_path), "--seed", "1", "--shard", "1/2"])
+    assert {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("value", ["", "2", "0/2", "3/2", "-1/2", "1/0", "a/b", "1/2/3", "1.5/2", "1 / 2", "¹/2"])
+def test_what_is_no_share_is_one_line(plain, value):
+    with pytest.raises(UserError, match=r"--shard takes I/N[^\n]*$"):
+        prepare(plain, f"--shard={value}")
+
+
+def test_the_zip_of_all_images_is_not_for_shards(plain):
+    with pytest.raises(UserError, match="--image_source each"):
+        prepare(plain, "--shard", "1/2", "--image_source", "zip")
