@@ -47,7 +47,7 @@ class WrongPart(AttemptFailed):
     """The .part file is not the beginning of the file wanted: another attempt starts over."""
 
 
-def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True):
+def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=None):
     """Fetch `url` to `path`, by way of `path`.part, which the next attempt or run continues.
 
     A file already at `path` stays as it is, provided it is not empty and has `size` bytes.
@@ -58,6 +58,7 @@ def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_o
       attempts: int, tries in all; after a second wrong digest or file too long there is no other.
       timeout: float, seconds that the server may be silent.
       back_off: float, seconds before the second attempt, doubled before each further one.
+      limit: int, bytes that a file of unknown size may have at the most.
 
     Raises:
       DownloadError: the URL is not http or https, the server refuses it, or the last attempt failed.
@@ -71,7 +72,7 @@ def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_o
         if attempt:
             time.sleep(back_off * 2 ** (attempt - 1))
         try:
-            return fetch(url, path, size, sha256, timeout, progress)
+            return fetch(url, path, size, sha256, timeout, progress, limit)
         except AttemptFailed as error:
             reason = str(error)
             wrong += isinstance(error, WrongPart)
@@ -85,7 +86,7 @@ def is_present(path, size):
     return found > 0 and size in (None, found)
 
 
-def fetch(url, path, size, sha256, timeout, progress):
+def fetch(url, path, size, sha256, timeout, progress, limit):
     """One attempt of `download`."""
     # The tag is the server's name for one version of the file. Without it, or a digest of the whole,
     # a part of one version could be continued with the bytes of another.
@@ -96,6 +97,8 @@ def fetch(url, path, size, sha256, timeout, progress):
         if start != size:
             with open_url(url, path, start, timeout) as response:
                 first, whole = announced_extent(response, size, sha256)
+                if limit and whole and whole > limit:
+                    raise DownloadError(url, path, f"it is longer than {limit:,} bytes", refused=True)
                 new_tag = response.headers["ETag"] or response.headers["Last-Modified"] or ""
                 if first == 0:
                     part.unlink(missing_ok=True)
@@ -104,7 +107,7 @@ def fetch(url, path, size, sha256, timeout, progress):
                         files.write_bytes(tag, new_tag.encode())
                 elif first != start or (tag.exists() and tag.read_text(encoding="utf-8") != new_tag):
                     raise WrongPart("the file on the server is not the one begun")
-                receive(response, part, first, whole, progress)
+                receive(response, part, first, whole, progress, limit)
         if sha256 and file_digest(part) != sha256.lower():
             raise WrongPart("its SHA-256 digest is not the expected one")
         os.replace(part, path)
@@ -160,18 +163,19 @@ def announced_extent(response, size, sha256):
     return first, whole or size
 
 
-def receive(response, part, first, whole, progress):
-    """Append the response to `part`, which then has `whole` bytes, or with None as many as the response brings."""
+def receive(response, part, first, whole, progress, limit):
+    """Append the response to `part`, which then has `whole` bytes, or with None up to `limit` that it brings."""
+    most = whole or limit
     bar = tqdm(total=whole, initial=first, unit="B", unit_scale=True, desc=part.stem, disable=not progress)
     with bar, open(part, "ab") as file:
         for piece in read_pieces(response):
             file.write(piece)
             bar.update(len(piece))
-            if whole and file.tell() > whole:
+            if most and file.tell() > most:
                 break
     found = part.stat().st_size
-    if whole and found > whole:
-        raise WrongPart(f"it is longer than {whole:,} bytes")
+    if most and found > most:
+        raise WrongPart(f"it is longer than {most:,} bytes")
     if found < (whole or 1):
         raise AttemptFailed(f"the connection ended after {found:,} bytes")
 
@@ -189,22 +193,23 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download_all(jobs, workers, attempts=3, timeout=20.0, back_off=1.0, progress=True):
+def download_all(jobs, workers, attempts=3, timeout=20.0, back_off=1.0, progress=True, limit=None, give_up=IN_A_ROW):
     """Fetch many small files, `workers` at a time; those already there cost nothing.
 
     Args:
       jobs: list of (url, path).
-      attempts, timeout, back_off: as in `download`, for each file.
+      attempts, timeout, back_off, limit: as in `download`, for each file.
+      give_up: int, files that may fail one after the other before the rest is given up; None to try them all.
 
     Returns:
       sorted list of (pathlib.Path, str reason) of the files that could not be fetched
 
     Raises:
-      UserError: IN_A_ROW files failed one after the other, none by a refusal such as 404, or the disk is full.
+      UserError: `give_up` files failed one after the other, none by a refusal such as 404, or the disk is full.
     """
     urls = {pathlib.Path(path): url for url, path in jobs}
     missing = [(url, path) for path, url in urls.items() if not is_present(path, None)]
-    try_one = functools.partial(try_download, attempts=attempts, timeout=timeout, back_off=back_off)
+    try_one = functools.partial(try_download, attempts=attempts, timeout=timeout, back_off=back_off, limit=limit)
     failed, in_a_row = [], 0
     bar = tqdm(total=len(urls), initial=len(urls) - len(missing), unit="file", disable=not progress)
     # The pool's threads are daemons: Ctrl-C leaves at once, where an executor would wait for every open connection.
@@ -214,9 +219,9 @@ def download_all(jobs, workers, attempts=3, timeout=20.0, back_off=1.0, progress
             if error:
                 failed.append((path, error.reason))
             in_a_row = in_a_row + 1 if error and not error.refused else 0
-            if in_a_row == IN_A_ROW:
+            if in_a_row == give_up:
                 raise UserError(
-                    f"{IN_A_ROW} downloads in a row failed, the last of them {urls[path]} ({error.reason}): "
+                    f"{give_up} downloads in a row failed, the last of them {urls[path]} ({error.reason}): "
                     "check the network and run the same command again"
                 )
     return sorted(failed)

@@ -1,12 +1,16 @@
 """Script 3: caption validation images, or your own, and plot where the model looked for each word.
 
-python inference_image_caption.py [--image FILE ... | --evaluate | --export DIR] [--output DIR] [--<field> VALUE ...]
+python inference_image_caption.py [--image FILE_FOLDER_OR_URL ... | --evaluate | --export DIR] [--output DIR]
+    [--<field> VALUE ...]
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import re
 import sys
 import warnings
 
@@ -28,6 +32,7 @@ from data_utils import (
     read_feature,
     upright_rgb,
 )
+from downloads import download_all
 from export_model import export_captioner
 from files import read_json, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
@@ -43,11 +48,15 @@ PLOT_SIZE = 480  # pixels, the longer side of a panel
 EXTRACTED = 1000  # images whose features are held in memory before they are captioned
 SHORT = 20  # words, within which most captions end
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that --evaluate compares
+LARGEST = 50_000_000  # bytes of a picture fetched from an address
 
 
 def add_options(parser):
     parser.add_argument(
-        "--image", nargs="+", metavar="FILE_OR_FOLDER", help="caption these pictures instead of validation images"
+        "--image",
+        nargs="+",
+        metavar="FILE_FOLDER_OR_URL",
+        help="caption these pictures instead of validation images; http and https addresses are fetched",
     )
     parser.add_argument("--evaluate", action="store_true", help="score the captions of the whole split")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
@@ -71,8 +80,8 @@ def main(argv):
         evaluate(captioner, split_images(options.split, config), output, config)
         return
     if options.image:
-        images = own_images(options.image)
-        batches = extract_batches(images, config)
+        images = own_images(options.image, output / "downloads")
+        batches = extract_batches(fetch_own(images, config), config)
     else:
         images = choose_images(split_images(options.split, config), config)
         batches = cached_batches(images, config)
@@ -132,17 +141,45 @@ def choose_images(images, config):
     return [images[i] for i in np.random.default_rng(config.seed).choice(len(images), count, replace=False)]
 
 
-def own_images(names):
-    """The image files that are named, and those in the folders that are named, at any depth."""
-    paths = []
-    for name in map(pathlib.Path, names):
-        if name.is_dir():
-            paths += sorted(path for path in name.rglob("*") if path.suffix.lower() in Image.registered_extensions())
+def own_images(names, downloads):
+    """The image files that are named, those in the folders that are named, at any depth, and those of addresses.
+
+    Returns:
+      list of dicts of "path" and, of an address, "address"; its path is in the folder `downloads`, see `fetch_own`.
+    """
+    images = []
+    for name in names:
+        path = pathlib.Path(name)
+        if re.match("[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
+            images.append({"path": downloads / local_name(name), "address": name})
+        elif path.is_dir():
+            found = sorted(path for path in path.rglob("*") if path.suffix.lower() in Image.registered_extensions())
+            images += [{"path": path} for path in found]
         else:
-            paths.append(name)
-    if not paths:
+            images.append({"path": path})
+    if not images:
         raise UserError(f"no image file is in {', '.join(names)}: name image files or folders behind --image")
-    return [{"path": path} for path in dict.fromkeys(paths)]
+    return list({image["path"]: image for image in images}.values())
+
+
+def local_name(address):
+    """A file name for an address: letters and digits of its last part, and a digest that no other address has."""
+    last = re.sub("[^A-Za-z0-9]+", "_", address.split("?")[0].rsplit("/", 1)[-1])
+    return f"{last[-40:]}_{hashlib.sha256(os.fsencode(address)).hexdigest()[:16]}"
+
+
+def fetch_own(images, config):
+    """Download the pictures of addresses, anew in each run; those that cannot be had are named and left out."""
+    jobs = [(image["address"], image["path"]) for image in images if "address" in image]
+    for _, path in jobs:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    limits = {"attempts": 2, "timeout": 10.0, "limit": LARGEST, "give_up": None}
+    failed = dict(download_all(jobs, config.download_workers, progress=False, **limits))
+    for image in images:
+        if image["path"] in failed:
+            print(f"{image['address']} cannot be fetched ({failed[image['path']]})")
+    return [image for image in images if image["path"] not in failed]
 
 
 def cached_batches(images, config):
@@ -163,8 +200,8 @@ def extract_batches(images, config):
         with extract_precision(config):
             extracted = list(extract_features(network, paths[start : start + EXTRACTED], config.extract_batch))
         for readable, features, failed in extracted:
-            for _, reason in failed:
-                print(reason)
+            for path, reason in failed:
+                print(f"{shown_name(by_path[path])}: {reason}" if "address" in by_path[path] else reason)
             if readable:
                 yield [by_path[path] for path in readable], features
 
@@ -215,8 +252,12 @@ def decode_batch(captioner, features, max_words, config):
     return list(zip(*(part.numpy() for part in decoded), strict=True))
 
 
+def shown_name(image):
+    return image.get("address", str(image["path"]))
+
+
 def print_caption(caption):
-    print(caption["path"])
+    print(shown_name(caption))
     for reference in caption.get("references", []):
         print(f"  real       {reference}")
     print(f"  predicted  {caption['caption']}")
@@ -226,7 +267,7 @@ def write_captions(captions, path):
     """Write one JSON line per image: image, image_id, caption, words, log_probability, attention_weights (words, P)."""
     lines = []
     for caption in captions:
-        record = {"image": str(caption["path"])}
+        record = {"image": shown_name(caption)}
         record |= {
             name: caption[name] for name in ("image_id", "caption", "words", "log_probability") if name in caption
         }

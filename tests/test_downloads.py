@@ -252,6 +252,20 @@ def test_file_without_end_does_not_fill_the_disk(server, tmp_path):
     wait_until(cut_off.is_set)
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_no_more_than_the_limit_is_fetched(server, tmp_path, announced):
+    chunk = b"%x\r\n%b\r\n" % (len(DATA), DATA)
+    chunked = {"Transfer-Encoding": "chunked"}
+    server.answers["/a"] = [
+        plain(DATA) if announced else lambda handler, state: send(handler, 200, chunked, chunk + b"0\r\n\r\n")
+    ]
+    with pytest.raises(downloads.DownloadError, match="longer than 299,999 bytes"):
+        downloads.download(f"{server.url}/a", tmp_path / "a", limit=len(DATA) - 1, **QUICK)
+    assert names_in(tmp_path) == []
+    downloads.download(f"{server.url}/a", tmp_path / "a", limit=len(DATA), **QUICK)
+    assert (tmp_path / "a").read_bytes() == DATA
+
+
 def test_wrong_digest_is_tried_twice_and_deleted(server, tmp_path):
     server.answers["/a"] = [ranged(OTHER)]
     with pytest.raises(downloads.DownloadError, match="SHA-256"):

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import re
 import shutil
+import socket
 
 import data_utils
 import inference_image_caption as inference
@@ -58,6 +60,65 @@ def test_own_pictures_in_files_and_folders_and_a_bad_one(trained, tmp_path, monk
     (record,) = records(tmp_path / "captions.jsonl")
     assert record["image"].endswith("portrait.png")
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_pictures_from_the_web_among_files_and_bad_ones(trained, tmp_path, server, monkeypatch, capsys):
+    Image.new("RGB", (80, 200), "red").save(server.folder / "red.png")
+    Image.new("RGB", (80, 200), "blue").save(tmp_path / "blue.png")
+    (server.folder / "notes.txt").write_text("no picture")
+    (server.folder / "huge.jpg").write_bytes(bytes(20_000))
+    monkeypatch.setattr(inference, "LARGEST", 10_000)
+    (tmp_path / "secret").write_text("of this machine")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        refused = f"http://127.0.0.1:{closed.getsockname()[1]}/a.jpg"
+    red = f"{server.url}/red.png?size=../../large"
+    bad = {
+        f"{server.url}/notes.txt": "cannot be read as an image",
+        f"{server.url}/missing.jpg": "404",
+        f"{server.url}/huge.jpg": "longer than 10,000 bytes",
+        refused: "refused",
+        f"file://{tmp_path / 'secret'}": "only http and https",
+        "http://[half": "Invalid IPv6 URL",
+    }
+    zeros = inference.tf.zeros
+    monkeypatch.setattr(inference, "feature_network", lambda config: lambda pixels: zeros((len(pixels), 64, 2048)))
+    with pytest.raises(SystemExit) as stopped:
+        infer(trained, "--image", red, *bad, red, str(tmp_path / "blue.png"), "--output", str(tmp_path / "out"))
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out.splitlines()
+    for address, reason in bad.items():
+        assert any(address in line and reason in line for line in printed), address
+    assert [record["image"] for record in records(tmp_path / "out" / "captions.jsonl")] == [
+        red,
+        str(tmp_path / "blue.png"),
+    ]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    kept = {path.name.rsplit("_", 1)[0] for path in (tmp_path / "out" / "downloads").iterdir()}
+    assert kept == {"red_png", "notes_txt"}
+
+
+def test_a_picture_from_the_web_is_fetched_anew(trained, tmp_path, server, monkeypatch):
+    seen = []
+
+    def network(pixels):
+        seen.append(np.asarray(pixels).mean((0, 1, 2)).tolist())
+        return inference.tf.zeros((len(pixels), 64, 2048))
+
+    monkeypatch.setattr(inference, "feature_network", lambda config: network)
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        Image.new("RGB", (30, 30), colour).save(server.folder / "webcam.png")
+        infer(trained, "--image", f"{server.url}/webcam.png", "--output", str(tmp_path))
+    assert seen == [[255, 0, 0], [0, 0, 255]]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://a/../../x.jpg", "http://a/", "http://a/" + "x" * 5000, "http://a/é\\..\\b"]
+)
+def test_no_address_leads_out_of_the_folder_or_to_anothers_file(tmp_path, address):
+    first, second = (image["path"] for image in inference.own_images([address, address + "?"], tmp_path))
+    assert first.parent == second.parent == tmp_path and first != second
+    assert re.fullmatch("[A-Za-z0-9_]{1,80}", first.name)
 
 
 def test_new_pictures_are_refused_where_another_program_made_the_features(trained, tmp_path):
