@@ -456,6 +456,12 @@ def test_nothing_reachable_stops_early(server, tmp_path):
     assert len(server.requests) < 200
 
 
+def test_all_are_tried_where_none_gives_up(server, tmp_path):
+    server.answers = {f"/{number}": [status(503)] for number in range(30)}
+    jobs = [(f"{server.url}/{number}", tmp_path / str(number)) for number in range(30)]
+    assert len(downloads.download_all(jobs, 4, attempts=1, give_up=None, **QUICK)) == 30
+
+
 def test_closed_port_stops_early(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.socket() as closed:
