@@ -235,20 +235,22 @@ def test_longer_file_is_tried_twice_and_deleted(server, tmp_path):
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.part").exists()
 
 
-def test_file_without_end_does_not_fill_the_disk(server, tmp_path):
+@pytest.mark.parametrize(("bound", "headers"), [("size", {}), ("limit", {"Transfer-Encoding": "chunked"})])
+def test_file_without_end_does_not_fill_the_disk(server, tmp_path, bound, headers):
     cut_off = threading.Event()
+    chunk = b"%x\r\n%b\r\n" % (len(DATA), DATA)
 
     def endless(handler, state):
         try:
-            send(handler, 200, {}, DATA)
+            send(handler, 200, headers, chunk)
             for _ in range(1000):
-                handler.wfile.write(DATA)
+                handler.wfile.write(chunk)
         except ConnectionError:
             cut_off.set()
 
     server.answers["/a"] = [endless]
     with pytest.raises(downloads.DownloadError, match="longer"):
-        downloads.download(f"{server.url}/a", tmp_path / "a", size=len(DATA), **QUICK)
+        downloads.download(f"{server.url}/a", tmp_path / "a", **{bound: len(DATA)}, **QUICK)
     wait_until(cut_off.is_set)
 
 
