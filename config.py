@@ -36,6 +36,9 @@ class Config:
     encoder_dim: Annotated[int, (1, None)] = 256  # D: encoded feature at each of the 64 locations
     embedding_dim: Annotated[int, (1, None)] = 256  # E: word embedding
     units: Annotated[int, (1, None)] = 512  # U: GRU and attention
+    context_gate: bool = True  # scale the context vector by a gate on the hidden state (section 4.2.1)
+    deep_output: bool = True  # predict from word, hidden and context (eq. 7), not from hidden alone
+    tie_weights: bool = True  # deep_output only: the output layer's matrix is that of the word embedding
 
     # Training
     run_dir: str = "runs/coco"  # folder for checkpoints, history.csv, loss.png and captions
@@ -46,11 +49,14 @@ class Config:
     dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
     precision: Literal["auto", "float32", "mixed_bfloat16"] = "auto"  # large products; auto: bfloat16 where it is fast
+    schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate; cosine: falls to 0 at the last epoch
+    label_smoothing: Annotated[float, (0.0, 0.9)] = 0.1  # share of each word's target spread over the vocabulary
     patience: Annotated[int, (1, None)] = 4  # epochs without a better validation loss before training stops
 
     # Inference
     beam_width: Annotated[int, (1, 20)] = 1  # captions kept in view while decoding; 1 is greedy
     length_penalty: Annotated[float, (0.0, 2.0)] = 0.7  # beams rank by log-probability / length to this power
+    repeat_block: Annotated[int, (0, 5)] = 2  # no sequence of so many words is said twice in a caption; 0: allowed
     plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
     decode_batch: Annotated[int, (1, None)] = 100  # images decoded at a time
 

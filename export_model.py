@@ -33,13 +33,13 @@ def export_captioner(captioner, network, config, folder):
     Args:
       captioner: encoder, decoder and vocabulary, as inference_image_caption.load_captioner returns.
       network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
-      config: Config; its max_words, beam_width and length_penalty are the exported model's.
+      config: Config; its max_words, beam_width, length_penalty and repeat_block are the exported model's.
       folder: where to; may be there if it is empty.
 
     Raises:
       UserError: the folder holds something, or cannot be written.
     """
-    search = config.max_words, config.beam_width, config.length_penalty
+    search = config.max_words, config.beam_width, config.length_penalty, config.repeat_block
     said = ["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)]  # (V,)
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="images")])

@@ -247,7 +247,13 @@ def caption_batch(captioner, images, features, config):
 def decode_batch(captioner, features, max_words, config):
     """list of B (word ids (L,), log-probability, attention weights (L, P)), each as decode_captions returns it."""
     decoded = decode(
-        captioner.encoder, captioner.decoder, features, max_words, config.beam_width, config.length_penalty
+        captioner.encoder,
+        captioner.decoder,
+        features,
+        max_words,
+        config.beam_width,
+        config.length_penalty,
+        config.repeat_block,
     )
     return list(zip(*(part.numpy() for part in decoded), strict=True))
 

@@ -12,7 +12,7 @@ import time
 from command_line import UserError, parse_command_line, run_script
 from data_utils import CHANNELS, LOCATIONS, feature_path, has_fast_bfloat16, load_prepared, read_feature
 from files import read_json, remove_leftovers, replacing, write_csv, write_json
-from model import attention_loss, build_captioner, caption_loss
+from model import attention_loss, build_captioner, caption_loss, smoothing_loss
 
 import keras
 import numpy as np
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 # What the weights' shapes depend on, besides the vocabulary: a run continues only with the same values.
-MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units")
+MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units", "context_gate", "deep_output", "tie_weights")
 
 
 def main(argv):
@@ -75,7 +75,7 @@ def open_run(prepared, config):
     encoder, decoder = build_captioner(
         config, len(prepared.vocabulary), prepared.feature_mean, prepared.feature_std, precision
     )
-    optimizer = keras.optimizers.Adam(config.learning_rate, global_clipnorm=config.clip_norm)
+    optimizer = keras.optimizers.Adam(learning_rate(prepared.train, config), global_clipnorm=config.clip_norm)
     optimizer.build(encoder.trainable_variables + decoder.trainable_variables)
     run = tf.train.Checkpoint(
         encoder=encoder,
@@ -87,9 +87,19 @@ def open_run(prepared, config):
     )
     if saved:
         run.restore(saved).assert_consumed()
-        optimizer.learning_rate.assign(config.learning_rate)
+        if config.schedule == "constant":
+            optimizer.learning_rate.assign(config.learning_rate)
         print(f"continuing {folder} after epoch {int(run.epoch)}")
     return run
+
+
+def learning_rate(images, config):
+    """Adam's step size: a number, or its schedule over the optimiser's steps."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    captions = sum(len(image["ids"]) for image in images)
+    steps = config.epochs * -(-captions // config.batch_size)
+    return keras.optimizers.schedules.CosineDecay(config.learning_rate, steps)
 
 
 def check_run_fits(folder, config, vocabulary):
@@ -247,7 +257,8 @@ def train_step(run, features, captions, config):
     with tf.GradientTape() as tape:
         logits, attention_weights = run.decoder.teach(captions, run.encoder(features), dropout_seed)
         loss = caption_loss(captions, logits)
-        total = loss + config.doubly_stochastic * attention_loss(captions, attention_weights)
+        total = loss + config.label_smoothing * smoothing_loss(captions, logits)
+        total += config.doubly_stochastic * attention_loss(captions, attention_weights)
     run.optimizer.apply_gradients(zip(tape.gradient(total, weights), weights, strict=True))
     return loss
 

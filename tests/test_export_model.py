@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32}
+SIZES = {"encoder_dim": 16, "embedding_dim": 12, "context_gate": False, "deep_output": False, "units": 32}
 VOCABULARY = [*SPECIAL_WORDS, *(f"word{i}" for i in range(16)), "tüür"]
 
 NO_FEATURES = np.array([-0.7, 0.7])[:, None, None] + np.zeros((64, 2048))  # of mean 0 and some deviation
@@ -72,7 +72,7 @@ def tiny_captioner(config, features):
     rng = np.random.default_rng(1)
     for weight in decoder.trainable_weights:
         weight.assign(0.7 * rng.standard_normal(weight.shape))
-    decoder.make_logits.kernel.assign(2 * decoder.make_logits.kernel)
+    decoder.output_words.kernel.assign(2 * decoder.output_words.kernel)
     return inference.Captioner(encoder, decoder, VOCABULARY)
 
 
@@ -148,12 +148,14 @@ def test_the_beam_is_the_configs(tmp_path, no_network):
 
     features = no_network(np.stack([load_image(path) for path in paths]))
     decode = tf.function(decode_captions)
-    words, log_probabilities, weights = decode(captioner.encoder, captioner.decoder, features, 5, 3, 1.0)
+    words, log_probabilities, weights = decode(
+        captioner.encoder, captioner.decoder, features, 5, 3, 1.0, config.repeat_block
+    )
     said = [" ".join(VOCABULARY[i] for i in ids if i not in (PAD, END)) for ids in words]
     assert [text.decode() for text in answer["captions"].numpy()] == said
     np.testing.assert_allclose(answer["log_probabilities"], log_probabilities, atol=1e-3)
     np.testing.assert_allclose(answer["attention_weights"], weights, atol=1e-3)
-    greedy = decode(captioner.encoder, captioner.decoder, features, 5)
+    greedy = decode(captioner.encoder, captioner.decoder, features, 5, 1, 0.0, config.repeat_block)
     assert not np.allclose(greedy[1], log_probabilities, atol=0.1)  # or no beam would be seen
 
 

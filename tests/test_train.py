@@ -4,7 +4,7 @@ import shutil
 
 import data_utils
 import train_image_caption_model as training
-from command_line import UserError, parse_command_line
+from command_line import UserError, make_config, parse_command_line
 from conftest import IMAGES, options
 
 import numpy as np
@@ -64,6 +64,15 @@ def test_stopping_and_continuing_gives_the_weights_of_one_run(trained, tmp_path)
     train(stopped, "--epochs", "4")  # all done: nothing changes
     for name, value in weights(stopped).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+def test_the_learning_rate_falls_to_0_at_the_last_step_or_stays():
+    images = [{"ids": [[]] * 5}] * 13  # 65 captions, 2 batches an epoch
+    falling = training.learning_rate(images, make_config({"epochs": 3, "learning_rate": 0.5, "schedule": "cosine"}))
+    rates = [float(falling(step)) for step in range(7)]
+    assert rates[0] == 0.5 and rates[3] == pytest.approx(0.25) and rates[6] == pytest.approx(0.0, abs=1e-6)
+    assert rates == sorted(rates, reverse=True)
+    assert training.learning_rate(images, make_config({"learning_rate": 0.5, "schedule": "constant"})) == 0.5
 
 
 def test_a_row_of_an_epoch_that_was_not_saved_is_dropped(trained, tmp_path):
