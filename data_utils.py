@@ -14,7 +14,7 @@ import warnings
 from command_line import UserError, parse_command_line, run_script
 from demo_scenes import draw_demo
 from downloads import download, download_all, unpack
-from files import read_json, remove_leftovers, replacing, write_json, write_npy
+from files import locked, read_json, remove_leftovers, replacing, write_json, write_npy
 from karpathy_splits import read_karpathy
 
 import keras
@@ -63,13 +63,13 @@ PREPARED_SETTINGS = (
 def main(argv):
     config, _ = parse_command_line(argv, __doc__)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
-
-    splits = read_splits(config)
-    images = [image for split in splits.values() for image in split]
-    skipped = fetch_images(images, config)
-    skipped |= cache_features(splits, skipped, config)
-    save_prepared(splits, skipped, config)
+    with locked(config.data_dir, "data"), locked(features_folder(config), "features"):
+        pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
+        splits = read_splits(config)
+        images = [image for split in splits.values() for image in split]
+        skipped = fetch_images(images, config)
+        skipped |= cache_features(splits, skipped, config)
+        save_prepared(splits, skipped, config)
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------
@@ -82,7 +82,8 @@ def read_splits(config):
         train = draw_examples(splits["train"], config.num_examples, config.seed)
         return {"train": train, "validation": splits["val"], "test": splits["test"]}
     if config.dataset == "demo":
-        draw_demo(config.coco_dir, config.demo_images, config.seed)
+        with locked(config.coco_dir, "download"):
+            draw_demo(config.coco_dir, config.demo_images, config.seed)
     images = read_captions(find_annotations(config), config.max_words)
     images = draw_examples(images, config.num_examples, config.seed)
     train, validation = split_by_image(images, config.val_fraction, config.seed)
@@ -103,8 +104,9 @@ def fetch_archive(name, config, wanted=None):
     """Download one of COCO_ARCHIVES into `coco_dir` and unpack it there."""
     size, sha256 = COCO_ARCHIVES[name]
     archive = pathlib.Path(config.coco_dir, pathlib.PurePosixPath(name).name)
-    download(f"{COCO_URL}/{name}", archive, size=size, sha256=sha256)
-    unpack(archive, config.coco_dir, wanted)
+    with locked(config.coco_dir, "download"):
+        download(f"{COCO_URL}/{name}", archive, size=size, sha256=sha256)
+        unpack(archive, config.coco_dir, wanted)
 
 
 def read_captions(path, max_words):
@@ -287,7 +289,10 @@ def fetch_images(images, config):
         if not isinstance(image["url"], str)
     }
     jobs = [(image["url"], image_path(image, config)) for image in missing if image["file_name"] not in skipped]
-    failed = download_all(jobs, config.download_workers)
+    if not jobs:
+        return skipped
+    with locked(config.coco_dir, "download"):
+        failed = download_all(jobs, config.download_workers)
     return skipped | {pathlib.Path(path).name: reason for path, reason in failed}
 
 

@@ -29,7 +29,7 @@ from data_utils import (
     upright_rgb,
 )
 from export_model import export_captioner
-from files import read_json, replacing, write_bytes
+from files import locked, read_json, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
 from train_image_caption_model import check_run_fits
 
@@ -67,24 +67,25 @@ def main(argv):
         export_captioner(captioner, feature_network(config), config, options.export)
         print(f"the SavedModel is in {options.export}")
         return
-    if options.evaluate:
-        evaluate(captioner, split_images(options.split, config), output, config)
-        return
-    if options.image:
-        images = own_images(options.image)
-        batches = extract_batches(images, config)
-    else:
-        images = choose_images(split_images(options.split, config), config)
-        batches = cached_batches(images, config)
-    captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
+    with locked(output):
+        if options.evaluate:
+            evaluate(captioner, split_images(options.split, config), output, config)
+            return
+        if options.image:
+            images = own_images(options.image)
+            batches = extract_batches(images, config)
+        else:
+            images = choose_images(split_images(options.split, config), config)
+            batches = cached_batches(images, config)
+        captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
 
-    for number, caption in enumerate(captions, 1):
-        print_caption(caption)
-        plot_attention(caption, output / f"{number:03d}_{caption['path'].stem}.png")
-    write_captions(captions, output / "captions.jsonl")
-    print(f"captions.jsonl and {len(captions)} attention figures are in {output}")
-    if len(captions) < len(images):
-        sys.exit(1)
+        for number, caption in enumerate(captions, 1):
+            print_caption(caption)
+            plot_attention(caption, output / f"{number:03d}_{caption['path'].stem}.png")
+        write_captions(captions, output / "captions.jsonl")
+        print(f"captions.jsonl and {len(captions)} attention figures are in {output}")
+        if len(captions) < len(images):
+            sys.exit(1)
 
 
 # --- Model and images -------------------------------------------------------------------------------------------

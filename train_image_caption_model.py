@@ -11,7 +11,7 @@ import time
 
 from command_line import UserError, parse_command_line, run_script
 from data_utils import CHANNELS, LOCATIONS, feature_path, has_fast_bfloat16, load_prepared, read_feature
-from files import read_json, remove_leftovers, replacing, write_csv, write_json
+from files import locked, read_json, remove_leftovers, replacing, write_csv, write_json
 from model import attention_loss, build_captioner, caption_loss
 
 import keras
@@ -28,19 +28,20 @@ MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units")
 def main(argv):
     config, _ = parse_command_line(argv, __doc__)
     prepared = load_prepared(config)
-    run = open_run(prepared, config)
-    history = read_history(run, config)
-    train = collect_captions(prepared.train, config)
-    validation = collect_captions(prepared.validation, config)
+    with locked(config.run_dir):
+        run = open_run(prepared, config)
+        history = read_history(run, config)
+        train = collect_captions(prepared.train, config)
+        validation = collect_captions(prepared.validation, config)
 
-    for epoch in range(int(run.epoch), config.epochs):
-        if epoch - int(run.best_epoch) >= config.patience:
-            print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
-            break
-        row = train_epoch(run, train, epoch, config)
-        row["validation_loss"] = validate(run, validation, config)
-        history.append(row)
-        save_epoch(run, history, config)
+        for epoch in range(int(run.epoch), config.epochs):
+            if epoch - int(run.best_epoch) >= config.patience:
+                print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
+                break
+            row = train_epoch(run, train, epoch, config)
+            row["validation_loss"] = validate(run, validation, config)
+            history.append(row)
+            save_epoch(run, history, config)
     print(
         f"trained {int(run.epoch)} epochs; the best is {int(run.best_epoch)}, {float(run.best_loss):.3f} nats per word"
     )
