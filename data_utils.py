@@ -353,6 +353,8 @@ def is_feature_file(path):
         features = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
+    except SystemError:  # of Python 3.11, whose parser, with which NumPy reads a file's header, is not for many threads
+        return is_feature_file(path)
     return (
         features.shape == (LOCATIONS, CHANNELS)
         and features.dtype in (np.float16, np.float32)

@@ -31,7 +31,7 @@ from data_utils import (
 from export_model import export_captioner
 from files import locked, read_json, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
-from train_image_caption_model import check_run_fits
+from train_image_caption_model import check_run_fits, checkpoints, restore_newest
 
 import numpy as np
 import tensorflow as tf
@@ -105,15 +105,13 @@ def load_captioner(config):
       UserError: nothing was trained there, or with other settings.
     """
     folder = pathlib.Path(config.run_dir)
-    saved = tf.train.latest_checkpoint(folder / "best")
     command = f"python train_image_caption_model.py {dataset_option(config)}".strip()
-    if not saved:
+    if not checkpoints(folder / "best"):
         raise UserError(f"no trained model is in {folder}: run {command} first, or give its --run_dir")
     vocabulary = read_json(folder / "vocabulary.json", f"run {command} again")
     check_run_fits(folder, config, vocabulary)
     encoder, decoder = build_captioner(config, len(vocabulary))
-    restored = tf.train.Checkpoint(encoder=encoder, decoder=decoder).restore(saved)
-    restored.assert_existing_objects_matched().expect_partial()
+    restore_newest(tf.train.Checkpoint(encoder=encoder, decoder=decoder), folder / "best")
     return Captioner(encoder, decoder, vocabulary)
 
 

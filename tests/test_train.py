@@ -1,6 +1,11 @@
 import csv
 import json
+import os
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import data_utils
 import train_image_caption_model as training
@@ -18,7 +23,7 @@ def train(root, *more):
 
 
 def weights(root, kind="last"):
-    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(root / "run" / kind))
+    reader = tf.train.load_checkpoint(training.checkpoints(root / "run" / kind)[0])
     names = [
         name for name in reader.get_variable_to_shape_map() if name.startswith(("encoder", "decoder", "optimizer"))
     ]
@@ -83,8 +88,8 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(coco, capsys):
     best = int(np.argmin(losses)) + 1
     assert len(losses) == best + 2 < 40
     assert "stopping" in capsys.readouterr().out
-    assert tf.train.latest_checkpoint(coco / "run" / "best").endswith(f"-{best}")
-    assert tf.train.latest_checkpoint(coco / "run" / "last").endswith(f"-{best + 2}")
+    assert training.checkpoints(coco / "run" / "best")[0].name == f"ckpt-{best}"
+    assert training.checkpoints(coco / "run" / "last")[0].name == f"ckpt-{best + 2}"
 
 
 def test_another_vocabulary_or_size_is_refused_and_both_are_named(trained, tmp_path):
@@ -149,3 +154,76 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trai
         train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
     for name, value in weights(tmp_path).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+# --- Stopping
+
+
+def interrupt_at(monkeypatch, batch, number=signal.SIGINT):
+    """Have this process interrupted as it reads its batch of that number, training and validation counted together."""
+    real, read = training.caption_batches, []
+
+    def batches(*args):
+        for item in real(*args):
+            read.append(1)
+            if len(read) == batch:
+                os.kill(os.getpid(), number)
+            yield item
+
+    monkeypatch.setattr(training, "caption_batches", batches)
+
+
+def test_an_interrupted_epoch_goes_on_at_its_next_batch_and_ends_as_if_nothing_had_been(trained, tmp_path, monkeypatch):
+    """Of 6 training and 2 validation batches an epoch: stopped in training, in validation, and before any batch."""
+    more = ["--run_dir", str(tmp_path / "run"), "--epochs", "2"]
+    saved = []
+    for batch, number in ((4, signal.SIGINT), (5, signal.SIGTERM), (1, signal.SIGINT)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_at(patch, batch, number)
+            train(trained, *more)
+        last = tf.train.load_checkpoint(training.checkpoints(tmp_path / "run" / "last")[0])
+        saved.append(last.get_tensor("captions_done/.ATTRIBUTES/VARIABLE_VALUE"))
+    assert saved == [48, 95, 95]
+    train(trained, *more)
+    for name, value in weights(trained).items():
+        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
+    for mine, theirs in zip(rows(tmp_path), rows(trained), strict=True):
+        for name in ("epoch", "train_loss", "validation_loss"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
+
+
+def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, monkeypatch):
+    more = ["--run_dir", str(tmp_path / "run"), "--epochs", "1"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 4)
+        train(trained, *more)
+    trained_on = []
+    real = training.train_step.get_concrete_function
+
+    def counted(run, *args):
+        step = real(run, *args)
+        return lambda features, words: trained_on.append(len(words)) or step(features, words)
+
+    monkeypatch.setattr(training.train_step, "get_concrete_function", counted)
+    train(trained, *more, "--batch_size", "10")
+    assert sum(trained_on) == 95
+
+
+def test_an_interrupted_process_saves_and_exits_with_130(trained, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "train_image_caption_model.py", *options(trained), "--run_dir", str(run)]
+    command += ["--epochs", "100000", "--patience", "100000"]
+    root = pathlib.Path(training.__file__).parent
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while "epoch 2/" not in process.stderr.readline(50):
+                pass
+            process.send_signal(signal.SIGINT)
+            out, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.endswith("interrupted: what was finished is kept; run the same command again to go on\n")
+    assert "captions: saved" in out
+    assert training.checkpoints(run / "last")
