@@ -379,7 +379,7 @@ def cache_features(splits, skipped, config):
     folder = features_folder(config)
     remove_leftovers(folder)
     images = [image for split in splits.values() for image in split if image["file_name"] not in skipped]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with cancelling_pool() as pool:
         whole = list(
             tqdm(
                 pool.map(is_feature_file, [feature_path(image, config) for image in images]),
@@ -432,7 +432,7 @@ def extract_features(network, paths, batch_size):
     Yields:
       (paths of a batch's readable images, their features as float32 (B, P, F), list of (path, reason) of the others)
     """
-    with concurrent.futures.ThreadPoolExecutor(EXTRACT_WORKERS) as pool:
+    with cancelling_pool(EXTRACT_WORKERS) as pool:
         running = collections.deque()
         for start in range(0, len(paths), batch_size):
             running.append(pool.submit(extract_batch, network, paths[start : start + batch_size]))
@@ -440,6 +440,16 @@ def extract_features(network, paths, batch_size):
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+
+
+@contextlib.contextmanager
+def cancelling_pool(workers=None):
+    """A pool of threads which, when the block ends, by Ctrl-C for example, finish what they are at and no more."""
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def extract_batch(network, paths):
