@@ -30,6 +30,20 @@ def silenced_stderr():
         os.close(kept)
 
 
+def end_process(kind, error, trace):
+    """In place of Python's own last words: one line and exit status 130 for Ctrl-C, at imports too.
+
+    No thread is waited for and no lock is taken, as an interrupt may have left one locked: files are replaced whole.
+    """
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
+sys.excepthook = end_process
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # once imported, it listens to this
 with silenced_stderr():
     import tensorflow  # noqa: F401
@@ -190,13 +204,10 @@ def interrupts_held_back():
 
 
 def run_script(main):
-    """Call `main(argv)` and exit as the shell expects: 2 with one line for a UserError, 130 for Ctrl-C and SIGTERM."""
+    """Call `main(argv)` and exit as the shell expects: 2 with one line for a UserError; SIGTERM is as Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)

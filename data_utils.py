@@ -444,12 +444,12 @@ def extract_features(network, paths, batch_size):
 
 @contextlib.contextmanager
 def cancelling_pool(workers=None):
-    """A pool of threads which, when the block ends, by Ctrl-C for example, finish what they are at and no more."""
+    """A pool of threads which, when the block ends, by Ctrl-C for example, begin no more and are not waited for."""
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def extract_batch(network, paths):
