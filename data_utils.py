@@ -645,11 +645,11 @@ def load_prepared(config):
       Prepared
 
     Raises:
-      UserError: nothing is prepared, it was prepared with other settings, or a file or feature is missing.
+      UserError: nothing is prepared, it was prepared with other settings, or a file or feature is missing or damaged.
     """
     folder = pathlib.Path(config.data_dir)
     command = f"run python data_utils.py {dataset_option(config)}"
-    settings = read_json(folder / "settings.json", command)
+    settings = read_json(folder / "settings.json", command, dict)
     for name in PREPARED_SETTINGS:
         if settings.get(name) != getattr(config, name):
             raise UserError(
@@ -657,16 +657,58 @@ def load_prepared(config):
                 f"give --{name} {settings.get(name)}, or run python data_utils.py with the new value"
             )
     names = ("train", "validation", "test") if config.dataset == "karpathy" else ("train", "validation")
-    splits = [read_json(folder / f"{name}.json", command) for name in names]
+    vocabulary = read_vocabulary(folder / "vocabulary.json", command)
+    splits = [read_json(folder / f"{name}.json", command, list) for name in names]
+    for name, split in zip(names, splits, strict=True):
+        whole = sum(is_prepared_image(image, len(vocabulary)) for image in split)
+        if not split or whole < len(split):
+            raise UserError(f"{folder / name}.json is damaged ({whole} of {len(split)} images are whole): {command}")
     for image in (image for split in splits for image in split):
         path = feature_path(image, config)
         if not path.is_file():
             raise UserError(f"{path} is missing from the feature cache: {command}")
-    vocabulary = read_json(folder / "vocabulary.json", command)
-    with np.load(folder / "feature_statistics.npz") as statistics:
-        mean, std = statistics["mean"], float(statistics["std"])
+    mean, std = read_statistics(folder / "feature_statistics.npz", command)
     train, validation, test = (*splits, [])[:3]
     return Prepared(train, validation, test, vocabulary, mean, std)
+
+
+def read_vocabulary(path, mend):
+    """A list of different words, the special ones first, or UserError."""
+    words = read_json(path, mend, list)
+    special = len(SPECIAL_WORDS)
+    if not all(isinstance(word, str) for word in words) or tuple(words[:special]) != SPECIAL_WORDS:
+        raise UserError(f"{path} is damaged (it is no list of words): {mend}")
+    if len(set(words)) < len(words):
+        raise UserError(f"{path} is damaged (it holds a word twice): {mend}")
+    return words
+
+
+def is_prepared_image(image, vocab_size):
+    """Whether a value of any kind is an image with captions as encode_captions leaves it."""
+    if not isinstance(image, dict) or image_problem({**image, "id": image.get("image_id")}, {}, ()):
+        return False
+    lists = [image.get(name) for name in ("captions", "references", "ids")]
+    if not all(isinstance(values, list) for values in lists) or not isinstance(image.get("folder", ""), str):
+        return False
+    captions, references, ids = lists
+    return (
+        all(isinstance(text, str) for text in captions + references)
+        and len(captions) == len(ids)
+        and all(isinstance(words, list) and len(words) > 2 for words in ids)
+        and all(type(i) is int and 0 <= i < vocab_size for words in ids for i in words)
+    )
+
+
+def read_statistics(path, mend):
+    """feature_mean and feature_std of Prepared, or UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as statistics:
+            mean, std = statistics["mean"], float(statistics["std"])
+    except Exception as error:  # of a zip file and of an array, each with errors of its own
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {mend}") from error
+    if mean.shape != (CHANNELS,) or mean.dtype != np.float32 or not np.isfinite(mean).all() or not 0 < std < np.inf:
+        raise UserError(f"{path} is damaged (these are no features' statistics): {mend}")
+    return mean, std
 
 
 def dataset_option(config):

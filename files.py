@@ -132,11 +132,14 @@ def write_csv(path, rows):
     write_bytes(path, text.getvalue().encode())
 
 
-def read_json(path, mend):
-    """The value in a JSON file; UserError with the command `mend` where it is missing or damaged."""
+def read_json(path, mend, kind=object):
+    """The value in a JSON file; UserError with the command `mend` where it is missing, damaged or not of this kind."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {mend}") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {mend}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged (it holds no {kind.__name__}): {mend}")
+    return value

@@ -26,10 +26,11 @@ from data_utils import (
     image_path,
     load_prepared,
     read_feature,
+    read_vocabulary,
     upright_rgb,
 )
 from export_model import export_captioner
-from files import locked, read_json, replacing, write_bytes
+from files import locked, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
 from train_image_caption_model import check_run_fits, checkpoints, restore_newest
 
@@ -108,7 +109,7 @@ def load_captioner(config):
     command = f"python train_image_caption_model.py {dataset_option(config)}".strip()
     if not checkpoints(folder / "best"):
         raise UserError(f"no trained model is in {folder}: run {command} first, or give its --run_dir")
-    vocabulary = read_json(folder / "vocabulary.json", f"run {command} again")
+    vocabulary = read_vocabulary(folder / "vocabulary.json", f"delete {folder} and run {command} again")
     check_run_fits(folder, config, vocabulary)
     encoder, decoder = build_captioner(config, len(vocabulary))
     restore_newest(tf.train.Checkpoint(encoder=encoder, decoder=decoder), folder / "best")

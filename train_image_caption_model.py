@@ -102,13 +102,13 @@ def open_run(prepared, config):
 def check_run_fits(folder, config, vocabulary):
     """Raise UserError where the run in `folder` has another vocabulary or other sizes than are asked for."""
     mend = "give another --run_dir, or delete that folder, and run python train_image_caption_model.py again"
-    saved = read_json(folder / "config.json", mend)
+    saved = read_json(folder / "config.json", mend, dict)
     for name in MODEL_SETTINGS:
         if saved.get(name) != getattr(config, name):
             raise UserError(
                 f"{folder} was trained with --{name} {saved.get(name)}, not {getattr(config, name)}: {mend}"
             )
-    known = read_json(folder / "vocabulary.json", mend)
+    known = read_json(folder / "vocabulary.json", mend, list)
     if known != vocabulary:
         raise UserError(
             f"{folder} was trained with another vocabulary ({len(known)} words) "
@@ -121,9 +121,16 @@ def read_history(run, config):
     path = pathlib.Path(config.run_dir, "history.csv")
     if not path.exists() or not int(run.epoch):
         return []
-    with path.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= int(run.epoch)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        rows = [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= int(run.epoch)]
+        if not rows or not all({"train_loss", "validation_loss"} <= row.keys() for row in rows):
+            raise ValueError("epochs or losses are missing")
+    except (ValueError, TypeError, KeyError, OverflowError, OSError, csv.Error) as error:
+        print(f"{path} cannot be read ({error}): it begins anew after epoch {int(run.epoch)}")
+        return []
+    return rows
 
 
 def save_epoch(run, history, config):
@@ -179,8 +186,9 @@ def restore_newest(objects, folder):
     for path in checkpoints(folder):
         try:
             objects.read(path).assert_existing_objects_matched().expect_partial()
-        except (tf.errors.OpError, AssertionError, ValueError) as error:
-            damaged.append(f"{path} cannot be read ({str(error).splitlines()[0]})")
+        except Exception as error:  # TensorFlow raises many kinds for damaged files
+            reason = str(error).partition("\n")[0]
+            damaged.append(f"{path} cannot be read ({reason})")
             continue
         for problem in damaged:
             print(f"{problem}: {path.name} is taken instead")

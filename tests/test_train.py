@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import data_utils
+import inference_image_caption as inference
 import train_image_caption_model as training
 from command_line import UserError, parse_command_line
 from conftest import IMAGES, options
@@ -154,6 +155,95 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trai
         train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
     for name, value in weights(tmp_path).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+# --- Damage
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "other bytes": lambda path: path.write_bytes(path.read_bytes()[:50] + bytes(50) + path.read_bytes()[100:]),
+    "a folder": lambda path: path.unlink() or path.mkdir(),
+}
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage"),
+    [(ending, name) for ending in (".index", ".data-00000-of-00001") for name in DAMAGES]
+    + [(".data-00000-of-00001", "missing")],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(trained, tmp_path, capsys, ending, damage):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config, _ = parse_command_line([*options(trained), "--run_dir", str(tmp_path / "run")], "")
+    spoil = {**DAMAGES, "missing": pathlib.Path.unlink}[damage]
+    for kind in ("last", "best"):
+        spoil(tmp_path / "run" / kind / f"ckpt-2{ending}")
+
+    run = training.open_run(data_utils.load_prepared(config), config)
+    assert int(run.epoch) == 1
+    inference.load_captioner(config)
+    printed = capsys.readouterr().out
+    for kind in ("last", "best"):
+        assert f"{kind}/ckpt-2 cannot be read" in printed
+    assert printed.count("ckpt-1 is taken instead\n") == 2
+
+    for kind in ("last", "best"):
+        spoil(tmp_path / "run" / kind / f"ckpt-1{ending}")
+    for load in (lambda: train(trained, "--run_dir", config.run_dir), lambda: inference.load_captioner(config)):
+        with pytest.raises(UserError, match="ckpt-2 cannot be read .*: delete .*run and run python train_") as raised:
+            load()
+        assert "\n" not in str(raised.value)
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run" / "last" / "ckpt-2.index").write_bytes(b"damaged")
+    (tmp_path / "run" / "last" / "ckpt-3_temp").mkdir()  # of a save that was killed
+    (tmp_path / "run" / "last" / "ckpt-3.data-00000-of-00001").write_bytes(b"half")
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+    for name, value in weights(trained).items():
+        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
+    for kind in ("last", "best"):
+        names = {path.name.partition(".")[0] for path in (tmp_path / "run" / kind).iterdir()}
+        assert names == {"ckpt-1", "ckpt-2"}
+
+
+def test_captioning_needs_the_words_that_were_trained_on(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    for text in ("", "{}", '["<pad>"]'):
+        (tmp_path / "run" / "vocabulary.json").write_text(text)
+        with pytest.raises(UserError, match="vocabulary.json .*: delete .*run and run python train_"):
+            inference.main([*options(trained), "--run_dir", str(tmp_path / "run")])
+    for name, text in (("vocabulary.json", "{}"), ("config.json", "["), ("config.json", "[]"), ("config.json", "{}")):
+        shutil.copytree(trained / "run", tmp_path / "run", dirs_exist_ok=True)
+        (tmp_path / "run" / name).write_text(text)
+        with pytest.raises(UserError, match="give another --run_dir, or delete that folder"):
+            train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
+
+
+HEADER = "epoch,train_loss,captions_per_second,validation_loss\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        HEADER,
+        HEADER + "1,2.0,x,3.0\n",
+        HEADER + "1,2.0\n",
+        HEADER + "1,2,3,4,5\n",
+        "epoch\n1\n",
+        "\0\0",
+        "\xff\xfe",
+    ],
+)
+def test_a_damaged_history_begins_anew_and_says_so(trained, tmp_path, capsys, text):
+    config, _ = parse_command_line([*options(trained), "--run_dir", str(tmp_path)], "")
+    (tmp_path / "history.csv").write_text(text, encoding="latin-1")
+    run = tf.train.Checkpoint(epoch=tf.Variable(2))
+    assert training.read_history(run, config) == []
+    assert "history.csv cannot be read" in capsys.readouterr().out
 
 
 # --- Stopping
