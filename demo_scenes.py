@@ -97,7 +97,7 @@ def draw_demo(folder, count, seed, replace=True):
     # The scenes come first and the captions last: a folder with scenes is the demo's, one with captions is whole.
     if not scenes_path.exists():
         files.write_json(scenes_path, {"info": info, "scenes": scenes})
-    files.remove_leftovers(images, files.STALE)
+    files.remove_leftovers(images, 0 if replace else files.STALE)
     missing = [scene for scene in scenes if not (images / scene["file_name"]).exists()]
     for scene in tqdm(missing, desc="drawing scenes", unit=" images", disable=not missing):
         with files.replacing(images / scene["file_name"]) as temporary:

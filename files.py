@@ -14,6 +14,12 @@ from command_line import UserError
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 TEMPORARY = ".tmp-"
 STALE = 3600.0  # seconds after which no host is still writing a temporary file
 
@@ -56,6 +62,49 @@ def remove_leftovers(folder, age=0.0):
                 path.unlink()
 
 
+@contextlib.contextmanager
+def locked(folder, name="run", shared=False):
+    """Keep other processes out of this block for the same folder and name; a process that dies lets go.
+
+    Args:
+      shared: bool, let in others that are `shared` too.
+
+    Raises:
+      UserError: another process is inside, and is named; or the folder cannot be written.
+    """
+    path = pathlib.Path(folder, f".{name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a+"))
+            lock_file(file, shared)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"process {file.read()} is at work on {folder}: wait until it has ended, or stop it"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror} ({free_space(path.parent)})") from error
+        yield
+
+
+def lock_file(file, shared):
+    """Lock an open file for as long as it is open; BlockingIOError where another has locked it."""
+    if fcntl:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return
+    if shared:
+        return  # msvcrt has no such lock
+    file.seek(1 << 20)  # behind the process id, as Windows lets nobody read what is locked
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError from error
+
+
 def write_bytes(path, data):
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -80,11 +129,14 @@ def write_csv(path, rows):
     write_bytes(path, text.getvalue().encode())
 
 
-def read_json(path, mend):
-    """The value in a JSON file; UserError with the command `mend` where it is missing or damaged."""
+def read_json(path, mend, kind=object):
+    """The value in a JSON file; UserError with the command `mend` where it is missing, damaged or not of this kind."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {mend}") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {mend}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged (it holds no {kind.__name__}): {mend}")
+    return value

@@ -30,13 +30,14 @@ from data_utils import (
     image_path,
     load_prepared,
     read_feature,
+    read_vocabulary,
     upright_rgb,
 )
 from downloads import download_all
 from export_model import export_captioner
-from files import read_json, replacing, write_bytes
+from files import locked, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
-from train_image_caption_model import check_run_fits
+from train_image_caption_model import check_run_fits, checkpoints, restore_newest
 
 import numpy as np
 import tensorflow as tf
@@ -76,24 +77,25 @@ def main(argv):
         export_captioner(captioner, feature_network(config), config, options.export)
         print(f"the SavedModel is in {options.export}")
         return
-    if options.evaluate:
-        evaluate(captioner, split_images(options.split, config), output, config)
-        return
-    if options.image:
-        images = own_images(options.image, output / "downloads")
-        batches = extract_batches(fetch_own(images, config), config)
-    else:
-        images = choose_images(split_images(options.split, config), config)
-        batches = cached_batches(images, config)
-    captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
+    with locked(output):
+        if options.evaluate:
+            evaluate(captioner, split_images(options.split, config), output, config)
+            return
+        if options.image:
+            images = own_images(options.image, output / "downloads")
+            batches = extract_batches(fetch_own(images, config), config)
+        else:
+            images = choose_images(split_images(options.split, config), config)
+            batches = cached_batches(images, config)
+        captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
 
-    for number, caption in enumerate(captions, 1):
-        print_caption(caption)
-        plot_attention(caption, output / f"{number:03d}_{caption['path'].stem}.png")
-    write_captions(captions, output / "captions.jsonl")
-    print(f"captions.jsonl and {len(captions)} attention figures are in {output}")
-    if len(captions) < len(images):
-        sys.exit(1)
+        for number, caption in enumerate(captions, 1):
+            print_caption(caption)
+            plot_attention(caption, output / f"{number:03d}_{caption['path'].stem}.png")
+        write_captions(captions, output / "captions.jsonl")
+        print(f"captions.jsonl and {len(captions)} attention figures are in {output}")
+        if len(captions) < len(images):
+            sys.exit(1)
 
 
 # --- Model and images -------------------------------------------------------------------------------------------
@@ -113,15 +115,13 @@ def load_captioner(config):
       UserError: nothing was trained there, or with other settings.
     """
     folder = pathlib.Path(config.run_dir)
-    saved = tf.train.latest_checkpoint(folder / "best")
     command = f"python train_image_caption_model.py {dataset_option(config)}".strip()
-    if not saved:
+    if not checkpoints(folder / "best"):
         raise UserError(f"no trained model is in {folder}: run {command} first, or give its --run_dir")
-    vocabulary = read_json(folder / "vocabulary.json", f"run {command} again")
+    vocabulary = read_vocabulary(folder / "vocabulary.json", f"delete {folder} and run {command} again")
     check_run_fits(folder, config, vocabulary)
     encoder, decoder = build_captioner(config, len(vocabulary))
-    restored = tf.train.Checkpoint(encoder=encoder, decoder=decoder).restore(saved)
-    restored.assert_existing_objects_matched().expect_partial()
+    restore_newest(tf.train.Checkpoint(encoder=encoder, decoder=decoder), folder / "best")
     return Captioner(encoder, decoder, vocabulary)
 
 

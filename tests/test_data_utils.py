@@ -1,4 +1,5 @@
 import json
+import shutil
 import zipfile
 
 import data_utils
@@ -159,6 +160,60 @@ def test_settings_that_do_not_fit_are_named(coco):
 def test_nothing_prepared_names_the_command(tmp_path):
     with pytest.raises(UserError, match="run python data_utils.py --dataset demo"):
         data_utils.load_prepared(make_config({"dataset": "demo", "data_dir": str(tmp_path)}))
+
+
+def edited(change):
+    """A function from a JSON file's bytes to those of the value that `change` makes of its value."""
+    return lambda data: json.dumps(change(json.loads(data))).encode()
+
+
+def with_first(**values):
+    return edited(lambda images: [{**images[0], **values}, *images[1:]])
+
+
+DAMAGES = [
+    ("settings.json", edited(lambda value: [value])),
+    ("vocabulary.json", edited(lambda words: dict.fromkeys(words))),
+    ("vocabulary.json", edited(lambda words: [*words, 7])),
+    ("vocabulary.json", edited(lambda words: words[4:])),
+    ("vocabulary.json", edited(lambda words: [*words, words[-1]])),
+    ("train.json", edited(lambda images: {"images": images})),
+    ("train.json", edited(lambda images: [*images, None])),
+    ("validation.json", edited(lambda images: [])),
+    ("train.json", with_first(file_name="../escape.jpg")),
+    ("train.json", with_first(image_id="1")),
+    ("train.json", with_first(captions="A red dog.")),
+    ("train.json", with_first(references=[3])),
+    ("train.json", with_first(ids=[[2, 3]])),
+    ("train.json", with_first(captions=["a", "b"], ids=[[2, True, 3], [2, 5, 3]])),
+    ("train.json", with_first(captions=["a"], ids=[[2, -1, 3]])),
+    ("train.json", with_first(captions=["a"], ids=[[2, 21, 3]])),  # there are 21 words
+    ("feature_statistics.npz", lambda data: data[:-100]),
+    ("feature_statistics.npz", lambda data: data[:200] + bytes(8) + data[208:]),
+]
+FILES = ("settings.json", "vocabulary.json", "train.json", "validation.json", "feature_statistics.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*DAMAGES, *((name, damage) for name in FILES for damage in (None, lambda data: b"", lambda data: data[:-20]))],
+)
+def test_a_damaged_prepared_file_is_named_with_the_command(trained, tmp_path, name, damage):
+    shutil.copytree(trained / "data", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("features"))
+    argv = [*options(trained), "--data_dir", str(tmp_path), "--features_dir", str(trained / "data" / "features")]
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings["features_dir"] = argv[-1]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    config, _ = parse_command_line(argv, "")
+    data_utils.load_prepared(config)
+    if damage:
+        (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    else:
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=name) as raised:
+        data_utils.load_prepared(config)
+    assert "run python data_utils.py" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 # --- Downloads, from a server on this machine

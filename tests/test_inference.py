@@ -138,7 +138,7 @@ def test_a_run_of_other_sizes_or_words_is_refused(trained, tmp_path):
         infer(trained, "--units", "20")
     shutil.copytree(trained / "run", tmp_path / "run")
     vocabulary = json.loads((trained / "run" / "vocabulary.json").read_text())
-    (tmp_path / "run" / "vocabulary.json").write_text(json.dumps(vocabulary[::-1]))
+    (tmp_path / "run" / "vocabulary.json").write_text(json.dumps(vocabulary[:4] + vocabulary[:3:-1]))
     with pytest.raises(UserError, match="another vocabulary"):
         infer(trained, "--run_dir", str(tmp_path / "run"))
 

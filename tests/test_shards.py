@@ -30,7 +30,7 @@ def prepare(root, *more):
 
 
 def cached(root):
-    return {path.name: path.read_bytes() for path in (root / "data" / "features").iterdir()}
+    return {path.name: path.read_bytes() for path in (root / "data" / "features").glob("[!.]*")}
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_two_shards_at_once_give_the_cache_of_one_run(tmp_path, monkeypatch, cap
         printed, _ = shard.communicate()
         assert shard.returncode == 0
         assert f"shard {number} of 2 is done: 5 images cached, 0 skipped" in printed
-    names = {path.name for path in (both / "features").iterdir()}
+    names = {path.name for path in (both / "features").glob("[!.]*")}
     assert names >= {"network.json", "random_statistics.npz"} and len(names) == 10 + 2
     for name in names:
         assert (both / "features" / name).read_bytes() == (alone / "features" / name).read_bytes()
@@ -89,20 +89,20 @@ def test_shards_share_the_images_and_the_run_without_fills_the_gaps(coco, monkey
 
 def test_a_shard_run_again_extracts_nothing_and_leaves_prepared_data_alone(coco, monkeypatch):
     prepare(coco)
-    before = {path: path.stat().st_mtime_ns for path in (coco / "data").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in (coco / "data").rglob("[!.]*")}
     monkeypatch.setattr(data_utils, "feature_network", no_network)
     prepare(coco, "--shard", "1/2")
-    assert {path: path.stat().st_mtime_ns for path in (coco / "data").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in (coco / "data").rglob("[!.]*")} == before
 
 
-@pytest.mark.parametrize("more", [[], ["--shard", "1/2"]])
-def test_what_another_host_is_writing_stays(coco, more):
+@pytest.mark.parametrize(("more", "stays"), [([], False), (["--shard", "1/2"], True)])
+def test_what_another_shard_is_writing_stays(coco, more, stays):
     live, left = (coco / "data" / "features" / f"{files.TEMPORARY}{name}.npy" for name in ("live", "left"))
     live.write_bytes(b"half")
     left.write_bytes(b"half")
     os.utime(left, (0, 0))
     prepare(coco, *more)
-    assert live.exists() and not left.exists()
+    assert live.exists() == stays and not left.exists()
 
 
 def test_a_shard_fetches_its_own_images_and_captions_by_a_file_of_its_own(plain, server, monkeypatch):
@@ -139,11 +139,11 @@ def test_random_weights_need_the_same_images_in_every_shard(plain):
 def test_a_shard_does_not_draw_over_another_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(data_utils, "feature_network", brightness)
     data_utils.main([*demo_options(tmp_path), "--shard", "1/2"])
-    assert len(list((tmp_path / "features").iterdir())) == 5
-    before = {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("*.*")}
+    assert len(list((tmp_path / "features").glob("[!.]*"))) == 5
+    before = {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("[!.]*.*")}
     with pytest.raises(UserError, match="scenes of other settings"):
         data_utils.main([*demo_options(tmp_path), "--seed", "1", "--shard", "1/2"])
-    assert {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("*.*")} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("[!.]*.*")} == before
 
 
 @pytest.mark.parametrize("value", ["", "2", "0/2", "3/2", "-1/2", "1/0", "a/b", "1/2/3", "1.5/2", "1 / 2", "¹/2"])
