@@ -163,7 +163,8 @@ def save_checkpoint(objects, folder, number):
     try:
         objects.write(path)
     except tf.errors.OpError as error:
-        raise UserError(f"cannot write {path}: {error.message} ({free_space(folder)})") from error
+        reason = error.message.rpartition("; ")[2].partition(" [Op")[0]
+        raise UserError(f"cannot write {path}: {reason} ({free_space(folder)})") from error
     finally:
         kept = [checkpoint.name for checkpoint in checkpoints(folder) if checkpoint_number(checkpoint) <= number][:2]
         for file in folder.glob("ckpt-*"):

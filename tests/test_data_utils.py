@@ -1,10 +1,12 @@
 import json
 import shutil
+import struct
 import zipfile
+import zlib
 
 import data_utils
 from command_line import UserError, make_config, parse_command_line
-from conftest import IMAGES, options, write_coco
+from conftest import IMAGES, full_disk, options, write_coco
 
 import numpy as np
 import pytest
@@ -103,6 +105,25 @@ def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
         assert (np.load(path) == np.full((64, 2048), 0.5, np.float16)).all()
     for path, (time, data) in untouched.items():
         assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
+
+
+def test_a_full_disk_is_one_line_and_no_finished_feature_is_made_again(coco, monkeypatch):
+    features = coco / "data" / "features"
+    paths = sorted(features.glob("*.npy"))
+    paths[0].unlink()
+    before = {path: path.read_bytes() for path in paths[1:]}
+    made = []
+    monkeypatch.setattr(
+        data_utils,
+        "feature_network",
+        lambda config, paths: lambda pixels: made.append(len(pixels)) or tf.zeros((len(pixels), 64, 2048)),
+    )
+    with full_disk(100_000), pytest.raises(UserError, match=rf"cannot write {paths[0]}: .* MB free there; make room"):
+        data_utils.main(options(coco))
+    assert {path: path.read_bytes() for path in features.iterdir() if path.suffix == ".npy"} == before
+    prepare(coco)
+    assert made == [1, 1]
+    assert {path: path.read_bytes() for path in paths[1:]} == before
 
 
 def test_an_image_that_cannot_be_read_is_named_skipped_and_counted(coco, monkeypatch, capsys):
@@ -289,6 +310,10 @@ RED = (220, 20, 20)
     [
         lambda folder: save(Image.new("RGB", (400, 300), RED), folder / "a.jpg"),
         lambda folder: save(Image.new("RGB", (3, 500), RED), folder / "a.png"),
+        lambda folder: save(Image.new("RGB", (1, 1), RED), folder / "a.jpg"),
+        lambda folder: save(Image.new("RGB", (1, 5000), RED), folder / "a.jpg"),
+        lambda folder: save(Image.new("RGB", (5000, 1), RED), folder / "a.png"),
+        lambda folder: save(Image.new("RGB", (50, 50), RED), folder / "jpeg_inside.png", format="JPEG"),
         lambda folder: save(Image.new("RGB", (50, 50), RED).convert("CMYK"), folder / "a.jpg"),
         lambda folder: save(Image.new("RGB", (50, 50), RED).convert("P"), folder / "a.png"),
         lambda folder: save(Image.new("RGB", (50, 50), RED), folder / "png_inside.jpg", format="PNG"),
@@ -319,6 +344,25 @@ def test_exif_rotation_is_applied(tmp_path):
     pixels = data_utils.load_image(save(picture, tmp_path / "a.jpg", exif=exif)).astype(int)
     assert (pixels[20, :, 2] > pixels[20, :, 0]).all()
     assert (pixels[-20, :, 0] > pixels[-20, :, 2]).all()
+
+
+def test_only_the_first_frame_of_an_animation_counts(tmp_path):
+    frames = [Image.new("RGB", (50, 50), colour) for colour in (RED, (20, 20, 220), (20, 220, 20))]
+    path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(data_utils.load_image(path).mean((0, 1)), RED, atol=8)
+
+
+def test_an_image_of_20000_by_20000_pixels_is_refused_before_it_is_decoded(tmp_path):
+    """A PNG file of 50 kB, which would take 400 MB; its data are cut off, which decoding would complain of."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)  # 1 bit a pixel
+    data = zlib.compress(bytes(1_000_000))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data))
+    with pytest.raises(ValueError, match="a.png cannot be read .*400000000 pixels"):
+        data_utils.load_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff\xe0 broken"])

@@ -6,7 +6,7 @@ import data_utils
 import inference_image_caption as inference
 import train_image_caption_model as training
 from command_line import UserError, parse_command_line
-from conftest import options
+from conftest import full_disk, options
 
 import numpy as np
 import pytest
@@ -98,6 +98,14 @@ def test_figures_of_any_number_of_words_and_any_shape(tmp_path, count, size):
         assert figure.width > 100
         dark = (np.asarray(figure.convert("L")) < 128).mean()
     assert dark > 0.02 if count else dark < 0.1  # the attention panels darken what was not looked at
+
+
+def test_a_full_disk_is_one_line_that_names_the_figure(tmp_path):
+    Image.new("RGB", (300, 200), "white").save(tmp_path / "image.png")
+    caption = {"path": tmp_path / "image.png", "words": [], "caption": "", "attention_weights": []}
+    with full_disk(500), pytest.raises(UserError, match=r"cannot write .*figure\.png: .* MB free there"):
+        inference.plot_attention(caption, tmp_path / "figure.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640)])

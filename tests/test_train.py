@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import data_utils
 import inference_image_caption as inference
 import train_image_caption_model as training
 from command_line import UserError, parse_command_line
-from conftest import IMAGES, options
+from conftest import IMAGES, full_disk, options
 
 import numpy as np
 import pytest
@@ -244,6 +245,27 @@ def test_a_damaged_history_begins_anew_and_says_so(trained, tmp_path, capsys, te
     run = tf.train.Checkpoint(epoch=tf.Variable(2))
     assert training.read_history(run, config) == []
     assert "history.csv cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(60, "config.json"), (5_000, "loss.png"), (60_000, "best/ckpt-2"), (130_000, "last/ckpt-2")]
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_to_the_same_end(trained, tmp_path, size, name):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    for kind in ("last", "best"):
+        for file in (tmp_path / "run" / kind).glob("ckpt-2.*"):
+            file.unlink()
+    with full_disk(size), pytest.raises(UserError) as raised:
+        train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+    reason = os.strerror(errno.EFBIG)
+    assert f"cannot write {tmp_path / 'run' / name}: {reason} (" in str(raised.value)
+    assert str(raised.value).endswith(" MB free there; make room and run the same command again)")
+    for kind in ("last", "best"):
+        assert training.checkpoints(tmp_path / "run" / kind)[-1].name == "ckpt-1"
+    assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name or "temp" in path.name]
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+    for name, value in weights(trained).items():
+        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
 
 
 # --- Stopping
