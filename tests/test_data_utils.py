@@ -353,7 +353,7 @@ def test_only_the_first_frame_of_an_animation_counts(tmp_path):
 
 
 def test_an_image_of_20000_by_20000_pixels_is_refused_before_it_is_decoded(tmp_path):
-    """A PNG file of 50 kB, which would take 400 MB; its data are cut off, which decoding would complain of."""
+    """A PNG file of 1 kB, which would take 400 MB; its data are cut off, which decoding would complain of."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

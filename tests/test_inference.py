@@ -100,6 +100,16 @@ def test_figures_of_any_number_of_words_and_any_shape(tmp_path, count, size):
     assert dark > 0.02 if count else dark < 0.1  # the attention panels darken what was not looked at
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+def test_figures_of_extreme_images_stay_small(tmp_path, size):
+    Image.new("RGB", size, "white").save(tmp_path / "image.png")
+    weights = np.ones((12, 64))
+    caption = {"path": tmp_path / "image.png", "words": ["w"] * 12, "caption": "w", "attention_weights": weights}
+    inference.plot_attention(caption, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert max(figure.size) < 2500
+
+
 def test_a_full_disk_is_one_line_that_names_the_figure(tmp_path):
     Image.new("RGB", (300, 200), "white").save(tmp_path / "image.png")
     caption = {"path": tmp_path / "image.png", "words": [], "caption": "", "attention_weights": []}
