@@ -5,6 +5,8 @@ import zipfile
 import zlib
 
 import data_utils
+import inference_image_caption
+import train_image_caption_model
 from command_line import UserError, make_config, parse_command_line
 from conftest import IMAGES, full_disk, options, write_coco
 
@@ -171,11 +173,19 @@ def test_a_wrong_captions_file_is_one_line(coco, text):
         prepare(coco)
 
 
-def test_settings_that_do_not_fit_are_named(coco):
-    prepare(coco)
-    config, _ = parse_command_line([*options(coco), "--vocab_size", "77"], "")
-    with pytest.raises(UserError, match="prepared with --vocab_size 5000, not 77"):
-        data_utils.load_prepared(config)
+@pytest.mark.parametrize("name", data_utils.PREPARED_SETTINGS)
+@pytest.mark.parametrize("main", [train_image_caption_model.main, inference_image_caption.main])
+def test_a_setting_that_contradicts_what_was_prepared_is_named(trained, monkeypatch, main, name):
+    config, _ = parse_command_line(options(trained), "")
+    value = getattr(config, name)
+    other = (
+        "demo" if name == "dataset" else f"{value}x" if isinstance(value, str) else 3 if value is None else value * 2
+    )
+    argv = [*options(trained), f"--{name}", str(other)]
+    said = value if value != "" else "''"
+    monkeypatch.setattr(train_image_caption_model, "open_run", None)  # no work is begun
+    with pytest.raises(UserError, match=f"prepared with --{name} {said}, not {other}: give --{name} {said}, or run"):
+        main(argv)
 
 
 def test_nothing_prepared_names_the_command(tmp_path):

@@ -317,7 +317,7 @@ def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, mo
         return lambda features, words: trained_on.append(len(words)) or step(features, words)
 
     monkeypatch.setattr(training.train_step, "get_concrete_function", counted)
-    train(trained, *more, "--batch_size", "10")
+    train(trained, *more, "--batch_size", "1000")  # more than there are
     assert sum(trained_on) == 95
 
 
