@@ -1,6 +1,7 @@
 import json
 import shutil
 import struct
+import threading
 import zipfile
 import zlib
 
@@ -107,6 +108,38 @@ def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
         assert (np.load(path) == np.full((64, 2048), 0.5, np.float16)).all()
     for path, (time, data) in untouched.items():
         assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
+
+
+def test_an_interrupt_waits_for_no_batch_and_finished_features_stay(coco, monkeypatch):
+    """The first batch is done and the interrupt comes as it is written, while others are being computed."""
+    for path in (coco / "data" / "features").glob("*.npy"):
+        path.unlink()
+    config, _ = parse_command_line(options(coco), "")
+    first = data_utils.image_path(data_utils.read_splits(config)["train"][0], config)
+    made, waited, released = [], [], threading.Event()
+
+    def extract_batch(network, paths):
+        if paths != [first] and not released.is_set():
+            waited.append(released.wait(20))
+        made.extend(paths)
+        return paths, np.zeros((len(paths), 64, 2048), np.float32), []
+
+    def interrupted(path, feature):
+        write_npy(path, feature)
+        raise KeyboardInterrupt
+
+    write_npy = data_utils.write_npy
+    monkeypatch.setattr(data_utils, "feature_network", lambda config, paths: None)
+    monkeypatch.setattr(data_utils, "extract_batch", extract_batch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data_utils, "write_npy", interrupted)
+        data_utils.main([*options(coco), "--extract_batch", "1"])
+    assert not waited
+    assert made == [first]
+    released.set()
+    prepare(coco)
+    assert made.count(first) == 1
+    assert len(set(made)) == IMAGES
 
 
 def test_a_full_disk_is_one_line_and_no_finished_feature_is_made_again(coco, monkeypatch):

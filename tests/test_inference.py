@@ -110,12 +110,10 @@ def test_figures_of_extreme_images_stay_small(tmp_path, size):
         assert max(figure.size) < 2500
 
 
-def test_a_full_disk_is_one_line_that_names_the_figure(tmp_path):
-    Image.new("RGB", (300, 200), "white").save(tmp_path / "image.png")
-    caption = {"path": tmp_path / "image.png", "words": [], "caption": "", "attention_weights": []}
-    with full_disk(500), pytest.raises(UserError, match=r"cannot write .*figure\.png: .* MB free there"):
-        inference.plot_attention(caption, tmp_path / "figure.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
+def test_a_full_disk_is_one_line_that_names_the_figure(trained, tmp_path):
+    with full_disk(500), pytest.raises(UserError, match=r"cannot write .*\.png: .* MB free there"):
+        infer(trained, "--output", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640)])
