@@ -147,6 +147,14 @@ def test_the_step_is_traced_once(trained, tmp_path, monkeypatch):
     assert len(traces) == 2  # the training step and the validation step, whatever the shapes
 
 
+def test_two_captions_are_enough_and_each_epoch_trains(coco):
+    argv = [*options(coco), "--num_examples", "2"]
+    data_utils.main(argv)
+    training.main([*argv, "--epochs", "3"])
+    (iterations,) = (value for name, value in weights(coco).items() if "iterations" in name)
+    assert iterations == 3  # one caption is trained on, so that all epochs have the same order
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "run", tmp_path / "run")
     before = weights(tmp_path)
