@@ -18,10 +18,12 @@ class Config:
     images: str = ""  # dataset karpathy: folder with the images, in COCO's case train2014/ and val2014/
     image_source: Literal["each", "zip"] = "each"  # missing images: fetch each one needed, or the 13.5 GB zip file
     download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
-    demo_images: Annotated[int, (10, None)] = 2_500  # scenes drawn for the demo
+    demo_images: Annotated[int, (10, 1_000_000)] = 2_500  # scenes drawn for the demo
     num_examples: Annotated[int, (2, None)] | None = 30_000  # captions drawn from the data set, None for all
     val_fraction: Annotated[float, (0.01, 0.9)] = 0.2  # share of the images kept for validation
-    vocab_size: Annotated[int, (5, None)] = 5_000  # V: most frequent words, with <pad> <unk> <start> <end> among them
+    vocab_size: Annotated[int, (5, 1_000_000)] = (
+        5_000  # V: most frequent words, with <pad> <unk> <start> <end> among them
+    )
     max_words: Annotated[int, (1, 200)] = 40  # longer captions are left out of training, and decoding stops there
     seed: Annotated[int, (0, 2**31 - 1)] = 42  # fixes the draw, the split, the initial weights and every shuffle
 
@@ -33,9 +35,9 @@ class Config:
     extract_precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of InceptionV3; auto: the faster on this CPU
 
     # Model: letters as in model.py
-    encoder_dim: Annotated[int, (1, None)] = 256  # D: encoded feature at each of the 64 locations
-    embedding_dim: Annotated[int, (1, None)] = 256  # E: word embedding
-    units: Annotated[int, (1, None)] = 512  # U: GRU and attention
+    encoder_dim: Annotated[int, (1, 16_384)] = 256  # D: encoded feature at each of the 64 locations
+    embedding_dim: Annotated[int, (1, 16_384)] = 256  # E: word embedding
+    units: Annotated[int, (1, 16_384)] = 512  # U: GRU and attention
     context_gate: bool = True  # scale the context vector by a gate on the hidden state (section 4.2.1)
     deep_output: bool = True  # predict from word, hidden and context (eq. 7), not from hidden alone
     tie_weights: bool = True  # deep_output only: the output layer's matrix is that of the word embedding
@@ -43,7 +45,7 @@ class Config:
     # Training
     run_dir: str = "runs/coco"  # folder for checkpoints, history.csv, loss.png and captions
     epochs: Annotated[int, (1, None)] = 20  # passes over the training captions, at the most
-    batch_size: Annotated[int, (1, None)] = 64  # B: captions per optimiser step
+    batch_size: Annotated[int, (1, 8_192)] = 64  # B: captions per optimiser step
     learning_rate: Annotated[float, (1e-8, 10.0)] = 1e-3  # Adam's step size
     clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
     dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training
@@ -58,7 +60,7 @@ class Config:
     length_penalty: Annotated[float, (0.0, 2.0)] = 0.7  # beams rank by log-probability / length to this power
     repeat_block: Annotated[int, (0, 5)] = 2  # no sequence of so many words is said twice in a caption; 0: allowed
     plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
-    decode_batch: Annotated[int, (1, None)] = 100  # images decoded at a time
+    decode_batch: Annotated[int, (1, 8_192)] = 100  # images decoded at a time
 
 
 PRESETS = {

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import pathlib
 import re
+import shlex
 import warnings
 
 from command_line import UserError, parse_command_line, run_script
@@ -713,8 +714,8 @@ def load_prepared(config):
     for name in PREPARED_SETTINGS:
         if settings.get(name) != getattr(config, name):
             raise UserError(
-                f"{folder} was prepared with --{name} {settings.get(name)}, not {getattr(config, name)}: "
-                f"give --{name} {settings.get(name)}, or run python data_utils.py with the new value"
+                f"{folder} was prepared with --{name} {quote(settings.get(name))}, not {quote(getattr(config, name))}: "
+                f"give --{name} {quote(settings.get(name))}, or run python data_utils.py with the new value"
             )
     names = ("train", "validation", "test") if config.dataset == "karpathy" else ("train", "validation")
     vocabulary = read_vocabulary(folder / "vocabulary.json", command)
@@ -730,6 +731,11 @@ def load_prepared(config):
     mean, std = read_statistics(folder / "feature_statistics.npz", command)
     train, validation, test = (*splits, [])[:3]
     return Prepared(train, validation, test, vocabulary, mean, std)
+
+
+def quote(value):
+    """A setting's value as the shell takes it."""
+    return shlex.quote(str(value))
 
 
 def read_vocabulary(path, mend):

@@ -354,7 +354,7 @@ def plot_attention(caption, path):
     rows = -(-len(panels) // (5 if image.width > 1.2 * image.height else 6))
     columns = -(-len(panels) // rows)
     width = 2.4
-    height = width * image.height / image.width + 0.3
+    height = width * min(image.height / image.width, 3) + 0.3  # in a narrow image's figure the panels have margins
     figure = Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:

@@ -355,7 +355,7 @@ def decode_captions(encoder, decoder, features, max_words, beam_width=1, length_
     words = tf.fill((batch, beam_width, 1), START)
     weights = tf.zeros((batch, beam_width, 0, LOCATIONS))
     _, total, _, words, weights = tf.while_loop(
-        lambda t, total, hidden, words, weights: not tf.reduce_all(has_ended(words)),
+        lambda t, total, hidden, words, weights: ~tf.reduce_all(has_ended(words)),
         one_step,
         (0, total, hidden, words, weights),
         shape_invariants=(

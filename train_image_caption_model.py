@@ -135,7 +135,7 @@ def read_history(run, config):
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         rows = [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= int(run.epoch)]
-        if not rows or not all({"train_loss", "validation_loss"} <= row.keys() for row in rows):
+        if not rows or not all({"train_loss", "validation_loss", "captions_per_second"} <= row.keys() for row in rows):
             raise ValueError("epochs or losses are missing")
     except (ValueError, TypeError, KeyError, OverflowError, OSError, csv.Error) as error:
         print(f"{path} cannot be read ({error}): it begins anew after epoch {int(run.epoch)}")
@@ -173,7 +173,8 @@ def save_checkpoint(objects, folder, number):
     try:
         objects.write(path)
     except tf.errors.OpError as error:
-        raise UserError(f"cannot write {path}: {error.message} ({free_space(folder)})") from error
+        reason = error.message.rpartition("; ")[2].partition(" [Op")[0]
+        raise UserError(f"cannot write {path}: {reason} ({free_space(folder)})") from error
     finally:
         kept = [checkpoint.name for checkpoint in checkpoints(folder) if checkpoint_number(checkpoint) <= number][:2]
         for file in folder.glob("ckpt-*"):
@@ -316,8 +317,9 @@ def train_epoch(run, captions, epoch, config, stop_if_asked=lambda: None):
       UserError: the loss is not finite.
     """
     order = plan_batches(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
-    if int(run.order) != zlib.crc32(order.tobytes()):  # the epoch begins, or its batches are no longer the same
-        run.order.assign(zlib.crc32(order.tobytes()))
+    checksum = zlib.crc32(order.tobytes(), epoch)
+    if int(run.order) != checksum:  # the epoch begins, or its batches are no longer the same
+        run.order.assign(checksum)
         for counter in (run.captions_done, run.nats, run.words, run.seconds):
             counter.assign(0)
     done = int(run.captions_done)

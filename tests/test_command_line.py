@@ -3,7 +3,7 @@ import pathlib
 import subprocess
 import sys
 
-from command_line import UserError, make_config, parse_command_line
+from command_line import UserError, make_config, parse_command_line, setting_types, take_apart
 from config import PRESETS, Config
 
 import pytest
@@ -40,7 +40,7 @@ def test_every_preset_is_valid(dataset):
     [
         (["--unit", "3"], "did you mean --units"),
         (["--units", "many"], "--units takes int"),
-        (["--units", "0"], "--units takes int 1.."),
+        (["--units", "0"], "--units takes int 1..16384, not 0"),
         (["--units", "2.5"], "--units takes int"),
         (["--dropout", "nan"], "--dropout takes float"),
         (["--dropout", "1.5"], "0.0..0.95"),
@@ -56,16 +56,26 @@ def test_a_wrong_option_is_one_line(argv, words):
     assert "\n" not in str(raised.value)
 
 
-def test_a_wrong_default_in_config_py_is_found_too():
-    with pytest.raises(UserError, match="--units takes int"):
-        make_config({"units": "512"})
+WRONG_KIND = {int: ("7", 2.5, True, [7]), float: ("0.5", True, float("nan"), float("inf")), str: (7, ["a"], b"a")}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
+def test_no_field_takes_another_type_or_a_value_out_of_range(name):
+    kind, bounds, choices, optional = take_apart(setting_types()[name])
+    low, high = bounds or (None, None)
+    wrong = [*WRONG_KIND[kind], *([] if optional else [None]), *(["x"] if choices else [])]
+    wrong += ([] if low is None else [low - 1]) + ([] if high is None else [high + 1])
+    for value in wrong:
+        with pytest.raises(UserError, match=f"--{name} takes {kind.__name__ if not choices else '{'}") as raised:
+            make_config({name: value})
+        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("script", ["data_utils.py", "train_image_caption_model.py", "inference_image_caption.py"])
 def test_scripts_exit_2_with_one_line_and_list_every_setting(script):
     wrong = subprocess.run([sys.executable, script, "--units", "0"], capture_output=True, text=True, cwd=ROOT)
     assert wrong.returncode == 2
-    assert wrong.stderr.splitlines() == ["error: --units takes int 1.., not 0"]
+    assert wrong.stderr.splitlines() == ["error: --units takes int 1..16384, not 0"]
 
     helped = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert helped.returncode == 0

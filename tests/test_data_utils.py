@@ -1,10 +1,15 @@
 import json
 import shutil
+import struct
+import threading
 import zipfile
+import zlib
 
 import data_utils
+import inference_image_caption
+import train_image_caption_model
 from command_line import UserError, make_config, parse_command_line
-from conftest import IMAGES, options, write_coco
+from conftest import IMAGES, full_disk, options, write_coco
 
 import numpy as np
 import pytest
@@ -105,6 +110,57 @@ def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
         assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
 
 
+def test_an_interrupt_waits_for_no_batch_and_finished_features_stay(coco, monkeypatch):
+    """The first batch is done and the interrupt comes as it is written, while others are being computed."""
+    for path in (coco / "data" / "features").glob("*.npy"):
+        path.unlink()
+    config, _ = parse_command_line(options(coco), "")
+    first = data_utils.image_path(data_utils.read_splits(config)["train"][0], config)
+    made, waited, released = [], [], threading.Event()
+
+    def extract_batch(network, paths):
+        if paths != [first] and not released.is_set():
+            waited.append(released.wait(20))
+        made.extend(paths)
+        return paths, np.zeros((len(paths), 64, 2048), np.float32), []
+
+    def interrupted(path, feature):
+        write_npy(path, feature)
+        raise KeyboardInterrupt
+
+    write_npy = data_utils.write_npy
+    monkeypatch.setattr(data_utils, "feature_network", lambda config, paths: None)
+    monkeypatch.setattr(data_utils, "extract_batch", extract_batch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data_utils, "write_npy", interrupted)
+        data_utils.main([*options(coco), "--extract_batch", "1"])
+    assert not waited
+    assert made == [first]
+    released.set()
+    prepare(coco)
+    assert made.count(first) == 1
+    assert len(set(made)) == IMAGES
+
+
+def test_a_full_disk_is_one_line_and_no_finished_feature_is_made_again(coco, monkeypatch):
+    features = coco / "data" / "features"
+    paths = sorted(features.glob("*.npy"))
+    paths[0].unlink()
+    before = {path: path.read_bytes() for path in paths[1:]}
+    made = []
+    monkeypatch.setattr(
+        data_utils,
+        "feature_network",
+        lambda config, paths: lambda pixels: made.append(len(pixels)) or tf.zeros((len(pixels), 64, 2048)),
+    )
+    with full_disk(100_000), pytest.raises(UserError, match=rf"cannot write {paths[0]}: .* MB free there; make room"):
+        data_utils.main(options(coco))
+    assert {path: path.read_bytes() for path in features.iterdir() if path.suffix == ".npy"} == before
+    prepare(coco)
+    assert made == [1, 1]
+    assert {path: path.read_bytes() for path in paths[1:]} == before
+
+
 def test_an_image_that_cannot_be_read_is_named_skipped_and_counted(coco, monkeypatch, capsys):
     bad = "COCO_train2014_000000000007"
     (coco / "coco" / "train2014" / f"{bad}.jpg").write_text("no image")
@@ -150,11 +206,19 @@ def test_a_wrong_captions_file_is_one_line(coco, text):
         prepare(coco)
 
 
-def test_settings_that_do_not_fit_are_named(coco):
-    prepare(coco)
-    config, _ = parse_command_line([*options(coco), "--vocab_size", "77"], "")
-    with pytest.raises(UserError, match="prepared with --vocab_size 5000, not 77"):
-        data_utils.load_prepared(config)
+@pytest.mark.parametrize("name", data_utils.PREPARED_SETTINGS)
+@pytest.mark.parametrize("main", [train_image_caption_model.main, inference_image_caption.main])
+def test_a_setting_that_contradicts_what_was_prepared_is_named(trained, monkeypatch, main, name):
+    config, _ = parse_command_line(options(trained), "")
+    value = getattr(config, name)
+    other = (
+        "demo" if name == "dataset" else f"{value}x" if isinstance(value, str) else 3 if value is None else value * 2
+    )
+    argv = [*options(trained), f"--{name}", str(other)]
+    said = value if value != "" else "''"
+    monkeypatch.setattr(train_image_caption_model, "open_run", None)  # no work is begun
+    with pytest.raises(UserError, match=f"prepared with --{name} {said}, not {other}: give --{name} {said}, or run"):
+        main(argv)
 
 
 def test_nothing_prepared_names_the_command(tmp_path):
@@ -289,6 +353,10 @@ RED = (220, 20, 20)
     [
         lambda folder: save(Image.new("RGB", (400, 300), RED), folder / "a.jpg"),
         lambda folder: save(Image.new("RGB", (3, 500), RED), folder / "a.png"),
+        lambda folder: save(Image.new("RGB", (1, 1), RED), folder / "a.jpg"),
+        lambda folder: save(Image.new("RGB", (1, 5000), RED), folder / "a.jpg"),
+        lambda folder: save(Image.new("RGB", (5000, 1), RED), folder / "a.png"),
+        lambda folder: save(Image.new("RGB", (50, 50), RED), folder / "jpeg_inside.png", format="JPEG"),
         lambda folder: save(Image.new("RGB", (50, 50), RED).convert("CMYK"), folder / "a.jpg"),
         lambda folder: save(Image.new("RGB", (50, 50), RED).convert("P"), folder / "a.png"),
         lambda folder: save(Image.new("RGB", (50, 50), RED), folder / "png_inside.jpg", format="PNG"),
@@ -319,6 +387,25 @@ def test_exif_rotation_is_applied(tmp_path):
     pixels = data_utils.load_image(save(picture, tmp_path / "a.jpg", exif=exif)).astype(int)
     assert (pixels[20, :, 2] > pixels[20, :, 0]).all()
     assert (pixels[-20, :, 0] > pixels[-20, :, 2]).all()
+
+
+def test_only_the_first_frame_of_an_animation_counts(tmp_path):
+    frames = [Image.new("RGB", (50, 50), colour) for colour in (RED, (20, 20, 220), (20, 220, 20))]
+    path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(data_utils.load_image(path).mean((0, 1)), RED, atol=8)
+
+
+def test_an_image_of_20000_by_20000_pixels_is_refused_before_it_is_decoded(tmp_path):
+    """A PNG file of 1 kB, which would take 400 MB; its data are cut off, which decoding would complain of."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)  # 1 bit a pixel
+    data = zlib.compress(bytes(1_000_000))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data))
+    with pytest.raises(ValueError, match="a.png cannot be read .*400000000 pixels"):
+        data_utils.load_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff\xe0 broken"])

@@ -19,6 +19,7 @@ import zipfile
 
 import downloads
 from command_line import UserError
+from conftest import full_disk
 
 import pytest
 
@@ -394,23 +395,13 @@ def test_file_already_there_costs_no_request(server, tmp_path):
     assert (tmp_path / "a").read_bytes() == DATA
 
 
-@pytest.fixture
-def files_of_100_kb():
-    """No file may grow past 100,000 bytes, as on a disk that is full."""
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_full_disk_is_the_users_error_and_stops_everything(server, tmp_path, files_of_100_kb):
+def test_full_disk_is_the_users_error_and_stops_everything(server, tmp_path):
     server.answers["/a"] = [ranged(DATA)]
-    with pytest.raises(UserError, match="cannot write .*MB free") as caught:
+    with full_disk(100_000), pytest.raises(UserError, match="cannot write .*MB free") as caught:
         downloads.download(f"{server.url}/a", tmp_path / "a", **QUICK)
     assert not isinstance(caught.value, downloads.DownloadError)
     assert len(server.requests) == 1
-    with pytest.raises(UserError, match="cannot write"):
+    with full_disk(100_000), pytest.raises(UserError, match="cannot write"):
         downloads.download_all([(f"{server.url}/a", tmp_path / "b")], 1, **QUICK)
 
 

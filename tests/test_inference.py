@@ -8,7 +8,7 @@ import data_utils
 import inference_image_caption as inference
 import train_image_caption_model as training
 from command_line import UserError, parse_command_line
-from conftest import options
+from conftest import full_disk, options
 
 import numpy as np
 import pytest
@@ -160,6 +160,22 @@ def test_figures_of_any_number_of_words_and_any_shape(tmp_path, count, size):
         assert figure.width > 100
         dark = (np.asarray(figure.convert("L")) < 128).mean()
     assert dark > 0.02 if count else dark < 0.1  # the attention panels darken what was not looked at
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+def test_figures_of_extreme_images_stay_small(tmp_path, size):
+    Image.new("RGB", size, "white").save(tmp_path / "image.png")
+    weights = np.ones((12, 64))
+    caption = {"path": tmp_path / "image.png", "words": ["w"] * 12, "caption": "w", "attention_weights": weights}
+    inference.plot_attention(caption, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert max(figure.size) < 2500
+
+
+def test_a_full_disk_is_one_line_that_names_the_figure(trained, tmp_path):
+    with full_disk(500), pytest.raises(UserError, match=r"cannot write .*\.png: .* MB free there"):
+        infer(trained, "--output", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640)])

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import data_utils
 import inference_image_caption as inference
 import train_image_caption_model as training
 from command_line import UserError, make_config, parse_command_line
-from conftest import IMAGES, options
+from conftest import IMAGES, full_disk, options
 
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_the_step_is_traced_once(trained, tmp_path, monkeypatch):
     assert len(traces) == 2  # the training step and the validation step, whatever the shapes
 
 
+def test_two_captions_are_enough_and_each_epoch_trains(coco):
+    argv = [*options(coco), "--num_examples", "2"]
+    data_utils.main(argv)
+    training.main([*argv, "--epochs", "3"])
+    (iterations,) = (value for name, value in weights(coco).items() if "iterations" in name)
+    assert iterations == 3  # one caption is trained on, so that all epochs have the same order
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "run", tmp_path / "run")
     before = weights(tmp_path)
@@ -255,6 +264,27 @@ def test_a_damaged_history_begins_anew_and_says_so(trained, tmp_path, capsys, te
     assert "history.csv cannot be read" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("size", "name"), [(60, "config.json"), (5_000, "loss.png"), (60_000, "best/ckpt-2"), (130_000, "last/ckpt-2")]
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_to_the_same_end(trained, tmp_path, size, name):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    for kind in ("last", "best"):
+        for file in (tmp_path / "run" / kind).glob("ckpt-2.*"):
+            file.unlink()
+    with full_disk(size), pytest.raises(UserError) as raised:
+        train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+    reason = os.strerror(errno.EFBIG)
+    assert f"cannot write {tmp_path / 'run' / name}: {reason} (" in str(raised.value)
+    assert str(raised.value).endswith(" MB free there; make room and run the same command again)")
+    for kind in ("last", "best"):
+        assert training.checkpoints(tmp_path / "run" / kind)[-1].name == "ckpt-1"
+    assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name or "temp" in path.name]
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+    for name, value in weights(trained).items():
+        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
+
+
 # --- Stopping
 
 
@@ -304,7 +334,7 @@ def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, mo
         return lambda features, words: trained_on.append(len(words)) or step(features, words)
 
     monkeypatch.setattr(training.train_step, "get_concrete_function", counted)
-    train(trained, *more, "--batch_size", "10")
+    train(trained, *more, "--batch_size", "1000")  # more than there are
     assert sum(trained_on) == 95
 
 
