@@ -232,7 +232,7 @@ def write_captions(captions, path):
         }
         record["attention_weights"] = caption["attention_weights"].astype(np.float64).round(6).tolist()
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_bytes(path, "".join(lines).encode())
+    write_bytes(path, "".join(lines).encode(errors="backslashreplace"))  # JSON's escape for names not in UTF-8
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------
@@ -290,12 +290,12 @@ def plot_attention(caption, path):
       caption: dict with "path", "words" and "attention_weights" (words, P).
 
     Raises:
-      UserError: the image file is gone.
+      UserError: the image file is gone or damaged.
     """
     try:
         with Image.open(caption["path"]) as opened:
             image = upright_rgb(opened, PLOT_SIZE)
-    except OSError as error:
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{caption['path']} cannot be drawn ({error}): run python data_utils.py to fetch it") from error
     image.thumbnail((PLOT_SIZE, PLOT_SIZE))
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)

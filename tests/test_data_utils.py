@@ -274,6 +274,11 @@ def test_what_is_no_image_is_named(tmp_path, data):
         data_utils.load_image(path)
 
 
+def test_postscript_is_not_run(tmp_path):
+    with pytest.raises(ValueError, match="PostScript is a program"):
+        data_utils.load_image(save(Image.new("RGB", (50, 50), RED), tmp_path / "a.jpg", format="EPS"))
+
+
 # --- Features
 
 

@@ -100,6 +100,14 @@ def test_figures_of_any_number_of_words_and_any_shape(tmp_path, count, size):
     assert dark > 0.02 if count else dark < 0.1  # the attention panels darken what was not looked at
 
 
+@pytest.mark.parametrize("data", [b"", b"P6 20000 20000 255\n"])  # the second is more than Pillow opens
+def test_an_image_damaged_since_its_features_were_made_is_one_line(tmp_path, data):
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="image.png cannot be drawn"):
+        inference.plot_attention({"path": path}, tmp_path / "figure.png")
+
+
 @pytest.mark.parametrize("size", [(640, 480), (480, 640)])
 def test_the_light_falls_where_the_weight_is(size):
     weights = np.zeros(64)
