@@ -613,6 +613,7 @@ def save_prepared(splits, skipped, config):
         if not images:
             raise UserError(f"no readable {name} images are left ({len(skipped)} skipped): check the image folder")
     folder = pathlib.Path(config.data_dir)
+    remove_leftovers(folder)
     vocabulary = build_vocabulary(splits["train"], config.vocab_size)
     write_json(folder / "vocabulary.json", vocabulary)
     for name, images in splits.items():

@@ -29,7 +29,7 @@ from data_utils import (
     upright_rgb,
 )
 from export_model import export_captioner
-from files import read_json, replacing, write_bytes
+from files import read_json, remove_leftovers, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
 from train_image_caption_model import check_run_fits
 
@@ -61,6 +61,7 @@ def main(argv):
     config, options = parse_command_line(argv, __doc__, add_options)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
+    remove_leftovers(output)
 
     captioner = load_captioner(config)
     if options.export:

@@ -92,6 +92,7 @@ def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
         path.write_bytes(data)
     np.save(paths[4], nan)
     paths[5].unlink()
+    (coco / "data" / ".tmp-999999999-1-train.json").touch()  # of a run that was killed
     untouched = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths[6:]}
 
     monkeypatch.setattr(
@@ -100,6 +101,7 @@ def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
     prepare(coco)
     for path in paths[:6]:
         assert (np.load(path) == np.full((64, 2048), 0.5, np.float16)).all()
+    assert not list((coco / "data").glob(".tmp*"))
     for path, (time, data) in untouched.items():
         assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
 

@@ -22,7 +22,9 @@ def records(path):
 
 
 def test_validation_images_are_captioned_printed_and_plotted(trained, tmp_path, capsys):
+    (tmp_path / ".tmp-999999999-1-001.png").touch()  # of a run that was killed
     infer(trained, "--output", str(tmp_path), "--plot_images", "3")
+    assert not list(tmp_path.glob(".tmp*"))
     written = records(tmp_path / "captions.jsonl")
     assert len(written) == 3
     validation = json.loads((trained / "data" / "validation.json").read_text())
