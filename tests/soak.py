@@ -33,6 +33,13 @@ STAGES = {  # the script, the option that names the folder it fills, and that fo
     "training": ("train_image_caption_model.py", "--run_dir", "run"),
     "captioning": ("inference_image_caption.py", "--output", "captions"),
 }
+TESTED = {  # kind of fault: words of pytest's -k for the tests that cause it
+    "download or zip file": "test_downloads and not full_disk and not interrupt",
+    "full disk": "full_disk",
+    "damaged file": "damaged and not fuzz",
+    "two runs at once": "test_files",
+    "Ctrl-C and SIGTERM": "interrupt",
+}
 IMAGES = 160
 SETTINGS = "--extract_batch 4 --epochs 8 --patience 99 --plot_images 8".split()
 KILLS_IN_A_ROW = 5  # on one folder, before a run of it may end
@@ -67,9 +74,10 @@ def main(argv):
     ):
         files = test_fuzz.files_of(shape)
         outcomes[f"hostile captions file like {name}"] = fuzz(check, files, wanted.annotations // 2, wanted.seed)
-    outcomes["network and zip files (test_downloads.py)"] = count_tests("tests/test_downloads.py")
+    for kind, words in TESTED.items():
+        outcomes[f"{kind}, in the tests"] = count_tests(words)
 
-    print("| kind of fault | caused | survived | lost |\n|---|---|---|---|")
+    print("\n| kind of fault | caused | survived | lost |\n|---|---|---|---|")
     for kind, (caused, lost) in outcomes.items():
         print(f"| {kind} | {caused} | {caused - len(lost)} | {len(lost)} |")
     for kind, (_, lost) in outcomes.items():
@@ -209,11 +217,10 @@ def fuzz(check, inputs, count, seed):
     return len(caused), lost
 
 
-def count_tests(path):
-    """The faults that a file of tests causes: (how many tests, list of those that fail)."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rfE", path], cwd=ROOT, capture_output=True, text=True
-    )
+def count_tests(words):
+    """The faults that tests cause: (how many tests pytest's -k finds by the words, list of those that fail)."""
+    argv = [sys.executable, "-m", "pytest", "-q", "-rfE", "-k", words]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
     return sum(counts.values()), re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, flags=re.MULTILINE)
 
