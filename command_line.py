@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -29,6 +30,20 @@ def silenced_stderr():
         os.close(kept)
 
 
+def end_process(kind, error, trace):
+    """In place of Python's own last words: one line and exit status 130 for Ctrl-C, at imports too.
+
+    No thread is waited for and no lock is taken, as an interrupt may have left one locked: files are replaced whole.
+    """
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
+sys.excepthook = end_process
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # once imported, it listens to this
 with silenced_stderr():
     import tensorflow  # noqa: F401
@@ -168,14 +183,37 @@ def check_value(name, value):
     return value
 
 
+@contextlib.contextmanager
+def interrupts_held_back():
+    """Inside the block Ctrl-C and SIGTERM wait for a call of the function given, which then raises KeyboardInterrupt.
+
+    A second one ends the process at once.
+    """
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this batch; once more to stop without saving\n")  # print may be at work itself
+
+    def stop_if_asked():
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop_if_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_script(main):
-    """Call `main(argv)` and exit as the shell expects: 2 with one line for a UserError, 130 for Ctrl-C."""
+    """Call `main(argv)` and exit as the shell expects: 2 with one line for a UserError; SIGTERM is as Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal has not is no reason to stop
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
-        sys.exit(130)

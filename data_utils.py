@@ -14,7 +14,7 @@ import warnings
 from command_line import UserError, parse_command_line, run_script
 from demo_scenes import draw_demo
 from downloads import download, download_all, unpack
-from files import read_json, remove_leftovers, replacing, write_json, write_npy
+from files import locked, read_json, remove_leftovers, replacing, write_json, write_npy
 from karpathy_splits import read_karpathy
 
 import keras
@@ -64,13 +64,13 @@ PREPARED_SETTINGS = (
 def main(argv):
     config, _ = parse_command_line(argv, __doc__)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
-
-    splits = read_splits(config)
-    images = [image for split in splits.values() for image in split]
-    skipped = fetch_images(images, config)
-    skipped |= cache_features(splits, skipped, config)
-    save_prepared(splits, skipped, config)
+    with locked(config.data_dir, "data"), locked(features_folder(config), "features"):
+        pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
+        splits = read_splits(config)
+        images = [image for split in splits.values() for image in split]
+        skipped = fetch_images(images, config)
+        skipped |= cache_features(splits, skipped, config)
+        save_prepared(splits, skipped, config)
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------
@@ -83,7 +83,8 @@ def read_splits(config):
         train = draw_examples(splits["train"], config.num_examples, config.seed)
         return {"train": train, "validation": splits["val"], "test": splits["test"]}
     if config.dataset == "demo":
-        draw_demo(config.coco_dir, config.demo_images, config.seed)
+        with locked(config.coco_dir, "download"):
+            draw_demo(config.coco_dir, config.demo_images, config.seed)
     images = read_captions(find_annotations(config), config.max_words)
     images = draw_examples(images, config.num_examples, config.seed)
     train, validation = split_by_image(images, config.val_fraction, config.seed)
@@ -104,8 +105,9 @@ def fetch_archive(name, config, wanted=None):
     """Download one of COCO_ARCHIVES into `coco_dir` and unpack it there."""
     size, sha256 = COCO_ARCHIVES[name]
     archive = pathlib.Path(config.coco_dir, pathlib.PurePosixPath(name).name)
-    download(f"{COCO_URL}/{name}", archive, size=size, sha256=sha256)
-    unpack(archive, config.coco_dir, wanted)
+    with locked(config.coco_dir, "download"):
+        download(f"{COCO_URL}/{name}", archive, size=size, sha256=sha256)
+        unpack(archive, config.coco_dir, wanted)
 
 
 def read_captions(path, max_words):
@@ -290,7 +292,10 @@ def fetch_images(images, config):
         if not isinstance(image["url"], str)
     }
     jobs = [(image["url"], image_path(image, config)) for image in missing if image["file_name"] not in skipped]
-    failed = download_all(jobs, config.download_workers)
+    if not jobs:
+        return skipped
+    with locked(config.coco_dir, "download"):
+        failed = download_all(jobs, config.download_workers)
     return skipped | {pathlib.Path(path).name: reason for path, reason in failed}
 
 
@@ -353,6 +358,8 @@ def is_feature_file(path):
         features = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
+    except SystemError:  # of Python 3.11, whose parser, with which NumPy reads a file's header, is not for many threads
+        return is_feature_file(path)
     return (
         features.shape == (LOCATIONS, CHANNELS)
         and features.dtype in (np.float16, np.float32)
@@ -377,7 +384,7 @@ def cache_features(splits, skipped, config):
     folder = features_folder(config)
     remove_leftovers(folder)
     images = [image for split in splits.values() for image in split if image["file_name"] not in skipped]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with cancelling_pool() as pool:
         whole = list(
             tqdm(
                 pool.map(is_feature_file, [feature_path(image, config) for image in images]),
@@ -430,7 +437,7 @@ def extract_features(network, paths, batch_size):
     Yields:
       (paths of a batch's readable images, their features as float32 (B, P, F), list of (path, reason) of the others)
     """
-    with concurrent.futures.ThreadPoolExecutor(EXTRACT_WORKERS) as pool:
+    with cancelling_pool(EXTRACT_WORKERS) as pool:
         running = collections.deque()
         for start in range(0, len(paths), batch_size):
             running.append(pool.submit(extract_batch, network, paths[start : start + batch_size]))
@@ -438,6 +445,16 @@ def extract_features(network, paths, batch_size):
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+
+
+@contextlib.contextmanager
+def cancelling_pool(workers=None):
+    """A pool of threads which, when the block ends, by Ctrl-C for example, begin no more and are not waited for."""
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def extract_batch(network, paths):
@@ -634,11 +651,11 @@ def load_prepared(config):
       Prepared
 
     Raises:
-      UserError: nothing is prepared, it was prepared with other settings, or a file or feature is missing.
+      UserError: nothing is prepared, it was prepared with other settings, or a file or feature is missing or damaged.
     """
     folder = pathlib.Path(config.data_dir)
     command = f"run python data_utils.py {dataset_option(config)}"
-    settings = read_json(folder / "settings.json", command)
+    settings = read_json(folder / "settings.json", command, dict)
     for name in PREPARED_SETTINGS:
         if settings.get(name) != getattr(config, name):
             raise UserError(
@@ -646,16 +663,58 @@ def load_prepared(config):
                 f"give --{name} {settings.get(name)}, or run python data_utils.py with the new value"
             )
     names = ("train", "validation", "test") if config.dataset == "karpathy" else ("train", "validation")
-    splits = [read_json(folder / f"{name}.json", command) for name in names]
+    vocabulary = read_vocabulary(folder / "vocabulary.json", command)
+    splits = [read_json(folder / f"{name}.json", command, list) for name in names]
+    for name, split in zip(names, splits, strict=True):
+        whole = sum(is_prepared_image(image, len(vocabulary)) for image in split)
+        if not split or whole < len(split):
+            raise UserError(f"{folder / name}.json is damaged ({whole} of {len(split)} images are whole): {command}")
     for image in (image for split in splits for image in split):
         path = feature_path(image, config)
         if not path.is_file():
             raise UserError(f"{path} is missing from the feature cache: {command}")
-    vocabulary = read_json(folder / "vocabulary.json", command)
-    with np.load(folder / "feature_statistics.npz") as statistics:
-        mean, std = statistics["mean"], float(statistics["std"])
+    mean, std = read_statistics(folder / "feature_statistics.npz", command)
     train, validation, test = (*splits, [])[:3]
     return Prepared(train, validation, test, vocabulary, mean, std)
+
+
+def read_vocabulary(path, mend):
+    """A list of different words, the special ones first, or UserError."""
+    words = read_json(path, mend, list)
+    special = len(SPECIAL_WORDS)
+    if not all(isinstance(word, str) for word in words) or tuple(words[:special]) != SPECIAL_WORDS:
+        raise UserError(f"{path} is damaged (it is no list of words): {mend}")
+    if len(set(words)) < len(words):
+        raise UserError(f"{path} is damaged (it holds a word twice): {mend}")
+    return words
+
+
+def is_prepared_image(image, vocab_size):
+    """Whether a value of any kind is an image with captions as encode_captions leaves it."""
+    if not isinstance(image, dict) or image_problem({**image, "id": image.get("image_id")}, {}, ()):
+        return False
+    lists = [image.get(name) for name in ("captions", "references", "ids")]
+    if not all(isinstance(values, list) for values in lists) or not isinstance(image.get("folder", ""), str):
+        return False
+    captions, references, ids = lists
+    return (
+        all(isinstance(text, str) for text in captions + references)
+        and len(captions) == len(ids)
+        and all(isinstance(words, list) and len(words) > 2 for words in ids)
+        and all(type(i) is int and 0 <= i < vocab_size for words in ids for i in words)
+    )
+
+
+def read_statistics(path, mend):
+    """feature_mean and feature_std of Prepared, or UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as statistics:
+            mean, std = statistics["mean"], float(statistics["std"])
+    except Exception as error:  # of a zip file and of an array, each with errors of its own
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {mend}") from error
+    if mean.shape != (CHANNELS,) or mean.dtype != np.float32 or not np.isfinite(mean).all() or not 0 < std < np.inf:
+        raise UserError(f"{path} is damaged (these are no features' statistics): {mend}")
+    return mean, std
 
 
 def dataset_option(config):

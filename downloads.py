@@ -1,21 +1,23 @@
 """Files from the network, of which a bad one never passes for a good one: fetched whole, checked, then renamed."""
 
+import contextlib
 import functools
 import hashlib
 import http.client
 import lzma
 import os
 import pathlib
+import queue
 import re
 import shutil
 import stat
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from multiprocessing.pool import ThreadPool
 
 import files
 from command_line import UserError
@@ -207,26 +209,43 @@ def download_all(jobs, workers, attempts=3, timeout=20.0, back_off=1.0, progress
     try_one = functools.partial(try_download, attempts=attempts, timeout=timeout, back_off=back_off)
     failed, in_a_row = [], 0
     bar = tqdm(total=len(urls), initial=len(urls) - len(missing), unit="file", disable=not progress)
-    # The pool's threads are daemons: Ctrl-C leaves at once, where an executor would wait for every open connection.
-    with bar, ThreadPool(workers) as pool:
-        for path, error in pool.imap_unordered(try_one, missing):
-            bar.update()
-            if error:
-                failed.append((path, error.reason))
-            in_a_row = in_a_row + 1 if error and not error.refused else 0
-            if in_a_row == IN_A_ROW:
-                raise UserError(
-                    f"{IN_A_ROW} downloads in a row failed, the last of them {urls[path]} ({error.reason}): "
-                    "check the network and run the same command again"
-                )
+    waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
+    for job in missing:
+        waiting.put(job)
+    for _ in range(workers):  # daemons: Ctrl-C leaves at any moment, where a pool would wait for every open connection
+        threading.Thread(target=work, args=(try_one, waiting, results), daemon=True).start()
+    try:
+        with bar:
+            for _ in missing:
+                path, error = results.get()
+                bar.update()
+                if error and not isinstance(error, DownloadError):
+                    raise error
+                if error:
+                    failed.append((path, error.reason))
+                in_a_row = in_a_row + 1 if error and not error.refused else 0
+                if in_a_row == IN_A_ROW:
+                    raise UserError(
+                        f"{IN_A_ROW} downloads in a row failed, the last of them {urls[path]} ({error.reason}): "
+                        "check the network and run the same command again"
+                    )
+    finally:
+        work(str, waiting, queue.SimpleQueue())  # nothing is left for the threads
     return sorted(failed)
+
+
+def work(function, waiting, results):
+    """Put what the function makes of each job that waits into `results`, until none is left."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            results.put(function(waiting.get_nowait()))
 
 
 def try_download(job, **options):
     url, path = job
     try:
         download(url, path, progress=False, **options)
-    except DownloadError as error:
+    except Exception as error:  # raised again where the results are read, if it is not a DownloadError
         return path, error
     return path, None
 

@@ -13,6 +13,12 @@ from command_line import UserError
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 TEMPORARY = ".tmp-"
 
 
@@ -43,9 +49,63 @@ def free_space(folder):
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files that a killed run left in `folder`."""
+    """Delete the temporary files that killed runs left in `folder`, and none of a process that is at work."""
     for path in pathlib.Path(folder).glob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        process = path.name.removeprefix(TEMPORARY).partition("-")[0]
+        if not is_other_process(process):
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                path.unlink()
+
+
+def is_other_process(number):
+    """Whether a process other than this one runs under the number, a str; not known on Windows."""
+    if not number.isdecimal() or int(number) == os.getpid() or os.name == "nt":
+        return False
+    try:
+        os.kill(int(number), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder, name="run"):
+    """Keep other processes out of this block for the same folder and name; a process that dies lets go.
+
+    Raises:
+      UserError: another process is inside, and is named; or the folder cannot be written.
+    """
+    path = pathlib.Path(folder, f".{name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a+"))
+            lock_file(file)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"process {file.read()} is at work on {folder}: wait until it has ended, or stop it"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror} ({free_space(path.parent)})") from error
+        yield
+
+
+def lock_file(file):
+    """Lock an open file for as long as it is open; BlockingIOError where another has locked it."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    file.seek(1 << 20)  # behind the process id, as Windows lets nobody read what is locked
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError from error
 
 
 def write_bytes(path, data):
@@ -72,11 +132,14 @@ def write_csv(path, rows):
     write_bytes(path, text.getvalue().encode())
 
 
-def read_json(path, mend):
-    """The value in a JSON file; UserError with the command `mend` where it is missing or damaged."""
+def read_json(path, mend, kind=object):
+    """The value in a JSON file; UserError with the command `mend` where it is missing, damaged or not of this kind."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {mend}") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {mend}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged (it holds no {kind.__name__}): {mend}")
+    return value

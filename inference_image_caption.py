@@ -26,12 +26,13 @@ from data_utils import (
     image_path,
     load_prepared,
     read_feature,
+    read_vocabulary,
     upright_rgb,
 )
 from export_model import export_captioner
-from files import read_json, remove_leftovers, replacing, write_bytes
+from files import locked, remove_leftovers, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
-from train_image_caption_model import check_run_fits
+from train_image_caption_model import check_run_fits, checkpoints, restore_newest
 
 import numpy as np
 import tensorflow as tf
@@ -68,24 +69,25 @@ def main(argv):
         export_captioner(captioner, feature_network(config), config, options.export)
         print(f"the SavedModel is in {options.export}")
         return
-    if options.evaluate:
-        evaluate(captioner, split_images(options.split, config), output, config)
-        return
-    if options.image:
-        images = own_images(options.image)
-        batches = extract_batches(images, config)
-    else:
-        images = choose_images(split_images(options.split, config), config)
-        batches = cached_batches(images, config)
-    captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
+    with locked(output):
+        if options.evaluate:
+            evaluate(captioner, split_images(options.split, config), output, config)
+            return
+        if options.image:
+            images = own_images(options.image)
+            batches = extract_batches(images, config)
+        else:
+            images = choose_images(split_images(options.split, config), config)
+            batches = cached_batches(images, config)
+        captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
 
-    for number, caption in enumerate(captions, 1):
-        print_caption(caption)
-        plot_attention(caption, output / f"{number:03d}_{caption['path'].stem}.png")
-    write_captions(captions, output / "captions.jsonl")
-    print(f"captions.jsonl and {len(captions)} attention figures are in {output}")
-    if len(captions) < len(images):
-        sys.exit(1)
+        for number, caption in enumerate(captions, 1):
+            print_caption(caption)
+            plot_attention(caption, output / f"{number:03d}_{caption['path'].stem}.png")
+        write_captions(captions, output / "captions.jsonl")
+        print(f"captions.jsonl and {len(captions)} attention figures are in {output}")
+        if len(captions) < len(images):
+            sys.exit(1)
 
 
 # --- Model and images -------------------------------------------------------------------------------------------
@@ -105,15 +107,13 @@ def load_captioner(config):
       UserError: nothing was trained there, or with other settings.
     """
     folder = pathlib.Path(config.run_dir)
-    saved = tf.train.latest_checkpoint(folder / "best")
     command = f"python train_image_caption_model.py {dataset_option(config)}".strip()
-    if not saved:
+    if not checkpoints(folder / "best"):
         raise UserError(f"no trained model is in {folder}: run {command} first, or give its --run_dir")
-    vocabulary = read_json(folder / "vocabulary.json", f"run {command} again")
+    vocabulary = read_vocabulary(folder / "vocabulary.json", f"delete {folder} and run {command} again")
     check_run_fits(folder, config, vocabulary)
     encoder, decoder = build_captioner(config, len(vocabulary))
-    restored = tf.train.Checkpoint(encoder=encoder, decoder=decoder).restore(saved)
-    restored.assert_existing_objects_matched().expect_partial()
+    restore_newest(tf.train.Checkpoint(encoder=encoder, decoder=decoder), folder / "best")
     return Captioner(encoder, decoder, vocabulary)
 
 
@@ -308,7 +308,7 @@ def plot_attention(caption, path):
     rows = -(-len(panels) // (5 if image.width > 1.2 * image.height else 6))
     columns = -(-len(panels) // rows)
     width = 2.4
-    height = width * image.height / image.width + 0.3
+    height = width * min(image.height / image.width, 3) + 0.3  # in a narrow image's figure the panels have margins
     figure = Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:

@@ -1,5 +1,6 @@
 """A tiny data set in COCO's layout, with features made up, so that the tests need neither downloads nor InceptionV3."""
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -74,6 +75,18 @@ def trained(tmp_path_factory):
     data_utils.main(options(root))
     train_image_caption_model.main([*options(root), "--epochs", "2"])
     return root
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Inside the block no file of this process may grow past `size` bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class FileServer:

@@ -1,9 +1,12 @@
 import json
+import shutil
+import struct
 import zipfile
+import zlib
 
 import data_utils
 from command_line import UserError, make_config, parse_command_line
-from conftest import IMAGES, options, write_coco
+from conftest import IMAGES, full_disk, options, write_coco
 
 import numpy as np
 import pytest
@@ -106,6 +109,25 @@ def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
         assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
 
 
+def test_a_full_disk_is_one_line_and_no_finished_feature_is_made_again(coco, monkeypatch):
+    features = coco / "data" / "features"
+    paths = sorted(features.glob("*.npy"))
+    paths[0].unlink()
+    before = {path: path.read_bytes() for path in paths[1:]}
+    made = []
+    monkeypatch.setattr(
+        data_utils,
+        "feature_network",
+        lambda config, paths: lambda pixels: made.append(len(pixels)) or tf.zeros((len(pixels), 64, 2048)),
+    )
+    with full_disk(100_000), pytest.raises(UserError, match=rf"cannot write {paths[0]}: .* MB free there; make room"):
+        data_utils.main(options(coco))
+    assert {path: path.read_bytes() for path in features.iterdir() if path.suffix == ".npy"} == before
+    prepare(coco)
+    assert made == [1, 1]
+    assert {path: path.read_bytes() for path in paths[1:]} == before
+
+
 def test_an_image_that_cannot_be_read_is_named_skipped_and_counted(coco, monkeypatch, capsys):
     bad = "COCO_train2014_000000000007"
     (coco / "coco" / "train2014" / f"{bad}.jpg").write_text("no image")
@@ -161,6 +183,60 @@ def test_settings_that_do_not_fit_are_named(coco):
 def test_nothing_prepared_names_the_command(tmp_path):
     with pytest.raises(UserError, match="run python data_utils.py --dataset demo"):
         data_utils.load_prepared(make_config({"dataset": "demo", "data_dir": str(tmp_path)}))
+
+
+def edited(change):
+    """A function from a JSON file's bytes to those of the value that `change` makes of its value."""
+    return lambda data: json.dumps(change(json.loads(data))).encode()
+
+
+def with_first(**values):
+    return edited(lambda images: [{**images[0], **values}, *images[1:]])
+
+
+DAMAGES = [
+    ("settings.json", edited(lambda value: [value])),
+    ("vocabulary.json", edited(lambda words: dict.fromkeys(words))),
+    ("vocabulary.json", edited(lambda words: [*words, 7])),
+    ("vocabulary.json", edited(lambda words: words[4:])),
+    ("vocabulary.json", edited(lambda words: [*words, words[-1]])),
+    ("train.json", edited(lambda images: {"images": images})),
+    ("train.json", edited(lambda images: [*images, None])),
+    ("validation.json", edited(lambda images: [])),
+    ("train.json", with_first(file_name="../escape.jpg")),
+    ("train.json", with_first(image_id="1")),
+    ("train.json", with_first(captions="A red dog.")),
+    ("train.json", with_first(references=[3])),
+    ("train.json", with_first(ids=[[2, 3]])),
+    ("train.json", with_first(captions=["a", "b"], ids=[[2, True, 3], [2, 5, 3]])),
+    ("train.json", with_first(captions=["a"], ids=[[2, -1, 3]])),
+    ("train.json", with_first(captions=["a"], ids=[[2, 21, 3]])),  # there are 21 words
+    ("feature_statistics.npz", lambda data: data[:-100]),
+    ("feature_statistics.npz", lambda data: data[:200] + bytes(8) + data[208:]),
+]
+FILES = ("settings.json", "vocabulary.json", "train.json", "validation.json", "feature_statistics.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*DAMAGES, *((name, damage) for name in FILES for damage in (None, lambda data: b"", lambda data: data[:-20]))],
+)
+def test_a_damaged_prepared_file_is_named_with_the_command(trained, tmp_path, name, damage):
+    shutil.copytree(trained / "data", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("features"))
+    argv = [*options(trained), "--data_dir", str(tmp_path), "--features_dir", str(trained / "data" / "features")]
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings["features_dir"] = argv[-1]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    config, _ = parse_command_line(argv, "")
+    data_utils.load_prepared(config)
+    if damage:
+        (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    else:
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=name) as raised:
+        data_utils.load_prepared(config)
+    assert "run python data_utils.py" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 # --- Downloads, from a server on this machine
@@ -236,6 +312,10 @@ RED = (220, 20, 20)
     [
         lambda folder: save(Image.new("RGB", (400, 300), RED), folder / "a.jpg"),
         lambda folder: save(Image.new("RGB", (3, 500), RED), folder / "a.png"),
+        lambda folder: save(Image.new("RGB", (1, 1), RED), folder / "a.jpg"),
+        lambda folder: save(Image.new("RGB", (1, 5000), RED), folder / "a.jpg"),
+        lambda folder: save(Image.new("RGB", (5000, 1), RED), folder / "a.png"),
+        lambda folder: save(Image.new("RGB", (50, 50), RED), folder / "jpeg_inside.png", format="JPEG"),
         lambda folder: save(Image.new("RGB", (50, 50), RED).convert("CMYK"), folder / "a.jpg"),
         lambda folder: save(Image.new("RGB", (50, 50), RED).convert("P"), folder / "a.png"),
         lambda folder: save(Image.new("RGB", (50, 50), RED), folder / "png_inside.jpg", format="PNG"),
@@ -266,6 +346,25 @@ def test_exif_rotation_is_applied(tmp_path):
     pixels = data_utils.load_image(save(picture, tmp_path / "a.jpg", exif=exif)).astype(int)
     assert (pixels[20, :, 2] > pixels[20, :, 0]).all()
     assert (pixels[-20, :, 0] > pixels[-20, :, 2]).all()
+
+
+def test_only_the_first_frame_of_an_animation_counts(tmp_path):
+    frames = [Image.new("RGB", (50, 50), colour) for colour in (RED, (20, 20, 220), (20, 220, 20))]
+    path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(data_utils.load_image(path).mean((0, 1)), RED, atol=8)
+
+
+def test_an_image_of_20000_by_20000_pixels_is_refused_before_it_is_decoded(tmp_path):
+    """A PNG file of 1 kB, which would take 400 MB; its data are cut off, which decoding would complain of."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)  # 1 bit a pixel
+    data = zlib.compress(bytes(1_000_000))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data))
+    with pytest.raises(ValueError, match="a.png cannot be read .*400000000 pixels"):
+        data_utils.load_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff\xe0 broken"])

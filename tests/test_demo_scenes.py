@@ -124,7 +124,7 @@ def test_a_killed_run_continues_and_leaves_no_half_files(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         demo_scenes.draw_demo(tmp_path / "killed", 5, seed=7)
     assert not (tmp_path / "killed" / "annotations" / "captions_train2014.json").exists()
-    (tmp_path / "killed" / "train2014" / f"{files.TEMPORARY}1-1-half.jpg").write_bytes(b"half")
+    (tmp_path / "killed" / "train2014" / f"{files.TEMPORARY}999999999-1-half.jpg").write_bytes(b"half")
 
     monkeypatch.setattr(
         demo_scenes, "draw_scene", lambda scene, seed: drawn.append(scene["image_id"]) or draw_scene(scene, seed)

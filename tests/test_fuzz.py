@@ -14,8 +14,10 @@ import warnings
 import data_utils
 from command_line import UserError, make_config, parse_command_line
 from config import Config
+from conftest import options
 from files import read_json, write_bytes, write_json
 from karpathy_splits import read_karpathy
+from train_image_caption_model import collect_captions
 
 import numpy as np
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -257,6 +259,45 @@ def test_captions_become_ids_and_the_same_words_again(captions, vocab_size):
         assert not {data_utils.PAD, data_utils.START, data_utils.END} & set(ids[1:-1])
         known = [word if word in vocabulary else "<unk>" for word in text.split(" ")]
         assert [vocabulary[i] for i in ids[1:-1]] == known
+
+
+# --- Prepared files
+
+IDS = st.lists(st.integers(0, 20) | st.sampled_from([21, -1, 2**40]), max_size=5)
+PREPARED = st.lists(
+    records(
+        image_id=NUMBERS,
+        file_name=st.just("COCO_train2014_000000000001.jpg") | NAMES,
+        captions=st.lists(SENTENCES, min_size=1, max_size=1),
+        references=st.lists(SENTENCES, max_size=2),
+        ids=st.lists(IDS.map(lambda ids: [data_utils.START, *ids, data_utils.END]), min_size=1, max_size=1),
+    ),
+    max_size=3,
+)
+WORDS = st.lists(SENTENCES, max_size=3).map(lambda words: [*data_utils.SPECIAL_WORDS, *words])
+
+
+@given(
+    st.tuples(st.sampled_from(["train.json", "validation.json"]), files_of(PREPARED))
+    | st.tuples(st.just("vocabulary.json"), files_of(WORDS))
+    | st.tuples(st.sampled_from(["settings.json", "feature_statistics.npz"]), files_of(JSON))
+)
+def test_any_prepared_file_loads_or_is_one_line(trained, damage):
+    name, data = damage
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (trained / "data").iterdir():
+            pathlib.Path(folder, path.name).symlink_to(path)
+        pathlib.Path(folder, name).unlink()
+        pathlib.Path(folder, name).write_bytes(data)
+        config, _ = parse_command_line([*options(trained), "--data_dir", folder], "")
+        try:
+            prepared = data_utils.load_prepared(config)
+        except UserError as error:
+            return check_one_line(error)
+        for images in (prepared.train, prepared.validation):
+            words = collect_captions(images, config).words
+            assert 0 <= int(words.values.numpy().min()) <= int(words.values.numpy().max()) < len(prepared.vocabulary)
+        assert prepared.feature_mean.shape == (data_utils.CHANNELS,)
 
 
 # --- Images

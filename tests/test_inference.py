@@ -6,7 +6,7 @@ import data_utils
 import inference_image_caption as inference
 import train_image_caption_model as training
 from command_line import UserError, parse_command_line
-from conftest import options
+from conftest import full_disk, options
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def test_a_run_of_other_sizes_or_words_is_refused(trained, tmp_path):
         infer(trained, "--units", "20")
     shutil.copytree(trained / "run", tmp_path / "run")
     vocabulary = json.loads((trained / "run" / "vocabulary.json").read_text())
-    (tmp_path / "run" / "vocabulary.json").write_text(json.dumps(vocabulary[::-1]))
+    (tmp_path / "run" / "vocabulary.json").write_text(json.dumps(vocabulary[:4] + vocabulary[:3:-1]))
     with pytest.raises(UserError, match="another vocabulary"):
         infer(trained, "--run_dir", str(tmp_path / "run"))
 
@@ -108,6 +108,24 @@ def test_an_image_damaged_since_its_features_were_made_is_one_line(tmp_path, dat
     path.write_bytes(data)
     with pytest.raises(UserError, match="image.png cannot be drawn"):
         inference.plot_attention({"path": path}, tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+def test_figures_of_extreme_images_stay_small(tmp_path, size):
+    Image.new("RGB", size, "white").save(tmp_path / "image.png")
+    weights = np.ones((12, 64))
+    caption = {"path": tmp_path / "image.png", "words": ["w"] * 12, "caption": "w", "attention_weights": weights}
+    inference.plot_attention(caption, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert max(figure.size) < 2500
+
+
+def test_a_full_disk_is_one_line_that_names_the_figure(tmp_path):
+    Image.new("RGB", (300, 200), "white").save(tmp_path / "image.png")
+    caption = {"path": tmp_path / "image.png", "words": [], "caption": "", "attention_weights": []}
+    with full_disk(500), pytest.raises(UserError, match=r"cannot write .*figure\.png: .* MB free there"):
+        inference.plot_attention(caption, tmp_path / "figure.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640)])

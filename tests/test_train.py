@@ -1,11 +1,18 @@
 import csv
+import errno
 import json
+import os
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import data_utils
+import inference_image_caption as inference
 import train_image_caption_model as training
 from command_line import UserError, parse_command_line
-from conftest import IMAGES, options
+from conftest import IMAGES, full_disk, options
 
 import numpy as np
 import pytest
@@ -18,7 +25,7 @@ def train(root, *more):
 
 
 def weights(root, kind="last"):
-    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(root / "run" / kind))
+    reader = tf.train.load_checkpoint(training.checkpoints(root / "run" / kind)[0])
     names = [
         name for name in reader.get_variable_to_shape_map() if name.startswith(("encoder", "decoder", "optimizer"))
     ]
@@ -83,8 +90,8 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(coco, capsys):
     best = int(np.argmin(losses)) + 1
     assert len(losses) == best + 2 < 40
     assert "stopping" in capsys.readouterr().out
-    assert tf.train.latest_checkpoint(coco / "run" / "best").endswith(f"-{best}")
-    assert tf.train.latest_checkpoint(coco / "run" / "last").endswith(f"-{best + 2}")
+    assert training.checkpoints(coco / "run" / "best")[0].name == f"ckpt-{best}"
+    assert training.checkpoints(coco / "run" / "last")[0].name == f"ckpt-{best + 2}"
 
 
 def test_another_vocabulary_or_size_is_refused_and_both_are_named(trained, tmp_path):
@@ -149,3 +156,186 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trai
         train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
     for name, value in weights(tmp_path).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+# --- Damage
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "other bytes": lambda path: path.write_bytes(path.read_bytes()[:50] + bytes(50) + path.read_bytes()[100:]),
+    "a folder": lambda path: path.unlink() or path.mkdir(),
+}
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage"),
+    [(ending, name) for ending in (".index", ".data-00000-of-00001") for name in DAMAGES]
+    + [(".data-00000-of-00001", "missing")],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(trained, tmp_path, capsys, ending, damage):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config, _ = parse_command_line([*options(trained), "--run_dir", str(tmp_path / "run")], "")
+    spoil = {**DAMAGES, "missing": pathlib.Path.unlink}[damage]
+    for kind in ("last", "best"):
+        spoil(tmp_path / "run" / kind / f"ckpt-2{ending}")
+
+    run = training.open_run(data_utils.load_prepared(config), config)
+    assert int(run.epoch) == 1
+    inference.load_captioner(config)
+    printed = capsys.readouterr().out
+    for kind in ("last", "best"):
+        assert f"{kind}/ckpt-2 cannot be read" in printed
+    assert printed.count("ckpt-1 is taken instead\n") == 2
+
+    for kind in ("last", "best"):
+        spoil(tmp_path / "run" / kind / f"ckpt-1{ending}")
+    for load in (lambda: train(trained, "--run_dir", config.run_dir), lambda: inference.load_captioner(config)):
+        with pytest.raises(UserError, match="ckpt-2 cannot be read .*: delete .*run and run python train_") as raised:
+            load()
+        assert "\n" not in str(raised.value)
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run" / "last" / "ckpt-2.index").write_bytes(b"damaged")
+    (tmp_path / "run" / "last" / "ckpt-3_temp").mkdir()  # of a save that was killed
+    (tmp_path / "run" / "last" / "ckpt-3.data-00000-of-00001").write_bytes(b"half")
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+    for name, value in weights(trained).items():
+        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
+    for kind in ("last", "best"):
+        names = {path.name.partition(".")[0] for path in (tmp_path / "run" / kind).iterdir()}
+        assert names == {"ckpt-1", "ckpt-2"}
+
+
+def test_captioning_needs_the_words_that_were_trained_on(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    for text in ("", "{}", '["<pad>"]'):
+        (tmp_path / "run" / "vocabulary.json").write_text(text)
+        with pytest.raises(UserError, match="vocabulary.json .*: delete .*run and run python train_"):
+            inference.main([*options(trained), "--run_dir", str(tmp_path / "run")])
+    for name, text in (("vocabulary.json", "{}"), ("config.json", "["), ("config.json", "[]"), ("config.json", "{}")):
+        shutil.copytree(trained / "run", tmp_path / "run", dirs_exist_ok=True)
+        (tmp_path / "run" / name).write_text(text)
+        with pytest.raises(UserError, match="give another --run_dir, or delete that folder"):
+            train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
+
+
+HEADER = "epoch,train_loss,captions_per_second,validation_loss\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        HEADER,
+        HEADER + "1,2.0,x,3.0\n",
+        HEADER + "1,2.0\n",
+        HEADER + "1,2,3,4,5\n",
+        "epoch\n1\n",
+        "\0\0",
+        "\xff\xfe",
+    ],
+)
+def test_a_damaged_history_begins_anew_and_says_so(trained, tmp_path, capsys, text):
+    config, _ = parse_command_line([*options(trained), "--run_dir", str(tmp_path)], "")
+    (tmp_path / "history.csv").write_text(text, encoding="latin-1")
+    run = tf.train.Checkpoint(epoch=tf.Variable(2))
+    assert training.read_history(run, config) == []
+    assert "history.csv cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(60, "config.json"), (5_000, "loss.png"), (60_000, "best/ckpt-2"), (130_000, "last/ckpt-2")]
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_to_the_same_end(trained, tmp_path, size, name):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    for kind in ("last", "best"):
+        for file in (tmp_path / "run" / kind).glob("ckpt-2.*"):
+            file.unlink()
+    with full_disk(size), pytest.raises(UserError) as raised:
+        train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+    reason = os.strerror(errno.EFBIG)
+    assert f"cannot write {tmp_path / 'run' / name}: {reason} (" in str(raised.value)
+    assert str(raised.value).endswith(" MB free there; make room and run the same command again)")
+    for kind in ("last", "best"):
+        assert training.checkpoints(tmp_path / "run" / kind)[-1].name == "ckpt-1"
+    assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name or "temp" in path.name]
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+    for name, value in weights(trained).items():
+        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
+
+
+# --- Stopping
+
+
+def interrupt_at(monkeypatch, batch, number=signal.SIGINT):
+    """Have this process interrupted as it reads its batch of that number, training and validation counted together."""
+    real, read = training.caption_batches, []
+
+    def batches(*args):
+        for item in real(*args):
+            read.append(1)
+            if len(read) == batch:
+                os.kill(os.getpid(), number)
+            yield item
+
+    monkeypatch.setattr(training, "caption_batches", batches)
+
+
+def test_an_interrupted_epoch_goes_on_at_its_next_batch_and_ends_as_if_nothing_had_been(trained, tmp_path, monkeypatch):
+    """Of 6 training and 2 validation batches an epoch: stopped in training, in validation, and before any batch."""
+    more = ["--run_dir", str(tmp_path / "run"), "--epochs", "2"]
+    saved = []
+    for batch, number in ((4, signal.SIGINT), (5, signal.SIGTERM), (1, signal.SIGINT)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_at(patch, batch, number)
+            train(trained, *more)
+        last = tf.train.load_checkpoint(training.checkpoints(tmp_path / "run" / "last")[0])
+        saved.append(last.get_tensor("captions_done/.ATTRIBUTES/VARIABLE_VALUE"))
+    assert saved == [48, 95, 95]
+    train(trained, *more)
+    for name, value in weights(trained).items():
+        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
+    for mine, theirs in zip(rows(tmp_path), rows(trained), strict=True):
+        for name in ("epoch", "train_loss", "validation_loss"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
+
+
+def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, monkeypatch):
+    more = ["--run_dir", str(tmp_path / "run"), "--epochs", "1"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 4)
+        train(trained, *more)
+    trained_on = []
+    real = training.train_step.get_concrete_function
+
+    def counted(run, *args):
+        step = real(run, *args)
+        return lambda features, words: trained_on.append(len(words)) or step(features, words)
+
+    monkeypatch.setattr(training.train_step, "get_concrete_function", counted)
+    train(trained, *more, "--batch_size", "10")
+    assert sum(trained_on) == 95
+
+
+def test_an_interrupted_process_saves_and_exits_with_130(trained, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "train_image_caption_model.py", *options(trained), "--run_dir", str(run)]
+    command += ["--epochs", "100000", "--patience", "100000"]
+    root = pathlib.Path(training.__file__).parent
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while "epoch 2/" not in process.stderr.readline(50):
+                pass
+            process.send_signal(signal.SIGINT)
+            out, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.endswith("interrupted: what was finished is kept; run the same command again to go on\n")
+    assert "captions: saved" in out
+    assert training.checkpoints(run / "last")
