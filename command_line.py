@@ -52,6 +52,9 @@ with silenced_stderr():
 class UserError(Exception):
     """What the user can mend: the message says in one line what is wrong and which command mends it."""
 
+    def __str__(self):
+        return " ".join(super().__str__().splitlines())  # whatever file name or other error it quotes
+
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
@@ -168,6 +171,8 @@ def check_value(name, value):
     fits = type(value) is kind or (kind is float and type(value) is int)
     if fits and kind is float:
         fits = math.isfinite(value)
+    if fits and kind is str:
+        fits = not re.search("[\0\ud800-\udfff]", value)  # no file can have these in its name, or in UTF-8 text
     if fits and bounds:
         low, high = bounds
         fits = (low is None or value >= low) and (high is None or value <= high)
@@ -206,6 +211,7 @@ def interrupts_held_back():
 def run_script(main):
     """Call `main(argv)` and exit as the shell expects: 2 with one line for a UserError; SIGTERM is as Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal has not is no reason to stop
     try:
         main(sys.argv[1:])
     except UserError as error:

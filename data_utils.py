@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 LOCATIONS, CHANNELS = 64, 2048  # P and F: InceptionV3's last 8x8 grid, row by row
 IMAGE_SIZE = 299
+LONGEST_NAME = 200  # bytes; file systems take 255, and temporary files' names are longer
 EXTRACT_WORKERS = 3  # batches under way at a time, each read and computed by a thread of its own
 CALIBRATION_IMAGES = 64  # training images from which random weights get their batch-norm statistics
 
@@ -222,7 +223,7 @@ def read_captions(path, max_words):
             bad["a caption without words" if words == 0 else f"longer than {max_words} words"].append(record)
 
     for problem, examples in bad.items():
-        print(f"{path}: {len(examples)} left out, {problem}, such as {str(examples[0])[:160]}")
+        print(f"{path}: {len(examples)} left out, {problem}, such as {repr(examples[0])[:160]}")
     usable = [images[image_id] for image_id in sorted(images) if images[image_id]["captions"]]
     if len(usable) < 2:
         raise UserError(f"{path} has captions for {len(usable)} images, and a split needs 2: {mend}")
@@ -240,6 +241,8 @@ def image_problem(record, images, stems):
     name = record["file_name"]
     if not name.isprintable() or not name:
         return "a file name that is none"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"a file name of more than {LONGEST_NAME} bytes"
     if pathlib.PurePosixPath(name).name != name or pathlib.PureWindowsPath(name).name != name or name.startswith("."):
         return "a file name with a folder in it"
     if record["id"] in images or pathlib.PurePath(name).stem in stems:
@@ -372,6 +375,8 @@ def load_image(path):
 
 def upright_rgb(image, smallest=IMAGE_SIZE):
     """An opened Pillow image as upright RGB, decoded no larger than `smallest` pixels a side needs."""
+    if image.format == "EPS":
+        raise OSError("PostScript is a program, and pictures are not run")  # as Pillow would, where Ghostscript is
     image.draft("RGB", (smallest, smallest))  # a JPEG file is then decoded at 1/2, 1/4 or 1/8 of its size
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip at 255
@@ -686,6 +691,7 @@ def save_prepared(splits, skipped, config):
         if not images:
             raise UserError(f"no readable {name} images are left ({len(skipped)} skipped): check the image folder")
     folder = pathlib.Path(config.data_dir)
+    remove_leftovers(folder)
     vocabulary = build_vocabulary(splits["train"], config.vocab_size)
     write_json(folder / "vocabulary.json", vocabulary)
     for name, images in splits.items():

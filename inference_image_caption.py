@@ -35,7 +35,7 @@ from data_utils import (
 )
 from downloads import download_all
 from export_model import export_captioner
-from files import locked, replacing, write_bytes
+from files import locked, remove_leftovers, replacing, write_bytes
 from model import CNN_Encoder, RNN_Decoder, build_captioner, decode_captions, has_ended
 from train_image_caption_model import check_run_fits, checkpoints, restore_newest
 
@@ -71,6 +71,7 @@ def main(argv):
     config, options = parse_command_line(argv, __doc__, add_options)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
+    remove_leftovers(output)
 
     captioner = load_captioner(config)
     if options.export:
@@ -279,7 +280,7 @@ def write_captions(captions, path):
         }
         record["attention_weights"] = caption["attention_weights"].astype(np.float64).round(6).tolist()
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_bytes(path, "".join(lines).encode())
+    write_bytes(path, "".join(lines).encode(errors="backslashreplace"))  # JSON's escape for names not in UTF-8
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------
@@ -337,12 +338,12 @@ def plot_attention(caption, path):
       caption: dict with "path", "words" and "attention_weights" (words, P).
 
     Raises:
-      UserError: the image file is gone.
+      UserError: the image file is gone or damaged.
     """
     try:
         with Image.open(caption["path"]) as opened:
             image = upright_rgb(opened, PLOT_SIZE)
-    except OSError as error:
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{caption['path']} cannot be drawn ({error}): run python data_utils.py to fetch it") from error
     image.thumbnail((PLOT_SIZE, PLOT_SIZE))
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)

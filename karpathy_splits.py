@@ -117,7 +117,7 @@ def checked_folder(filepath):
     """A filepath as a folder below the images' one, "" for that folder itself, None where it may lead elsewhere."""
     if filepath is None:
         return ""
-    if not is_text(filepath):
+    if not is_text(filepath) or len(filepath.encode()) > 200:  # file systems take 255 bytes
         return None
     folder = pathlib.PureWindowsPath(filepath)  # it knows both slashes
     if folder.anchor or any(not part.strip(". ") for part in folder.parts):  # Windows takes ".. " for ".."

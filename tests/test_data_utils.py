@@ -98,6 +98,7 @@ def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
         path.write_bytes(data)
     np.save(paths[4], nan)
     paths[5].unlink()
+    (coco / "data" / ".tmp-999999999-1-train.json").touch()  # of a run that was killed
     untouched = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths[6:]}
 
     monkeypatch.setattr(
@@ -106,6 +107,7 @@ def test_preparing_again_remakes_damaged_features_only(coco, monkeypatch):
     prepare(coco)
     for path in paths[:6]:
         assert (np.load(path) == np.full((64, 2048), 0.5, np.float16)).all()
+    assert not list((coco / "data").glob(".tmp*"))
     for path, (time, data) in untouched.items():
         assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
 
@@ -414,6 +416,11 @@ def test_what_is_no_image_is_named(tmp_path, data):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="bad.jpg cannot be read"):
         data_utils.load_image(path)
+
+
+def test_postscript_is_not_run(tmp_path):
+    with pytest.raises(ValueError, match="PostScript is a program"):
+        data_utils.load_image(save(Image.new("RGB", (50, 50), RED), tmp_path / "a.jpg", format="EPS"))
 
 
 # --- Features

@@ -24,7 +24,9 @@ def records(path):
 
 
 def test_validation_images_are_captioned_printed_and_plotted(trained, tmp_path, capsys):
+    (tmp_path / ".tmp-999999999-1-001.png").touch()  # of a run that was killed
     infer(trained, "--output", str(tmp_path), "--plot_images", "3")
+    assert not list(tmp_path.glob(".tmp*"))
     written = records(tmp_path / "captions.jsonl")
     assert len(written) == 3
     validation = json.loads((trained / "data" / "validation.json").read_text())
@@ -160,6 +162,14 @@ def test_figures_of_any_number_of_words_and_any_shape(tmp_path, count, size):
         assert figure.width > 100
         dark = (np.asarray(figure.convert("L")) < 128).mean()
     assert dark > 0.02 if count else dark < 0.1  # the attention panels darken what was not looked at
+
+
+@pytest.mark.parametrize("data", [b"", b"P6 20000 20000 255\n"])  # the second is more than Pillow opens
+def test_an_image_damaged_since_its_features_were_made_is_one_line(tmp_path, data):
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="image.png cannot be drawn"):
+        inference.plot_attention({"path": path}, tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])

@@ -1,6 +1,7 @@
 """The three scripts as a user runs them, one process each: on a small demo, and on real photographs where they are."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
     assert out.count("predicted") == 2
     check_figures(tmp_path / "run" / "captions", 2)
 
-    picture = next((tmp_path / "scenes" / "train2014").glob("*.jpg"))
+    picture = tmp_path / os.fsdecode(b"caf\xe9.jpg")  # not UTF-8
+    next((tmp_path / "scenes" / "train2014").glob("*.jpg")).rename(picture)
     run("inference_image_caption.py", *argv, "--image", str(picture), "--output", str(tmp_path / "own"))
     (own,) = check_figures(tmp_path / "own", 1)
     assert own["image"] == str(picture)
