@@ -10,7 +10,17 @@ import pathlib
 import time
 
 from command_line import UserError, parse_command_line, run_script
-from data_utils import CHANNELS, LOCATIONS, feature_path, has_fast_bfloat16, load_prepared, read_feature
+from data_utils import CHANNELS, LOCATIONS, PAD, feature_path, has_fast_bfloat16, load_prepared, read_feature
+from distribution import (
+    SummedAdam,
+    check_same_everywhere,
+    is_chief,
+    own_rows,
+    replicas,
+    run_replicas,
+    share_batches,
+    sum_replicas,
+)
 from files import read_json, remove_leftovers, replacing, write_csv, write_json
 from model import attention_loss, build_captioner, caption_loss
 
@@ -27,23 +37,28 @@ MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units")
 
 def main(argv):
     config, _ = parse_command_line(argv, __doc__)
+    with replicas(config):
+        train(config)
+
+
+def train(config):
+    """Train as the settings say, or continue to; all processes of a run that has several call this."""
     prepared = load_prepared(config)
     run = open_run(prepared, config)
     history = read_history(run, config)
     train = collect_captions(prepared.train, config)
     validation = collect_captions(prepared.validation, config)
 
-    for epoch in range(int(run.epoch), config.epochs):
-        if epoch - int(run.best_epoch) >= config.patience:
+    for epoch in range(int(run.epoch.numpy()), config.epochs):
+        if epoch - run.best_epoch.numpy() >= config.patience:
             print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
             break
         row = train_epoch(run, train, epoch, config)
         row["validation_loss"] = validate(run, validation, config)
         history.append(row)
         save_epoch(run, history, config)
-    print(
-        f"trained {int(run.epoch)} epochs; the best is {int(run.best_epoch)}, {float(run.best_loss):.3f} nats per word"
-    )
+    epochs, best_epoch, best_loss = (value.numpy() for value in (run.epoch, run.best_epoch, run.best_loss))
+    print(f"trained {epochs} epochs; the best is {best_epoch}, {best_loss:.3f} nats per word")
     print(f"checkpoints, history.csv and loss.png are in {config.run_dir}")
 
 
@@ -56,18 +71,19 @@ def open_run(prepared, config):
     Returns:
       tf.train.Checkpoint with encoder, decoder, optimizer, epoch (epochs finished), best_epoch and best_loss. The
       random state is in it as `epoch` and the optimiser's step count: every shuffle is drawn from (seed, epoch) and
-      every dropout mask from (seed, step).
+      every dropout mask from (seed, step). With precision mixed_float16, also loss_scale, which wraps the optimizer.
 
     Raises:
-      UserError: the folder holds a run with another vocabulary or other sizes.
+      UserError: the folder holds a run with another vocabulary or other sizes, or is not the same for all workers.
     """
     folder = pathlib.Path(config.run_dir)
     saved = tf.train.latest_checkpoint(folder / "last")
     if saved:
         check_run_fits(folder, config, prepared.vocabulary)
-    remove_leftovers(folder)
-    write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
-    write_json(folder / "vocabulary.json", prepared.vocabulary)
+    if is_chief():
+        remove_leftovers(folder)
+        write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
+        write_json(folder / "vocabulary.json", prepared.vocabulary)
 
     precision = config.precision
     if precision == "auto":
@@ -75,8 +91,9 @@ def open_run(prepared, config):
     encoder, decoder = build_captioner(
         config, len(prepared.vocabulary), prepared.feature_mean, prepared.feature_std, precision
     )
-    optimizer = keras.optimizers.Adam(config.learning_rate, global_clipnorm=config.clip_norm)
-    optimizer.build(encoder.trainable_variables + decoder.trainable_variables)
+    optimizer = SummedAdam(config.learning_rate, global_clipnorm=config.clip_norm)
+    weights = encoder.trainable_variables + decoder.trainable_variables
+    optimizer.build(weights)
     run = tf.train.Checkpoint(
         encoder=encoder,
         decoder=decoder,
@@ -86,9 +103,16 @@ def open_run(prepared, config):
         best_loss=tf.Variable(np.inf, dtype=tf.float64),
     )
     if saved:
-        run.restore(saved).assert_consumed()
+        run.restore(saved).assert_existing_objects_matched()
         optimizer.learning_rate.assign(config.learning_rate)
-        print(f"continuing {folder} after epoch {int(run.epoch)}")
+        print(f"continuing {folder} after epoch {run.epoch.numpy()}")
+    check_same_everywhere(
+        float(run.epoch.numpy()),
+        f"{folder} does not hold the same on every worker: set --run_dir to one folder that all of them share",
+    )
+    if precision == "mixed_float16":  # built last: a checkpoint of another precision has none, and its scale begins anew
+        run.loss_scale = keras.optimizers.LossScaleOptimizer(optimizer)
+        run.loss_scale.build(weights)
     return run
 
 
@@ -112,23 +136,26 @@ def check_run_fits(folder, config, vocabulary):
 def read_history(run, config):
     """The rows of history.csv up to the restored epoch: a later row's epoch was not saved and is trained again."""
     path = pathlib.Path(config.run_dir, "history.csv")
-    if not path.exists() or not int(run.epoch):
+    if not path.exists() or not run.epoch.numpy():
         return []
     with path.open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= int(run.epoch)]
+    return [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= run.epoch.numpy()]
 
 
 def save_epoch(run, history, config):
     """Write history.csv, loss.png, and the checkpoints: `best` if this epoch is, and `last`, which ends the epoch."""
     folder = pathlib.Path(config.run_dir)
     row = history[-1]
-    write_csv(folder / "history.csv", history)
-    plot_losses(history, folder / "loss.png")
     run.epoch.assign(row["epoch"])
     if row["validation_loss"] < run.best_loss:
         run.best_loss.assign(row["validation_loss"])
         run.best_epoch.assign(row["epoch"])
+    if not is_chief():
+        return
+    write_csv(folder / "history.csv", history)
+    plot_losses(history, folder / "loss.png")
+    if run.best_epoch.numpy() == row["epoch"]:
         weights = tf.train.Checkpoint(encoder=run.encoder, decoder=run.decoder)
         tf.train.CheckpointManager(weights, folder / "best", max_to_keep=1).save(row["epoch"])
     tf.train.CheckpointManager(run, folder / "last", max_to_keep=2).save(row["epoch"])
@@ -188,15 +215,33 @@ def plan_batches(lengths, batch_size, rng):
 
 
 def caption_batches(captions, order, config):
-    """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption."""
+    """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption.
 
-    def read(position):
-        return read_feature(captions.paths[position], config.feature_dtype), captions.words[position]
+    Of several processes each reads its share of every batch, filled up to the same number of rows with empty captions.
+    """
 
-    dataset = tf.data.Dataset.from_tensor_slices(order).map(read, num_parallel_calls=os.cpu_count())
+    def read(position, longest):
+        words = captions.words[position] if position >= 0 else tf.constant((), tf.int32)
+        words = tf.pad(words, [(0, longest - tf.size(words, tf.int64))], constant_values=PAD)
+        return read_feature(captions.paths[position], config.feature_dtype), words  # path -1 is the last, any will do
+
+    shares = share_batches(order, config.batch_size)
+    longest = np.maximum.reduceat(captions.lengths[order], batch_starts(order, config))
+    longest = np.repeat(longest, [len(share) for share in shares])
+    dataset = tf.data.Dataset.from_tensor_slices((np.concatenate(shares), longest))
+    dataset = dataset.map(read, num_parallel_calls=os.cpu_count()).batch(len(shares[0]))
     tuning = tf.data.Options()
     tuning.autotune.enabled = False  # its thread can hold up the end of an epoch for many seconds
-    return dataset.padded_batch(config.batch_size).prefetch(2).with_options(tuning)
+    return dataset.prefetch(2).with_options(tuning)
+
+
+def batch_starts(order, config):
+    return np.arange(0, len(order), config.batch_size)
+
+
+def count_tokens(captions, order, config):
+    """The words to be said in each batch, <end> among them. int (number of batches,)."""
+    return np.add.reduceat(captions.lengths[order] - 1, batch_starts(order, config))
 
 
 def batch_shapes(config):
@@ -219,8 +264,10 @@ def train_epoch(run, captions, epoch, config):
     """
     order = plan_batches(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
     step = train_step.get_concrete_function(run, *batch_shapes(config), config)  # traced at the first call only
-    losses, tokens, start = [], [], time.perf_counter()
-    with tqdm(total=len(order), desc=f"epoch {epoch + 1}/{config.epochs}", unit=" captions") as bar:
+    tokens = count_tokens(captions, order, config)
+    losses, start = [], time.perf_counter()
+    title = f"epoch {epoch + 1}/{config.epochs}"
+    with tqdm(total=len(order), desc=title, unit=" captions", disable=not is_chief()) as bar:
         for features, words in caption_batches(captions, order, config):
             losses.append(float(step(features, words)))
             if not np.isfinite(losses[-1]):
@@ -228,9 +275,9 @@ def train_epoch(run, captions, epoch, config):
                     f"the loss is {losses[-1]} at batch {len(losses)} of epoch {epoch + 1}: lower --learning_rate or "
                     "--clip_norm and run the same command, which continues from the last good checkpoint"
                 )
-            tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
-            bar.set_postfix(loss=f"{np.average(losses[-50:], weights=tokens[-50:]):.3f}", refresh=False)
-            bar.update(len(words))
+            recent = np.average(losses[-50:], weights=tokens[: len(losses)][-50:])
+            bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
+            bar.update(min(config.batch_size, len(order) - bar.n))
     seconds = time.perf_counter() - start
     return {
         "epoch": epoch + 1,
@@ -242,31 +289,51 @@ def train_epoch(run, captions, epoch, config):
 @tf.function
 def train_step(run, features, captions, config):
     """One optimiser step. features (B, P, F), captions (B, T) -> loss (), nats per word."""
+    return run_replicas(train_replica, run, features, captions, config)
+
+
+def train_replica(run, features, captions, config):
+    """A replica's part of train_step: what is summed over the replicas is what one replica would compute."""
+    features, captions = own_rows(features), own_rows(captions)
+    word_share, caption_share = shares_of_batch(captions)
     dropout_seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(run.optimizer.iterations, tf.int64)))  # (2,)
     weights = run.encoder.trainable_variables + run.decoder.trainable_variables
+    optimizer = getattr(run, "loss_scale", run.optimizer)
     with tf.GradientTape() as tape:
         logits, attention_weights = run.decoder.teach(captions, run.encoder(features), dropout_seed)
-        loss = caption_loss(captions, logits)
-        total = loss + config.doubly_stochastic * attention_loss(captions, attention_weights)
-    run.optimizer.apply_gradients(zip(tape.gradient(total, weights), weights, strict=True))
+        loss = caption_loss(captions, logits) * word_share
+        total = loss + config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
+        total = optimizer.scale_loss(total)
+    loss, *gradients = sum_replicas([loss, *tape.gradient(total, weights)])
+    optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return loss
+
+
+def shares_of_batch(captions):
+    """This replica's share of the words and of the captions of the whole batch. int (B, T) -> float (), float ()."""
+    words = tf.cast(captions[:, 1:] != PAD, tf.float32)  # (B, T-1)
+    counts = tf.stack((tf.reduce_sum(words), tf.reduce_sum(tf.reduce_max(words, axis=1))))  # (2,)
+    return tf.unstack(counts / sum_replicas(counts))
 
 
 def validate(run, captions, config):
     """The loss over all captions, dropout off, in nats per word."""
     order = np.argsort(captions.lengths, kind="stable")
     step = validation_step.get_concrete_function(run, *batch_shapes(config))
-    losses, tokens = [], []
-    for features, words in caption_batches(captions, order, config):
-        losses.append(float(step(features, words)))
-        tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
-    return float(np.average(losses, weights=tokens))
+    losses = [float(step(features, words)) for features, words in caption_batches(captions, order, config)]
+    return float(np.average(losses, weights=count_tokens(captions, order, config)))
 
 
 @tf.function
 def validation_step(run, features, captions):
+    return run_replicas(validate_replica, run, features, captions)
+
+
+def validate_replica(run, features, captions):
+    features, captions = own_rows(features), own_rows(captions)
+    word_share, _ = shares_of_batch(captions)
     logits, _ = run.decoder.teach(captions, run.encoder(features))
-    return caption_loss(captions, logits)
+    return sum_replicas(caption_loss(captions, logits) * word_share)
 
 
 if __name__ == "__main__":
