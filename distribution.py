@@ -6,6 +6,7 @@ Outside of `replicas` there is one replica, and the functions below work as well
 import contextlib
 import json
 import os
+import re
 import sys
 
 from command_line import UserError
@@ -49,12 +50,13 @@ def replicas(config, devices=None):
         with strategy.scope(), contextlib.redirect_stdout(sys.stdout if is_chief() else None):
             yield
     except WORKER_LOST as error:
+        if "DBG" in os.environ: print("DBG", error.message, file=sys.stderr)
         if config.strategy != "multiworker":
             raise
-        reason = next(line for line in reversed(error.message.splitlines()) if line.strip())
+        reason = re.search(r"aborted by: (.*)", error.message) or re.search("(.*)", error.message)
         raise UserError(
             "another worker stopped or cannot be reached: run the same command on every worker, "
-            f"which continues from the last checkpoint ({reason.strip()[:200]})"
+            f"which continues from the last checkpoint ({reason[1][:200]})"
         ) from error
 
 

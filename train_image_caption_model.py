@@ -151,12 +151,13 @@ def save_epoch(run, history, config):
     if row["validation_loss"] < run.best_loss:
         run.best_loss.assign(row["validation_loss"])
         run.best_epoch.assign(row["epoch"])
+    weights = tf.train.Checkpoint(encoder=run.encoder, decoder=run.decoder)
+    _ = weights.save_counter, run.save_counter  # variables that come to be on all workers together, or hold them up
     if not is_chief():
         return
     write_csv(folder / "history.csv", history)
     plot_losses(history, folder / "loss.png")
     if run.best_epoch.numpy() == row["epoch"]:
-        weights = tf.train.Checkpoint(encoder=run.encoder, decoder=run.decoder)
         tf.train.CheckpointManager(weights, folder / "best", max_to_keep=1).save(row["epoch"])
     tf.train.CheckpointManager(run, folder / "last", max_to_keep=2).save(row["epoch"])
 
