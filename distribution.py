@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 
 from command_line import UserError
@@ -68,7 +69,14 @@ def open_strategy(config, devices=None):
     """
     if config.strategy == "multiworker":
         check_tf_config()
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        print("waiting for all workers of TF_CONFIG")
+        try:
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        except (tf.errors.OpError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{error}".splitlines()[0]
+            raise UserError(f"this worker cannot start ({reason}): correct its address in TF_CONFIG") from error
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow has made itself deaf to it
+        return strategy
     devices = devices or [device.name for device in tf.config.list_logical_devices("GPU")]
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy(devices)
