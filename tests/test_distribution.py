@@ -12,7 +12,7 @@ import data_utils
 import distribution
 import train_image_caption_model as training
 from command_line import UserError, make_config
-from conftest import options
+from conftest import options, write_coco, write_features
 from test_train import rows, weights
 
 import numpy as np
@@ -51,8 +51,6 @@ def alone(tmp_path_factory):
 
 
 def prepare(root):
-    from conftest import write_coco, write_features
-
     write_coco(root / "coco")
     write_features(root / "data" / "features")
     data_utils.main(options(root))
@@ -109,27 +107,35 @@ def test_2_and_4_devices_take_the_steps_of_one(alone, tmp_path):
         check_same(alone, tmp_path / count)
 
 
-def test_two_workers_and_one_continue_each_others_runs(alone, tmp_path):
-    """1 epoch of 2 workers, 1 of one, 1 of 2 again: as 3 of one, and only the first worker writes and prints."""
-    argv = [*options(alone), *SETTINGS, "--run_dir", str(tmp_path / "run")]
-    (_, _), (printed, shown) = finish(start_workers([*argv, "--epochs", "1"]))
-    assert (printed, shown) == ("waiting for all workers of TF_CONFIG\n", "")
-    training.main([*argv, "--epochs", "2"])
-    check_same(alone, tmp_path)
-
-    (printed, _), _ = finish(start_workers([*argv, "--epochs", "3"]))
+def test_two_workers_continue_the_run_of_one_and_one_theirs(alone, tmp_path):
+    """An epoch more by 2 workers, then one by a single process, against both by one; the first worker alone prints."""
+    argv = [*options(alone), *SETTINGS]
+    shutil.copytree(alone / "run", tmp_path / "run")
+    shutil.copytree(alone / "run", tmp_path / "longer" / "run")
+    (printed, _), second = finish(start_workers([*argv, "--run_dir", str(tmp_path / "run"), "--epochs", "3"]))
     assert "after epoch 2" in printed
-    longer = tmp_path / "longer"
-    shutil.copytree(alone / "run", longer / "run")
-    training.main([*argv, "--run_dir", str(longer / "run"), "--epochs", "3"])
-    check_same(longer, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(
-        path.name for path in (longer / "run").iterdir()
-    )
+    assert second == ("waiting for all workers of TF_CONFIG\n", "")
+    training.main([*argv, "--run_dir", str(tmp_path / "longer" / "run"), "--epochs", "3"])
+    check_same(tmp_path / "longer", tmp_path)
+
+    for root in (tmp_path, tmp_path / "longer"):
+        training.main([*argv, "--run_dir", str(root / "run"), "--epochs", "4"])
+    check_same(tmp_path / "longer", tmp_path)
+    files = [sorted(path.name for path in (root / "run").iterdir()) for root in (tmp_path, tmp_path / "longer")]
+    assert files[0] == files[1]
 
 
 def test_a_killed_worker_ends_the_other_with_one_line(alone, tmp_path):
-    argv = [*options(alone), *SETTINGS, "--run_dir", str(tmp_path / "run"), "--epochs", "100000", "--patience", "100000"]
+    argv = [
+        *options(alone),
+        *SETTINGS,
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--epochs",
+        "100000",
+        "--patience",
+        "100000",
+    ]
     chief, worker = start_workers(argv)
     try:
         while "epoch 2" not in chief.stderr.readline(200):
@@ -169,7 +175,7 @@ def test_mirrored_without_several_gpus_is_refused():
 
 
 class Cluster:
-    """What share_batches asks a strategy of 4 replicas, two of which are those of this process."""
+    """What share_batches asks of a strategy."""
 
     num_replicas_in_sync = 4
 
