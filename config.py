@@ -45,9 +45,7 @@ class Config:
     clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
     dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
-    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = (
-        "auto"  # large products; auto: one of two
-    )
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # of the large products
     strategy: Literal["auto", "mirrored", "multiworker"] = "auto"  # one device, all GPUs here, or TF_CONFIG's workers
     patience: Annotated[int, (1, None)] = 4  # epochs without a better validation loss before training stops
 

@@ -110,9 +110,7 @@ def open_run(prepared, config):
         float(run.epoch.numpy()),
         f"{folder} does not hold the same on every worker: set --run_dir to one folder that all of them share",
     )
-    if (
-        precision == "mixed_float16"
-    ):  # built last: a checkpoint of another precision has none, and its scale begins anew
+    if precision == "mixed_float16":  # after restoring: a checkpoint of another precision has none
         run.loss_scale = keras.optimizers.LossScaleOptimizer(optimizer)
         run.loss_scale.build(weights)
     return run
