@@ -51,8 +51,6 @@ def replicas(config, devices=None):
         with strategy.scope(), contextlib.redirect_stdout(sys.stdout if is_chief() else None):
             yield
     except WORKER_LOST as error:
-        if "DBG" in os.environ:
-            print("DBG", error.message, file=sys.stderr)
         if config.strategy != "multiworker":
             raise
         reason = re.search(r"aborted by: (.*)", error.message) or re.search("(.*)", error.message)

@@ -38,10 +38,10 @@ MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units")
 def main(argv):
     config, _ = parse_command_line(argv, __doc__)
     with replicas(config):
-        train(config)
+        train_captioner(config)
 
 
-def train(config):
+def train_captioner(config):
     """Train as the settings say, or continue to; all processes of a run that has several call this."""
     prepared = load_prepared(config)
     run = open_run(prepared, config)
@@ -78,6 +78,10 @@ def open_run(prepared, config):
     """
     folder = pathlib.Path(config.run_dir)
     saved = tf.train.latest_checkpoint(folder / "last")
+    check_same_everywhere(
+        float(saved.rpartition("-")[2]) if saved else 0.0,  # epochs
+        f"{folder} does not hold the same on every worker: set --run_dir to one folder that all of them share",
+    )
     if saved:
         check_run_fits(folder, config, prepared.vocabulary)
     if is_chief():
@@ -106,10 +110,6 @@ def open_run(prepared, config):
         run.restore(saved).assert_existing_objects_matched()
         optimizer.learning_rate.assign(config.learning_rate)
         print(f"continuing {folder} after epoch {run.epoch.numpy()}")
-    check_same_everywhere(
-        float(run.epoch.numpy()),
-        f"{folder} does not hold the same on every worker: set --run_dir to one folder that all of them share",
-    )
     if precision == "mixed_float16":  # after restoring: a checkpoint of another precision has none
         run.loss_scale = keras.optimizers.LossScaleOptimizer(optimizer)
         run.loss_scale.build(weights)

@@ -29,7 +29,7 @@ ON_DEVICES = """
 import sys
 from command_line import parse_command_line
 from distribution import replicas
-from train_image_caption_model import train
+from train_image_caption_model import train_captioner
 import tensorflow as tf
 count = int(sys.argv[1])
 cpu = tf.config.list_physical_devices("CPU")[0]
@@ -37,7 +37,7 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 config, _ = parse_command_line(sys.argv[2:], "")
 with replicas(config, [f"CPU:{number}" for number in range(count)]):
     assert tf.distribute.get_strategy().num_replicas_in_sync == count
-    train(config)
+    train_captioner(config)
 """
 
 
