@@ -50,14 +50,14 @@ class Config:
     clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
     dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
-    precision: Literal["auto", "float32", "mixed_bfloat16"] = "auto"  # large products; auto: bfloat16 where it is fast
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # of the large products
+    strategy: Literal["auto", "mirrored", "multiworker"] = "auto"  # one device, all GPUs here, or TF_CONFIG's workers
     schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate; cosine: falls to 0 at the last epoch
-    label_smoothing: Annotated[float, (0.0, 0.9)] = 0.1  # share of each word's target spread over the vocabulary
     patience: Annotated[int, (1, None)] = 4  # epochs without a better validation loss before training stops
 
     # Inference
     beam_width: Annotated[int, (1, 20)] = 1  # captions kept in view while decoding; 1 is greedy
-    length_penalty: Annotated[float, (0.0, 2.0)] = 0.7  # beams rank by log-probability / length to this power
+    length_penalty: Annotated[float, (0.0, 2.0)] = 1.0  # beams rank by log-probability / length to this power
     repeat_block: Annotated[int, (0, 5)] = 2  # no sequence of so many words is said twice in a caption; 0: allowed
     plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
     decode_batch: Annotated[int, (1, 8_192)] = 100  # images decoded at a time

@@ -219,10 +219,17 @@ class RNN_Decoder(keras.Model):
         return self.make_logits(embedded, all_hidden, all_contexts, dropout_seed), all_weights
 
     def drop(self, x, seed, place):
-        """Dropout whose mask depends on nothing but `seed` and `place`, so that a resumed run draws the same."""
+        """Dropout whose mask depends on nothing but `seed` and `place`, so that a resumed run draws the same.
+
+        Several replicas draw the mask of the whole batch, each taking its rows, so that their number does not matter.
+        """
         if seed is None or not self.dropout:
             return x
-        return tf.nn.experimental.stateless_dropout(x, self.dropout, tf.stack((seed[0], 2 * seed[1] + place)))
+        replica, rows = tf.distribute.get_replica_context(), tf.shape(x)[0]
+        whole = tf.ones(tf.concat(([rows * replica.num_replicas_in_sync], tf.shape(x)[1:]), 0), x.dtype)
+        seed = tf.stack((seed[0], 2 * seed[1] + place))
+        mask = tf.nn.experimental.stateless_dropout(whole, self.dropout, seed)
+        return x * mask[replica.replica_id_in_sync_group * rows :][:rows]
 
 
 def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, precision="float32"):
@@ -262,28 +269,12 @@ def caption_loss(captions, logits):
       logits: float (B, T-1, V)
 
     Returns:
-      float (): nats per token; <end> counts, <pad> does not.
+      float (): nats per token; <end> counts, <pad> does not. 0 where there is no token.
     """
     words = captions[:, 1:]  # (B, T-1)
     real = tf.cast(words != PAD, tf.float32)  # (B, T-1)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(words, logits)  # (B, T-1)
-    return tf.reduce_sum(losses * real) / tf.reduce_sum(real)
-
-
-def smoothing_loss(captions, logits):
-    """What label smoothing adds to the cross-entropy, for a share of 1 (Szegedy et al., 2016, section 7).
-
-    Args:
-      captions: int (B, T)
-      logits: float (B, T-1, V)
-
-    Returns:
-      float (): the mean over real tokens of the word's logit less the mean logit.
-    """
-    words = captions[:, 1:]  # (B, T-1)
-    real = tf.cast(words != PAD, tf.float32)  # (B, T-1)
-    excess = tf.gather(logits, words, batch_dims=2) - tf.reduce_mean(logits, -1)  # (B, T-1)
-    return tf.reduce_sum(excess * real) / tf.reduce_sum(real)
+    return tf.math.divide_no_nan(tf.reduce_sum(losses * real), tf.reduce_sum(real))
 
 
 def attention_loss(captions, attention_weights):
@@ -295,11 +286,13 @@ def attention_loss(captions, attention_weights):
 
     Returns:
       float (): the mean over captions and locations of (1 - the sum over words of attention)^2. The paper sums over
-      the locations; as a mean, its weight does not depend on their number.
+      the locations; as a mean, its weight does not depend on their number. A row of <pad> alone is no caption.
     """
     real = tf.cast(captions[:, 1:] != PAD, attention_weights.dtype)  # (B, T-1)
     looked = tf.einsum("btp,bt->bp", attention_weights, real)  # (B, P)
-    return tf.reduce_mean(tf.square(1.0 - looked))
+    captioned = tf.reduce_max(real, axis=1)  # (B,)
+    losses = tf.reduce_mean(tf.square(1.0 - looked), axis=1)  # (B,)
+    return tf.math.divide_no_nan(tf.reduce_sum(losses * captioned), tf.reduce_sum(captioned))
 
 
 def decode_captions(encoder, decoder, features, max_words, beam_width=1, length_penalty=0.0, repeat_block=0):

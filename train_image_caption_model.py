@@ -3,6 +3,7 @@
 python train_image_caption_model.py [--dataset coco|demo] [--<field> VALUE ...]
 """
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -12,9 +13,19 @@ import time
 import zlib
 
 from command_line import UserError, interrupts_held_back, parse_command_line, run_script
-from data_utils import CHANNELS, LOCATIONS, feature_path, has_fast_bfloat16, load_prepared, read_feature
+from data_utils import CHANNELS, LOCATIONS, PAD, feature_path, has_fast_bfloat16, load_prepared, read_feature
+from distribution import (
+    SummedAdam,
+    check_same_everywhere,
+    is_chief,
+    own_rows,
+    replicas,
+    run_replicas,
+    share_batches,
+    sum_replicas,
+)
 from files import free_space, locked, read_json, remove_leftovers, replacing, write_csv, write_json
-from model import attention_loss, build_captioner, caption_loss, smoothing_loss
+from model import attention_loss, build_captioner, caption_loss
 
 import keras
 import numpy as np
@@ -29,23 +40,27 @@ MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units", "context_gate", "deep
 
 def main(argv):
     config, _ = parse_command_line(argv, __doc__)
+    with replicas(config):
+        train_captioner(config)
+
+
+def train_captioner(config):
+    """Train as the settings say, or continue to; all processes of a run that has several call this."""
     prepared = load_prepared(config)
-    with locked(config.run_dir):
+    with locked(config.run_dir) if is_chief() else contextlib.nullcontext():
         run = open_run(prepared, config)
         history = read_history(run, config)
         train = collect_captions(prepared.train, config)
         validation = collect_captions(prepared.validation, config)
-
         try:
             with interrupts_held_back() as stop_if_asked:
                 train_epochs(run, history, train, validation, stop_if_asked, config)
         except KeyboardInterrupt:
             save_last(run, config)
-            print(f"stopped in epoch {int(run.epoch) + 1}, after {int(run.captions_done)} captions: saved")
+            print(f"stopped in epoch {run.epoch.numpy() + 1}, after {run.captions_done.numpy()} captions: saved")
             raise
-    print(
-        f"trained {int(run.epoch)} epochs; the best is {int(run.best_epoch)}, {float(run.best_loss):.3f} nats per word"
-    )
+    epochs, best_epoch, best_loss = (value.numpy() for value in (run.epoch, run.best_epoch, run.best_loss))
+    print(f"trained {epochs} epochs; the best is {best_epoch}, {best_loss:.3f} nats per word")
     print(f"checkpoints, history.csv and loss.png are in {config.run_dir}")
 
 
@@ -59,17 +74,25 @@ def open_run(prepared, config):
       tf.train.Checkpoint with encoder, decoder, optimizer, epoch (epochs finished), best_epoch and best_loss. The
       random state is in it as `epoch` and the optimiser's step count: every shuffle is drawn from (seed, epoch) and
       every dropout mask from (seed, step). Of the epoch begun last it has the order (as a checksum), captions_done,
-      and the sums of loss (nats), words and seconds so far; saves numbers the checkpoints.
+      and the sums of loss (nats), words and seconds so far; saves numbers the checkpoints. With precision
+      mixed_float16, also loss_scale, which wraps the optimizer.
 
     Raises:
-      UserError: the folder holds a run with another vocabulary or other sizes, or no checkpoint in it can be read.
+      UserError: the folder holds a run with another vocabulary or other sizes, no checkpoint in it can be read, or it
+        is not the same for all workers.
     """
     folder = pathlib.Path(config.run_dir)
-    if checkpoints(folder / "last"):
+    saved = checkpoints(folder / "last")
+    check_same_everywhere(
+        float(checkpoint_number(saved[0])) if saved else 0.0,
+        f"{folder} does not hold the same on every worker: set --run_dir to one folder that all of them share",
+    )
+    if saved:
         check_run_fits(folder, config, prepared.vocabulary)
-    remove_leftovers(folder)
-    write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
-    write_json(folder / "vocabulary.json", prepared.vocabulary)
+    if is_chief():
+        remove_leftovers(folder)
+        write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
+        write_json(folder / "vocabulary.json", prepared.vocabulary)
 
     precision = config.precision
     if precision == "auto":
@@ -77,8 +100,9 @@ def open_run(prepared, config):
     encoder, decoder = build_captioner(
         config, len(prepared.vocabulary), prepared.feature_mean, prepared.feature_std, precision
     )
-    optimizer = keras.optimizers.Adam(learning_rate(prepared.train, config), global_clipnorm=config.clip_norm)
-    optimizer.build(encoder.trainable_variables + decoder.trainable_variables)
+    optimizer = SummedAdam(learning_rate(prepared.train, config), global_clipnorm=config.clip_norm)
+    weights = encoder.trainable_variables + decoder.trainable_variables
+    optimizer.build(weights)
     run = tf.train.Checkpoint(
         encoder=encoder,
         decoder=decoder,
@@ -96,7 +120,10 @@ def open_run(prepared, config):
     if restore_newest(run, folder / "last"):
         if config.schedule == "constant":
             optimizer.learning_rate.assign(config.learning_rate)
-        print(f"continuing {folder} after epoch {int(run.epoch)}")
+        print(f"continuing {folder} after epoch {run.epoch.numpy()}")
+    if precision == "mixed_float16":  # after restoring: a checkpoint of another precision has none
+        run.loss_scale = keras.optimizers.LossScaleOptimizer(optimizer)
+        run.loss_scale.build(weights)
     return run
 
 
@@ -129,16 +156,16 @@ def check_run_fits(folder, config, vocabulary):
 def read_history(run, config):
     """The rows of history.csv up to the restored epoch: a later row's epoch was not saved and is trained again."""
     path = pathlib.Path(config.run_dir, "history.csv")
-    if not path.exists() or not int(run.epoch):
+    if not path.exists() or not run.epoch.numpy():
         return []
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        rows = [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= int(run.epoch)]
+        rows = [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= run.epoch.numpy()]
         if not rows or not all({"train_loss", "validation_loss", "captions_per_second"} <= row.keys() for row in rows):
             raise ValueError("epochs or losses are missing")
     except (ValueError, TypeError, KeyError, OverflowError, OSError, csv.Error) as error:
-        print(f"{path} cannot be read ({error}): it begins anew after epoch {int(run.epoch)}")
+        print(f"{path} cannot be read ({error}): it begins anew after epoch {run.epoch.numpy()}")
         return []
     return rows
 
@@ -147,10 +174,11 @@ def save_epoch(run, history, config):
     """Write history.csv, loss.png, and the checkpoints: `best` if this epoch is, and `last`, which ends the epoch."""
     folder = pathlib.Path(config.run_dir)
     row = history[-1]
-    write_csv(folder / "history.csv", history)
-    plot_losses(history, folder / "loss.png")
     run.epoch.assign(row["epoch"])
-    if row["validation_loss"] < run.best_loss:
+    if is_chief():
+        write_csv(folder / "history.csv", history)
+        plot_losses(history, folder / "loss.png")
+    if row["validation_loss"] < run.best_loss.numpy():
         run.best_loss.assign(row["validation_loss"])
         run.best_epoch.assign(row["epoch"])
         weights = tf.train.Checkpoint(encoder=run.encoder, decoder=run.decoder)
@@ -160,15 +188,19 @@ def save_epoch(run, history, config):
 
 def save_last(run, config):
     run.saves.assign_add(1)
-    save_checkpoint(run, pathlib.Path(config.run_dir, "last"), int(run.saves))
+    save_checkpoint(run, pathlib.Path(config.run_dir, "last"), int(run.saves.numpy()))
 
 
 def save_checkpoint(objects, folder, number):
     """Write a tf.train.Checkpoint's objects as `folder`/ckpt-`number`, and keep the one before it and no others.
 
+    Of several workers only the chief writes.
+
     Raises:
       UserError: the disk is full or the folder cannot be written.
     """
+    if not is_chief():
+        return
     path = folder / f"ckpt-{number}"
     try:
         objects.write(path)
@@ -272,15 +304,33 @@ def plan_batches(lengths, batch_size, rng):
 
 
 def caption_batches(captions, order, config):
-    """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption."""
+    """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption.
 
-    def read(position):
-        return read_feature(captions.paths[position], config.feature_dtype), captions.words[position]
+    Of several processes each reads its share of every batch, filled up to the same number of rows with empty captions.
+    """
 
-    dataset = tf.data.Dataset.from_tensor_slices(order).map(read, num_parallel_calls=os.cpu_count())
+    def read(position, longest):
+        words = captions.words[position] if position >= 0 else tf.constant((), tf.int32)
+        words = tf.pad(words, [(0, longest - tf.size(words, tf.int64))], constant_values=PAD)
+        return read_feature(captions.paths[position], config.feature_dtype), words  # path -1 is the last, any will do
+
+    shares = share_batches(order, config.batch_size)
+    longest = np.maximum.reduceat(captions.lengths[order], batch_starts(order, config))
+    longest = np.repeat(longest, [len(share) for share in shares])
+    dataset = tf.data.Dataset.from_tensor_slices((np.concatenate(shares), longest))
+    dataset = dataset.map(read, num_parallel_calls=os.cpu_count()).batch(len(shares[0]))
     tuning = tf.data.Options()
     tuning.autotune.enabled = False  # its thread can hold up the end of an epoch for many seconds
-    return dataset.padded_batch(config.batch_size).prefetch(2).with_options(tuning)
+    return dataset.prefetch(2).with_options(tuning)
+
+
+def batch_starts(order, config):
+    return np.arange(0, len(order), config.batch_size)
+
+
+def count_tokens(captions, order, config):
+    """The words to be said in each batch, <end> among them. float (number of batches,)."""
+    return np.add.reduceat(captions.lengths[order] - 1.0, batch_starts(order, config))
 
 
 def batch_shapes(config):
@@ -294,8 +344,8 @@ def batch_shapes(config):
 
 def train_epochs(run, history, train, validation, stop_if_asked, config):
     """Train, validate and save until `epochs` are done or validation has not got better for `patience` epochs."""
-    for epoch in range(int(run.epoch), config.epochs):
-        if epoch - int(run.best_epoch) >= config.patience:
+    for epoch in range(int(run.epoch.numpy()), config.epochs):
+        if epoch - int(run.best_epoch.numpy()) >= config.patience:
             print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
             break
         row = train_epoch(run, train, epoch, config, stop_if_asked)
@@ -318,68 +368,95 @@ def train_epoch(run, captions, epoch, config, stop_if_asked=lambda: None):
     """
     order = plan_batches(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
     checksum = zlib.crc32(order.tobytes(), epoch)
-    if int(run.order) != checksum:  # the epoch begins, or its batches are no longer the same
+    if int(run.order.numpy()) != checksum:  # the epoch begins, or its batches are no longer the same
         run.order.assign(checksum)
         for counter in (run.captions_done, run.nats, run.words, run.seconds):
             counter.assign(0)
-    done = int(run.captions_done)
+    done, total = int(run.captions_done.numpy()), len(order)
+    order = order[done:]
+    tokens = count_tokens(captions, order, config)
     step = train_step.get_concrete_function(run, *batch_shapes(config), config)  # traced at the first call only
-    losses, tokens, start = [], [], time.perf_counter()
-    with tqdm(total=len(order), initial=done, desc=f"epoch {epoch + 1}/{config.epochs}", unit=" captions") as bar:
-        for features, words in caption_batches(captions, order[done:], config):
+    losses, start = [], time.perf_counter()
+    title = f"epoch {epoch + 1}/{config.epochs}"
+    batches = caption_batches(captions, order, config) if len(order) else ()
+    with tqdm(total=total, initial=done, desc=title, unit=" captions", disable=not is_chief()) as bar:
+        for count, (features, words) in zip(tokens, batches, strict=True):
             stop_if_asked()
             losses.append(float(step(features, words)))
             if not np.isfinite(losses[-1]):
-                batch = -(-(int(run.captions_done) + len(words)) // config.batch_size)
                 raise UserError(
-                    f"the loss is {losses[-1]} at batch {batch} of epoch {epoch + 1}: lower --learning_rate or "
-                    "--clip_norm and run the same command, which continues from the last good checkpoint"
+                    f"the loss is {losses[-1]} at batch {done // config.batch_size + 1} of epoch {epoch + 1}: lower "
+                    "--learning_rate or --clip_norm and run the same command, which continues from the last good "
+                    "checkpoint"
                 )
-            tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
-            run.captions_done.assign_add(len(words))
-            run.nats.assign_add(losses[-1] * tokens[-1])
-            run.words.assign_add(tokens[-1])
+            size = min(config.batch_size, total - done)
+            done += size
+            run.captions_done.assign(done)
+            run.nats.assign_add(losses[-1] * count)
+            run.words.assign_add(count)
             run.seconds.assign_add(time.perf_counter() - start)
             start = time.perf_counter()
-            bar.set_postfix(loss=f"{np.average(losses[-50:], weights=tokens[-50:]):.3f}", refresh=False)
-            bar.update(len(words))
+            recent = np.average(losses[-50:], weights=tokens[: len(losses)][-50:])
+            bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
+            bar.update(size)
     return {
         "epoch": epoch + 1,
-        "train_loss": float(run.nats / run.words),
-        "captions_per_second": round(len(order) / float(run.seconds), 1),
+        "train_loss": float(run.nats.numpy() / run.words.numpy()),
+        "captions_per_second": round(total / run.seconds.numpy(), 1),
     }
 
 
 @tf.function
 def train_step(run, features, captions, config):
     """One optimiser step. features (B, P, F), captions (B, T) -> loss (), nats per word."""
+    return run_replicas(train_replica, run, features, captions, config)
+
+
+def train_replica(run, features, captions, config):
+    """A replica's part of train_step: what is summed over the replicas is what one replica would compute."""
+    features, captions = own_rows(features), own_rows(captions)
+    word_share, caption_share = shares_of_batch(captions)
     dropout_seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(run.optimizer.iterations, tf.int64)))  # (2,)
     weights = run.encoder.trainable_variables + run.decoder.trainable_variables
+    optimizer = getattr(run, "loss_scale", run.optimizer)
     with tf.GradientTape() as tape:
         logits, attention_weights = run.decoder.teach(captions, run.encoder(features), dropout_seed)
-        loss = caption_loss(captions, logits)
-        total = loss + config.label_smoothing * smoothing_loss(captions, logits)
-        total += config.doubly_stochastic * attention_loss(captions, attention_weights)
-    run.optimizer.apply_gradients(zip(tape.gradient(total, weights), weights, strict=True))
+        loss = caption_loss(captions, logits) * word_share
+        total = loss + config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
+        total = optimizer.scale_loss(total)
+    loss, *gradients = sum_replicas([loss, *tape.gradient(total, weights)])
+    optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return loss
+
+
+def shares_of_batch(captions):
+    """This replica's share of the words and of the captions of the whole batch. int (B, T) -> float (), float ()."""
+    words = tf.cast(captions[:, 1:] != PAD, tf.float32)  # (B, T-1)
+    counts = tf.stack((tf.reduce_sum(words), tf.reduce_sum(tf.reduce_max(words, axis=1))))  # (2,)
+    return tf.unstack(counts / sum_replicas(counts))
 
 
 def validate(run, captions, config, stop_if_asked=lambda: None):
     """The loss over all captions, dropout off, in nats per word."""
     order = np.argsort(captions.lengths, kind="stable")
     step = validation_step.get_concrete_function(run, *batch_shapes(config))
-    losses, tokens = [], []
+    losses = []
     for features, words in caption_batches(captions, order, config):
         stop_if_asked()
         losses.append(float(step(features, words)))
-        tokens.append(int(tf.math.count_nonzero(words[:, 1:])))
-    return float(np.average(losses, weights=tokens))
+    return float(np.average(losses, weights=count_tokens(captions, order, config)))
 
 
 @tf.function
 def validation_step(run, features, captions):
+    return run_replicas(validate_replica, run, features, captions)
+
+
+def validate_replica(run, features, captions):
+    features, captions = own_rows(features), own_rows(captions)
+    word_share, _ = shares_of_batch(captions)
     logits, _ = run.decoder.teach(captions, run.encoder(features))
-    return caption_loss(captions, logits)
+    return sum_replicas(caption_loss(captions, logits) * word_share)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main(argv):
             config = dataclasses.replace(config, features_dir=folder)
             images = draw_images(pathlib.Path(folder), 1000, config.vocab_size)
             prepared = Prepared(
-                images, [], [str(i) for i in range(config.vocab_size)], np.zeros(CHANNELS, np.float32), 1.0
+                images, [], [], [str(i) for i in range(config.vocab_size)], np.zeros(CHANNELS, np.float32), 1.0
             )
         ours = dataclasses.replace(config, run_dir=str(pathlib.Path(folder, "ours")))
         usual = dataclasses.replace(config, run_dir=str(pathlib.Path(folder, "usual")), precision="float32")

@@ -1,0 +1,236 @@
+"""Several replicas must be one: on logical CPU devices, and as worker processes on this machine."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import data_utils
+import distribution
+import train_image_caption_model as training
+from command_line import UserError, make_config
+from conftest import options, write_coco, write_features
+from test_train import rows, weights
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# 95 captions in batches of 15: neither 2 nor 4 replicas get as many rows each, and the last batch has 5 captions.
+SETTINGS = ["--batch_size", "15", "--precision", "float32"]
+
+# In a process of its own, as TensorFlow cuts its CPU into devices at the start only.
+ON_DEVICES = """
+import sys
+from command_line import parse_command_line
+from distribution import replicas
+from train_image_caption_model import train_captioner
+import tensorflow as tf
+count = int(sys.argv[1])
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+config, _ = parse_command_line(sys.argv[2:], "")
+with replicas(config, [f"CPU:{number}" for number in range(count)]):
+    assert tf.distribute.get_strategy().num_replicas_in_sync == count
+    train_captioner(config)
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The root of a tiny data set and of a run of two epochs on it by one process on one device."""
+    root = tmp_path_factory.mktemp("alone")
+    argv = prepare(root)
+    training.main([*argv, "--epochs", "2"])
+    return root
+
+
+def prepare(root):
+    write_coco(root / "coco")
+    write_features(root / "data" / "features")
+    data_utils.main(options(root))
+    return [*options(root), *SETTINGS]
+
+
+def start(*command, **variables):
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ".", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_workers(argv, count=2):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    cluster = {"worker": [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]}
+    for each in sockets:
+        each.close()
+    tasks = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(count)]
+    command = ["train_image_caption_model.py", *argv, "--strategy", "multiworker"]
+    return [start(*command, TF_CONFIG=json.dumps(task)) for task in tasks]
+
+
+def finish(processes):
+    """(standard output, standard error) of each process, which must end well."""
+    try:
+        results = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), results
+    return results
+
+
+def check_same(root, other):
+    expected = weights(root)
+    assert expected.keys() == weights(other).keys()
+    for name, value in weights(other).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+    for mine, theirs in zip(rows(other), rows(root), strict=True):
+        for loss in ("train_loss", "validation_loss"):
+            assert float(mine[loss]) == pytest.approx(float(theirs[loss]), abs=1e-5)
+
+
+def test_2_and_4_devices_take_the_steps_of_one(alone, tmp_path):
+    """Dropout is on: the masks too are those of the whole batch."""
+    places = {count: [*options(alone), *SETTINGS, "--run_dir", str(tmp_path / count / "run")] for count in ("2", "4")}
+    finish([start("-c", ON_DEVICES, count, *argv, "--epochs", "2") for count, argv in places.items()])
+    for count in places:
+        check_same(alone, tmp_path / count)
+
+
+def test_two_workers_continue_the_run_of_one_and_one_theirs(alone, tmp_path):
+    """An epoch more by 2 workers, then one by a single process, against both by one; the first worker alone prints."""
+    argv = [*options(alone), *SETTINGS]
+    shutil.copytree(alone / "run", tmp_path / "run")
+    shutil.copytree(alone / "run", tmp_path / "longer" / "run")
+    (printed, _), second = finish(start_workers([*argv, "--run_dir", str(tmp_path / "run"), "--epochs", "3"]))
+    assert "after epoch 2" in printed
+    assert second == ("waiting for all workers of TF_CONFIG\n", "")
+    training.main([*argv, "--run_dir", str(tmp_path / "longer" / "run"), "--epochs", "3"])
+    check_same(tmp_path / "longer", tmp_path)
+
+    for root in (tmp_path, tmp_path / "longer"):
+        training.main([*argv, "--run_dir", str(root / "run"), "--epochs", "4"])
+    check_same(tmp_path / "longer", tmp_path)
+    files = [sorted(path.name for path in (root / "run").iterdir()) for root in (tmp_path, tmp_path / "longer")]
+    assert files[0] == files[1]
+
+
+def test_a_killed_worker_ends_the_other_with_one_line(alone, tmp_path):
+    argv = [
+        *options(alone),
+        *SETTINGS,
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--epochs",
+        "100000",
+        "--patience",
+        "100000",
+    ]
+    chief, worker = start_workers(argv)
+    try:
+        while "epoch 2" not in chief.stderr.readline(200):
+            assert chief.poll() is None
+        worker.kill()
+        _, shown = chief.communicate(timeout=120)
+    finally:
+        for process in (chief, worker):
+            process.kill()
+            process.communicate()
+    assert chief.returncode == 2
+    assert "error: another worker stopped or cannot be reached: run the same command" in shown.splitlines()[-1]
+    assert "Traceback" not in shown
+    assert training.checkpoints(tmp_path / "run" / "last")
+
+
+@pytest.mark.parametrize("text", [None, "", "two hosts", "[]", '{"cluster": {"worker": ["127.0.0.1:1"]}}'])
+def test_a_tf_config_that_does_not_say_which_worker_this_is_is_refused(text, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if text is not None:
+        monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(UserError, match="TF_CONFIG.*set it on every worker"):
+        distribution.open_strategy(make_config({"strategy": "multiworker"}))
+
+
+@pytest.mark.parametrize("job, index", [("worker", 1), ("worker", -1), ("ps", 0), ("chief", 0)])
+def test_a_worker_that_tf_config_does_not_list_is_refused(job, index, monkeypatch):
+    cluster = {"worker": ["127.0.0.1:1"], "ps": ["127.0.0.1:2"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": job, "index": index}}))
+    with pytest.raises(UserError, match="does not list the workers"):
+        distribution.open_strategy(make_config({"strategy": "multiworker"}))
+
+
+def test_mirrored_without_several_gpus_is_refused():
+    with pytest.raises(UserError, match="TensorFlow finds 1 here: run the same command with --strategy auto"):
+        distribution.open_strategy(make_config({"strategy": "mirrored"}), ["CPU:0"])
+
+
+class Cluster:
+    """What share_batches asks of a strategy."""
+
+    num_replicas_in_sync = 4
+
+
+@pytest.mark.parametrize("own", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2, 3]]])
+@pytest.mark.parametrize("captions, batch_size", [(95, 15), (64, 16), (5, 3), (3, 64)])
+def test_every_caption_is_one_processs_once_an_epoch(own, captions, batch_size, monkeypatch):
+    order = np.random.default_rng(0).permutation(captions)
+    monkeypatch.setattr(tf.distribute, "get_strategy", Cluster)
+    processes = []
+    for numbers in own:
+        monkeypatch.setattr(distribution, "own_replicas", lambda numbers=numbers: numbers)
+        processes.append(distribution.share_batches(order, batch_size))
+    for number, shares in enumerate(zip(*processes, strict=True)):
+        batch = order[number * batch_size : (number + 1) * batch_size]
+        read = np.concatenate(shares)
+        assert read[read >= 0].tolist() == batch.tolist()  # in order, which the dropout masks go by
+        assert {share.size / len(own[0]) for share in shares} == {-(-len(batch) // 4)}
+    assert len(processes[0]) == -(-captions // batch_size)
+
+
+def train_in(root, run, precision, epochs):
+    training.main([*options(root), "--run_dir", str(run), "--precision", precision, "--epochs", str(epochs)])
+
+
+def test_mixed_float16_learns_and_its_runs_continue_in_any_precision(alone, tmp_path):
+    losses = {}
+    for precision in ("float32", "mixed_float16"):
+        train_in(alone, tmp_path / precision / "run", precision, 2)
+        losses[precision] = [float(row["train_loss"]) for row in rows(tmp_path / precision)]
+    np.testing.assert_allclose(losses["mixed_float16"], losses["float32"], rtol=2e-3)
+    run = tmp_path / "mixed_float16" / "run"
+    for epochs, precision in ((3, "float32"), (4, "mixed_float16"), (5, "mixed_float16")):
+        train_in(alone, run, precision, epochs)
+    assert [row["epoch"] for row in rows(run.parent)] == ["1", "2", "3", "4", "5"]
+
+
+def test_gradients_that_overflow_skip_the_step_and_halve_the_scale(alone, tmp_path):
+    config = make_config(
+        {"units": 16, "embedding_dim": 12, "encoder_dim": 8, "schedule": "constant", "precision": "mixed_float16"}
+    )
+    config = training.dataclasses.replace(config, run_dir=str(tmp_path), data_dir=str(alone / "data"))
+    prepared = data_utils.Prepared([], [], [], [str(i) for i in range(21)], np.zeros(2048, np.float32), 1.0)
+    run = training.open_run(prepared, config)
+    features = tf.ones((2, 64, 2048), config.feature_dtype)
+    words = tf.constant([[data_utils.START, 5, data_utils.END]] * 2)
+    before = [weight.numpy() for weight in run.decoder.trainable_variables]
+    run.loss_scale.dynamic_scale.assign(2.0**40)
+    assert np.isfinite(training.train_step(run, features, words, config))
+    for weight, value in zip(run.decoder.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+    assert float(run.loss_scale.dynamic_scale) == 2.0**39
+    assert int(run.optimizer.iterations) == 0
+
+    run.loss_scale.dynamic_scale.assign(2.0**10)
+    training.train_step(run, features, words, config)
+    assert int(run.optimizer.iterations) == 1
+    assert np.abs(run.decoder.trainable_variables[0] - before[0]).max() > 0
