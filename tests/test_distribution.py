@@ -68,24 +68,28 @@ def start(*command, **variables):
     )
 
 
-def start_workers(argv, count=2):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+def start_workers(*argvs):
+    """One process for each list of options."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in argvs]
     cluster = {"worker": [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]}
     for each in sockets:
         each.close()
-    tasks = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(count)]
-    command = ["train_image_caption_model.py", *argv, "--strategy", "multiworker"]
-    return [start(*command, TF_CONFIG=json.dumps(task)) for task in tasks]
+    processes = []
+    for index, argv in enumerate(argvs):
+        task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+        command = ["train_image_caption_model.py", *argv, "--strategy", "multiworker"]
+        processes.append(start(*command, TF_CONFIG=json.dumps(task)))
+    return processes
 
 
-def finish(processes):
-    """(standard output, standard error) of each process, which must end well."""
+def finish(processes, status=0):
+    """(standard output, standard error) of each process, which must end with `status`."""
     try:
         results = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), results
+    assert [process.returncode for process in processes] == [status] * len(processes), results
     return results
 
 
@@ -112,7 +116,8 @@ def test_two_workers_continue_the_run_of_one_and_one_theirs(alone, tmp_path):
     argv = [*options(alone), *SETTINGS]
     shutil.copytree(alone / "run", tmp_path / "run")
     shutil.copytree(alone / "run", tmp_path / "longer" / "run")
-    (printed, _), second = finish(start_workers([*argv, "--run_dir", str(tmp_path / "run"), "--epochs", "3"]))
+    longer = [*argv, "--run_dir", str(tmp_path / "run"), "--epochs", "3"]
+    (printed, _), second = finish(start_workers(longer, longer))
     assert "after epoch 2" in printed
     assert second == ("waiting for all workers of TF_CONFIG\n", "")
     training.main([*argv, "--run_dir", str(tmp_path / "longer" / "run"), "--epochs", "3"])
@@ -136,7 +141,7 @@ def test_a_killed_worker_ends_the_other_with_one_line(alone, tmp_path):
         "--patience",
         "100000",
     ]
-    chief, worker = start_workers(argv)
+    chief, worker = start_workers(argv, argv)
     try:
         while "epoch 2" not in chief.stderr.readline(200):
             assert chief.poll() is None
@@ -150,6 +155,13 @@ def test_a_killed_worker_ends_the_other_with_one_line(alone, tmp_path):
     assert "error: another worker stopped or cannot be reached: run the same command" in shown.splitlines()[-1]
     assert "Traceback" not in shown
     assert training.checkpoints(tmp_path / "run" / "last")
+
+
+def test_workers_whose_run_folders_differ_are_refused(alone, tmp_path):
+    argvs = [[*options(alone), *SETTINGS, "--run_dir", str(folder)] for folder in (alone / "run", tmp_path / "run")]
+    for _, shown in finish(start_workers(*argvs), status=2):
+        assert "set --run_dir to one folder that all of them share" in shown
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("text", [None, "", "two hosts", "[]", '{"cluster": {"worker": ["127.0.0.1:1"]}}'])
