@@ -121,6 +121,8 @@ def open_run(prepared, config):
         if config.schedule == "constant":
             optimizer.learning_rate.assign(config.learning_rate)
         print(f"continuing {folder} after epoch {run.epoch.numpy()}")
+    elif (folder / "history.csv").exists():
+        print(f"no checkpoint is in {folder / 'last'}: training begins anew")
     if precision == "mixed_float16":  # after restoring: a checkpoint of another precision has none
         run.loss_scale = keras.optimizers.LossScaleOptimizer(optimizer)
         run.loss_scale.build(weights)

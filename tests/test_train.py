@@ -231,6 +231,14 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_e
         assert names == {"ckpt-1", "ckpt-2"}
 
 
+def test_a_run_that_has_lost_its_checkpoints_begins_anew_and_says_so(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "last")
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "1")
+    assert "last: training begins anew" in capsys.readouterr().out
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
+
+
 def test_captioning_needs_the_words_that_were_trained_on(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     for text in ("", "{}", '["<pad>"]'):
