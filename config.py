@@ -38,9 +38,6 @@ class Config:
     encoder_dim: Annotated[int, (1, 16_384)] = 256  # D: encoded feature at each of the 64 locations
     embedding_dim: Annotated[int, (1, 16_384)] = 256  # E: word embedding
     units: Annotated[int, (1, 16_384)] = 512  # U: GRU and attention
-    context_gate: bool = True  # scale the context vector by a gate on the hidden state (section 4.2.1)
-    deep_output: bool = True  # predict from word, hidden and context (eq. 7), not from hidden alone
-    tie_weights: bool = True  # deep_output only: the output layer's matrix is that of the word embedding
 
     # Training
     run_dir: str = "runs/coco"  # folder for checkpoints, history.csv, loss.png and captions

@@ -73,13 +73,12 @@ class BahdanauAttention(layers.Layer):
       hidden: float (B, U)
 
     Returns:
-      context_vector: float (B, D), the locations' mean weighted by attention, scaled by the gate if there is one
+      context_vector: float (B, D), the locations' mean weighted by attention
       attention_weights: float (B, P, 1), summing to 1 over the locations
     """
 
-    def __init__(self, units, gated=False, precision="float32"):
+    def __init__(self, units, precision="float32"):
         super().__init__()
-        self.make_gate = layers.Dense(1, activation="sigmoid") if gated else None
         self.make_keys = Product(units, dtype=precision)
         self.make_query = layers.Dense(units, use_bias=False)
         self.make_score = layers.Dense(1, use_bias=False)  # softmax would undo a bias
@@ -89,8 +88,6 @@ class BahdanauAttention(layers.Layer):
         score = self.make_score(tf.tanh(keys + query))  # (B, P, 1)
         attention_weights = tf.nn.softmax(score, axis=1)  # (B, P, 1)
         context_vector = tf.matmul(attention_weights, encoded_features, transpose_a=True)[:, 0]  # (B, D)
-        if self.make_gate:
-            context_vector *= self.make_gate(hidden)  # (B, D)
         return context_vector, attention_weights
 
 
@@ -101,10 +98,7 @@ class RNN_Decoder(keras.Model):
       vocab_size: int, V.
       embedding_dim: int, E.
       units: int, U.
-      context_gate: bool, scale the context vector by a gate on the hidden state (section 4.2.1).
-      deep_output: bool, logits from word, hidden and context (equation 7) instead of hidden alone.
-      tie_weights: bool, with `deep_output`: the output layer's matrix is the embedding's (Press and Wolf, 2016).
-      dropout: float, share of the embeddings and of what the output layer is given dropped in training.
+      dropout: float, share of the embeddings and of the hidden states before the output layer dropped in training.
       precision: Keras dtype policy of the products over a whole caption; the recurrence stays in float32.
 
     Call, one step:
@@ -119,34 +113,17 @@ class RNN_Decoder(keras.Model):
       attention_weights: float (B, P, 1)
     """
 
-    def __init__(
-        self,
-        vocab_size,
-        embedding_dim,
-        units,
-        context_gate=False,
-        deep_output=False,
-        tie_weights=False,
-        dropout=0.0,
-        precision="float32",
-    ):
+    def __init__(self, vocab_size, embedding_dim, units, dropout=0.0, precision="float32"):
         super().__init__()
-        self.vocab_size = vocab_size
         self.dropout = dropout
-        self.embedding = layers.ReversibleEmbedding(
-            vocab_size, embedding_dim, reverse_dtype=Product(1, dtype=precision).compute_dtype
-        )
-        self.attention = BahdanauAttention(units, context_gate, precision)
+        self.embedding = layers.Embedding(vocab_size, embedding_dim)
+        self.attention = BahdanauAttention(units, precision)
         self.make_hidden = layers.Dense(units, activation="tanh")
         # The GRU's input is [word, context]; its kernel is in two parts, as all words' part is known beforehand.
         self.word_gates = Product(3 * units, dtype=precision)
         self.context_gates = layers.Dense(3 * units, use_bias=False)
         self.hidden_gates = layers.Dense(3 * units, kernel_initializer="orthogonal")
-        self.deep_output, self.tied = deep_output, deep_output and tie_weights
-        if deep_output:
-            self.output_hidden = Product(embedding_dim, dtype=precision)
-            self.output_context = Product(embedding_dim, use_bias=False, dtype=precision)
-        self.output_words = None if self.tied else Product(vocab_size, dtype=precision)
+        self.make_logits = Product(vocab_size, dtype=precision)
 
     def initial_hidden(self, encoded_features):
         """The first hidden state, from the mean feature (section 3.1.2). (B, P, D) -> (B, U)."""
@@ -155,36 +132,18 @@ class RNN_Decoder(keras.Model):
     def call(self, words, encoded_features, hidden, keys=None):
         if keys is None:
             keys = self.attention.make_keys(encoded_features)  # (B, P, U)
-        embedded = self.embedding(words[:, 0])  # (B, E)
-        hidden, context_vector, attention_weights = self.step(self.word_gates(embedded), encoded_features, keys, hidden)
-        return (
-            self.make_logits(embedded, hidden, context_vector),
-            hidden,
-            attention_weights,
-        )  # (B, V), (B, U), (B, P, 1)
+        word_gates = self.word_gates(self.embedding(words[:, 0]))  # (B, 3U)
+        hidden, attention_weights = self.step(word_gates, encoded_features, keys, hidden)
+        return self.make_logits(hidden), hidden, attention_weights  # (B, V), (B, U), (B, P, 1)
 
     def step(self, word_gates, encoded_features, keys, hidden):
-        """Attention, then the GRU as Keras has it (reset_after).
-
-        Returns:
-          hidden (B, U), context_vector (B, D), attention_weights (B, P, 1)
-        """
+        """Attention, then the GRU as Keras has it (reset_after). Returns hidden (B, U), attention_weights (B, P, 1)."""
         context_vector, attention_weights = self.attention(encoded_features, keys, hidden)
         x_update, x_reset, x_new = tf.split(word_gates + self.context_gates(context_vector), 3, axis=-1)  # (B, U) each
         h_update, h_reset, h_new = tf.split(self.hidden_gates(hidden), 3, axis=-1)  # (B, U) each
         update = tf.sigmoid(x_update + h_update)
         new = tf.tanh(x_new + tf.sigmoid(x_reset + h_reset) * h_new)
-        return update * hidden + (1 - update) * new, context_vector, attention_weights
-
-    def make_logits(self, embedded, hidden, context_vector, dropout_seed=None):
-        """What each word of the vocabulary has for it. (..., E), (..., U), (..., D) -> (..., V)."""
-        output = hidden
-        if self.deep_output:
-            output = embedded + self.output_hidden(hidden) + self.output_context(context_vector)  # (..., E)
-        output = self.drop(output, dropout_seed, 1)
-        if self.tied:
-            return tf.cast(self.embedding(output, reverse=True), tf.float32)  # (..., V)
-        return self.output_words(output)  # (..., V)
+        return update * hidden + (1 - update) * new, attention_weights
 
     def teach(self, captions, encoded_features, dropout_seed=None):
         """The teacher-forced pass: all steps at once but for attention and GRU, which need the step before.
@@ -204,19 +163,18 @@ class RNN_Decoder(keras.Model):
         steps = tf.shape(word_gates)[0]
         word_gates = tf.TensorArray(word_gates.dtype, steps).unstack(word_gates)
 
-        def one_step(t, hidden, *outputs):
-            hidden, context_vector, weights = self.step(word_gates.read(t), encoded_features, keys, hidden)
-            made = hidden, context_vector, weights[:, :, 0]
-            return t + 1, hidden, *(array.write(t, x) for array, x in zip(outputs, made, strict=True))
+        def one_step(t, hidden, all_hidden, all_weights):
+            hidden, weights = self.step(word_gates.read(t), encoded_features, keys, hidden)
+            return t + 1, hidden, all_hidden.write(t, hidden), all_weights.write(t, weights[:, :, 0])
 
         hidden = self.initial_hidden(encoded_features)
-        outputs = (tf.TensorArray(hidden.dtype, steps) for _ in range(3))
-        _, _, *outputs = tf.while_loop(
+        outputs = tf.TensorArray(hidden.dtype, steps), tf.TensorArray(hidden.dtype, steps)
+        _, _, all_hidden, all_weights = tf.while_loop(
             lambda t, *_: t < steps, one_step, (0, hidden, *outputs), maximum_iterations=steps
         )
-        # (B, T-1, U), (B, T-1, D), (B, T-1, P)
-        all_hidden, all_contexts, all_weights = (tf.transpose(array.stack(), (1, 0, 2)) for array in outputs)
-        return self.make_logits(embedded, all_hidden, all_contexts, dropout_seed), all_weights
+        all_hidden = tf.transpose(all_hidden.stack(), (1, 0, 2))  # (B, T-1, U)
+        logits = self.make_logits(self.drop(all_hidden, dropout_seed, 1))  # (B, T-1, V)
+        return logits, tf.transpose(all_weights.stack(), (1, 0, 2))  # (B, T-1, P)
 
     def drop(self, x, seed, place):
         """Dropout whose mask depends on nothing but `seed` and `place`, so that a resumed run draws the same.
@@ -246,16 +204,7 @@ def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, prec
     keras.utils.set_random_seed(config.seed)
     mean = np.zeros(CHANNELS, np.float32) if feature_mean is None else feature_mean
     encoder = CNN_Encoder(config.encoder_dim, mean, feature_std, precision)
-    decoder = RNN_Decoder(
-        vocab_size,
-        config.embedding_dim,
-        config.units,
-        config.context_gate,
-        config.deep_output,
-        config.tie_weights,
-        config.dropout,
-        precision,
-    )
+    decoder = RNN_Decoder(vocab_size, config.embedding_dim, config.units, config.dropout, precision)
     encoded_features = encoder(tf.zeros((1, LOCATIONS, CHANNELS)))
     decoder(tf.zeros((1, 1), tf.int32), encoded_features, decoder.initial_hidden(encoded_features))
     return encoder, decoder
@@ -314,7 +263,7 @@ def decode_captions(encoder, decoder, features, max_words, beam_width=1, length_
       log_probabilities: float (B,), natural logarithm of each caption's probability
       attention_weights: float (B, L, P), along the winning beam
     """
-    vocab_size = decoder.vocab_size
+    vocab_size = decoder.make_logits.units
     never = -1e9 * tf.reduce_sum(tf.one_hot((PAD, UNK, START), vocab_size), 0)  # (V,)
     encoded_features = encoder(features)  # (B, P, D)
     keys = decoder.attention.make_keys(encoded_features)  # (B, P, U)

@@ -35,7 +35,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 # What the weights' shapes depend on, besides the vocabulary: a run continues only with the same values.
-MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units", "context_gate", "deep_output", "tie_weights")
+MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units")
 
 
 def main(argv):

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-SIZES = {"encoder_dim": 16, "embedding_dim": 12, "context_gate": False, "deep_output": False, "units": 32}
+SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32}
 VOCABULARY = [*SPECIAL_WORDS, *(f"word{i}" for i in range(16)), "tüür"]
 
 NO_FEATURES = np.array([-0.7, 0.7])[:, None, None] + np.zeros((64, 2048))  # of mean 0 and some deviation
@@ -72,7 +72,7 @@ def tiny_captioner(config, features):
     rng = np.random.default_rng(1)
     for weight in decoder.trainable_weights:
         weight.assign(0.7 * rng.standard_normal(weight.shape))
-    decoder.output_words.kernel.assign(2 * decoder.output_words.kernel)
+    decoder.make_logits.kernel.assign(2 * decoder.make_logits.kernel)
     return inference.Captioner(encoder, decoder, VOCABULARY)
 
 

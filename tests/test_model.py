@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import io
 
 import model
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16, "dropout": 0.4, "tie_weights": False})
+SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16, "dropout": 0.4})
 VOCABULARY = 30
 CAPTIONS = tf.constant([[START, 5, 6, 7, END], [START, 8, END, PAD, PAD], [START, 9, 10, END, PAD]])
 
@@ -49,19 +48,11 @@ def test_shapes_at_the_defaults():
 
 
 def test_the_output_layer_is_as_large_as_the_vocabulary(captioner):
-    assert captioner[1].output_words.kernel.shape == (SMALL.embedding_dim, VOCABULARY)
+    assert captioner[1].make_logits.kernel.shape == (SMALL.units, VOCABULARY)
 
 
-OUTPUTS = [
-    {"deep_output": False, "context_gate": False},
-    {"deep_output": True, "tie_weights": False},
-    {"deep_output": True, "tie_weights": True},
-]
-
-
-@pytest.mark.parametrize("settings", OUTPUTS)
-def test_teacher_forcing_and_single_steps_agree(settings, features):
-    encoder, decoder = model.build_captioner(dataclasses.replace(SMALL, **settings), VOCABULARY, feature_std=0.5)
+def test_teacher_forcing_and_single_steps_agree(captioner, features):
+    encoder, decoder = captioner
     encoded_features = encoder(features)
     all_logits, all_weights = decoder.teach(CAPTIONS, encoded_features)
     assert all_logits.shape == (3, 4, VOCABULARY)
@@ -93,22 +84,6 @@ def test_the_recurrence_is_keras_own_gru(captioner, features):
     _, stepped, _ = decoder(words, encoded_features, hidden)
     np.testing.assert_allclose(stepped, expected, atol=1e-5)
     assert np.abs(stepped - decoder(words, encoded_features, tf.zeros_like(hidden))[1]).max() > 0.1
-
-
-def test_deep_output_is_equation_7(features):
-    """Word, hidden and context, each by a matrix of its own, through the matrix of the words; the tied one is E."""
-    encoder, decoder = model.build_captioner(dataclasses.replace(SMALL, tie_weights=True), VOCABULARY)
-    encoded_features = encoder(features)
-    hidden = decoder.initial_hidden(encoded_features)
-    words = CAPTIONS[:, 1:2]
-    logits, new_hidden, attention_weights = decoder(words, encoded_features, hidden)
-    embedding = decoder.embedding.embeddings.numpy()
-    context_vector = np.einsum("bp,bpd->bd", attention_weights[:, :, 0], encoded_features)
-    gate = decoder.attention.make_gate(hidden).numpy()
-    assert ((gate > 0) & (gate < 1)).all() and np.ptp(gate) > 1e-3
-    output = embedding[words[:, 0]] + decoder.output_hidden(new_hidden) + decoder.output_context(gate * context_vector)
-    np.testing.assert_allclose(logits, output @ embedding.T, atol=1e-5)
-    assert not any(weight.shape == (SMALL.embedding_dim, VOCABULARY) for weight in decoder.weights)
 
 
 def test_mean_and_scale_of_the_features_do_not_matter(features):
@@ -170,10 +145,10 @@ def test_greedy_decoding_says_what_single_steps_say(captioner, features):
 
 def test_greedy_decoding_stops_at_end(captioner, features):
     encoder, decoder = captioner
-    bias = decoder.output_words.bias.numpy()
-    decoder.output_words.bias.assign(tf.one_hot(END, VOCABULARY, on_value=50.0))
+    bias = decoder.make_logits.bias.numpy()
+    decoder.make_logits.bias.assign(tf.one_hot(END, VOCABULARY, on_value=50.0))
     words, _, _ = model.decode_captions(encoder, decoder, features, 6)
-    decoder.output_words.bias.assign(bias)
+    decoder.make_logits.bias.assign(bias)
     assert words.numpy().tolist() == [[END]] * 3
 
 
@@ -220,8 +195,8 @@ def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(fe
     decode = tf.function(model.decode_captions)
     better_than_greedy = 0
     for seed in seeds:
-        encoder, decoder = model.build_captioner(make_config({"units": 16, "deep_output": False, "seed": seed}), 6)
-        decoder.output_words.kernel.assign(decoder.output_words.kernel * 5)
+        encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed}), 6)
+        decoder.make_logits.kernel.assign(decoder.make_logits.kernel * 5)
         words, log_probabilities, _ = decode(encoder, decoder, features, 2, width)
         greedy, _, _ = decode(encoder, decoder, features, 2, 1)
         for b in range(3):
@@ -239,14 +214,14 @@ def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(fe
 
 def test_special_words_are_never_said(captioner, features):
     encoder, decoder = captioner
-    bias = decoder.output_words.bias.numpy()
-    decoder.output_words.bias.assign(tf.reduce_sum(tf.one_hot((PAD, UNK, START), VOCABULARY, on_value=50.0), 0))
+    bias = decoder.make_logits.bias.numpy()
+    decoder.make_logits.bias.assign(tf.reduce_sum(tf.one_hot((PAD, UNK, START), VOCABULARY, on_value=50.0), 0))
     for width in (1, 3):
         words, _, _ = model.decode_captions(encoder, decoder, features, 6, width)
         said = words.numpy()
         assert not np.isin(said, (UNK, START)).any()
         assert (said[:, 0] != PAD).all()
-    decoder.output_words.bias.assign(bias)
+    decoder.make_logits.bias.assign(bias)
 
 
 @pytest.mark.parametrize(
@@ -271,12 +246,12 @@ def test_no_sequence_is_said_twice(length, said, barred):
 def test_captions_repeat_no_sequence(captioner, features, width):
     """One word is made likelier than all others: it would be said over and over."""
     encoder, decoder = captioner
-    bias = decoder.output_words.bias.numpy()
-    decoder.output_words.bias.assign(tf.one_hot(7, VOCABULARY, on_value=30.0))
+    bias = decoder.make_logits.bias.numpy()
+    decoder.make_logits.bias.assign(tf.one_hot(7, VOCABULARY, on_value=30.0))
     decode = tf.function(model.decode_captions)
     freely, _, _ = decode(encoder, decoder, features, 8, width)
     words, _, _ = decode(encoder, decoder, features, 8, width, 0.0, 2)
-    decoder.output_words.bias.assign(bias)
+    decoder.make_logits.bias.assign(bias)
     assert (freely[:, :7] == 7).numpy().all()
     for said in words.numpy().tolist():
         pairs = [pair for pair in zip(said, said[1:], strict=False) if PAD not in pair]

@@ -34,7 +34,7 @@ def main(argv):
             images = load_prepared(config).validation
             captioner = inference.load_captioner(config)
         else:
-            config = dataclasses.replace(config, features_dir=folder, deep_output=False)
+            config = dataclasses.replace(config, features_dir=folder)
             images = draw_images(pathlib.Path(folder), 400, config.vocab_size)
             captioner = make_up_captioner(config)
         few = images[:10]
@@ -51,8 +51,8 @@ def main(argv):
 def make_up_captioner(config):
     encoder, decoder = build_captioner(config, config.vocab_size)
     bias = np.zeros(config.vocab_size, np.float32)
-    bias[END] = 2.2 * decoder.output_words.kernel.numpy().std() * config.units**0.5
-    decoder.output_words.bias.assign(bias)
+    bias[END] = 2.2 * decoder.make_logits.kernel.numpy().std() * config.units**0.5
+    decoder.make_logits.bias.assign(bias)
     return inference.Captioner(encoder, decoder, [f"word{i}" for i in range(config.vocab_size)])
 
 
