@@ -41,7 +41,7 @@ class Config:
 
     # Training
     run_dir: str = "runs/coco"  # folder for checkpoints, history.csv, loss.png and captions
-    epochs: Annotated[int, (1, None)] = 20  # passes over the training captions, at the most
+    epochs: Annotated[int, (1, None)] = 8  # passes over the training captions, at the most
     batch_size: Annotated[int, (1, 8_192)] = 64  # B: captions per optimiser step
     learning_rate: Annotated[float, (1e-8, 10.0)] = 1e-3  # Adam's step size
     clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
@@ -71,7 +71,6 @@ PRESETS = {
         "encoder_dim": 128,
         "embedding_dim": 64,
         "units": 256,
-        "epochs": 8,
     },
     "karpathy": {
         "data_dir": "data/karpathy",
