@@ -222,7 +222,7 @@ def download_all(jobs, workers, attempts=3, timeout=20.0, back_off=1.0, progress
     try:
         with bar:
             for _ in missing:
-                path, error = results.get()
+                path, error = next_result(results)
                 bar.update()
                 if error and not isinstance(error, DownloadError):
                     raise error
@@ -244,6 +244,12 @@ def work(function, waiting, results):
     with contextlib.suppress(queue.Empty):
         while True:
             results.put(function(waiting.get_nowait()))
+
+
+def next_result(results):
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return results.get(timeout=0.5)  # a Ctrl-C that comes as the wait begins is seen only when it ends
 
 
 def try_download(job, **options):
