@@ -71,7 +71,6 @@ def main(argv):
     config, options = parse_command_line(argv, __doc__, add_options)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
-    remove_leftovers(output)
 
     captioner = load_captioner(config)
     if options.export:
@@ -79,6 +78,7 @@ def main(argv):
         print(f"the SavedModel is in {options.export}")
         return
     with locked(output):
+        remove_leftovers(output)
         if options.evaluate:
             evaluate(captioner, split_images(options.split, config), output, config)
             return
