@@ -71,6 +71,7 @@ PRESETS = {
         "encoder_dim": 128,
         "embedding_dim": 64,
         "units": 256,
+        "repeat_block": 0,  # its sentences are made of phrases that come twice
     },
     "karpathy": {
         "data_dir": "data/karpathy",
