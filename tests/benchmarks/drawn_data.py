@@ -20,7 +20,8 @@ def draw_images(folder, count, vocab_size, seed=0):
         np.save(folder / f"{number:06d}.npy", features.clip(0).astype(np.float16))
         lengths = np.clip(rng.gamma(8, 1.35, 5).astype(int), 2, 37)  # mean 10.3 words, a few beyond 25
         ids = [[START, *rng.integers(END + 1, vocab_size, length).tolist(), END] for length in lengths]
-        images.append({"image_id": number, "file_name": f"{number:06d}.jpg", "ids": ids})
+        texts = {"captions": [""] * 5, "references": []}
+        images.append({"image_id": number, "file_name": f"{number:06d}.jpg", **texts, "ids": ids})
     return images
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 from command_line import parse_command_line, run_script
-from data_utils import CHANNELS, PREPARED_SETTINGS
+from data_utils import CHANNELS, PREPARED_SETTINGS, SPECIAL_WORDS
 from drawn_data import describe_machine, draw_images
 from files import write_json
 from model import build_captioner
@@ -52,7 +52,7 @@ def prepare(folder, count, config):
     images = draw_images(folder, count, config.vocab_size)
     write_json(folder / "train.json", images)
     write_json(folder / "validation.json", images[:20])
-    write_json(folder / "vocabulary.json", [str(i) for i in range(config.vocab_size)])
+    write_json(folder / "vocabulary.json", [*SPECIAL_WORDS, *map(str, range(len(SPECIAL_WORDS), config.vocab_size))])
     np.savez(folder / "feature_statistics.npz", mean=np.zeros(CHANNELS, np.float32), std=1.0)
     write_json(folder / "settings.json", {name: getattr(config, name) for name in PREPARED_SETTINGS})
     return images
