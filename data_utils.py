@@ -114,7 +114,7 @@ def extract_shard(number, count, config):
     if config.inception_weights == "random" and absent and not random_statistics(config).exists():
         raise UserError(f"{absent[0]} is missing, and random weights need it in every shard: run without --shard")
     images = [image for split in splits.values() for image in split][number - 1 :: count]
-    skipped = fetch_images(images, config)
+    skipped = fetch_images(images, config, shared=True)
     skipped |= cache_features(images, skipped, calibration, config)
     print(
         f"shard {number} of {count} is done: {len(images) - len(skipped)} images cached, {len(skipped)} skipped; "
@@ -325,8 +325,11 @@ def image_path(image, config):
     return pathlib.Path(config.coco_dir, config.coco_split, image["file_name"])
 
 
-def fetch_images(images, config):
+def fetch_images(images, config, shared=False):
     """Download the images that have neither a file nor a cached feature.
+
+    Args:
+      shared: bool, beside other shards, which fetch other images.
 
     Returns:
       dict of file name to reason, for those that could not be had.
@@ -352,7 +355,7 @@ def fetch_images(images, config):
     jobs = [(image["url"], image_path(image, config)) for image in missing if image["file_name"] not in skipped]
     if not jobs:
         return skipped
-    with locked(config.coco_dir, "download"):
+    with locked(config.coco_dir, "download", shared):
         failed = download_all(jobs, config.download_workers)
     return skipped | {pathlib.Path(path).name: reason for path, reason in failed}
 

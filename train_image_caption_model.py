@@ -118,8 +118,6 @@ def open_run(prepared, config):
         saves=tf.Variable(0, dtype=tf.int64),
     )
     if restore_newest(run, folder / "last"):
-        if config.schedule == "constant":
-            optimizer.learning_rate.assign(config.learning_rate)
         print(f"continuing {folder} after epoch {run.epoch.numpy()}")
     elif (folder / "history.csv").exists():
         print(f"no checkpoint is in {folder / 'last'}: training begins anew")
@@ -130,12 +128,11 @@ def open_run(prepared, config):
 
 
 def learning_rate(images, config):
-    """Adam's step size: a number, or its schedule over the optimiser's steps."""
-    if config.schedule == "constant":
-        return config.learning_rate
+    """Adam's step size by the optimiser's step; a function whatever `schedule` says, so that a run may change it."""
     captions = sum(len(image["ids"]) for image in images)
     steps = config.epochs * -(-captions // config.batch_size)
-    return keras.optimizers.schedules.CosineDecay(config.learning_rate, steps)
+    lowest = {"constant": 1.0, "cosine": 0.0}[config.schedule]  # share of learning_rate that it falls to
+    return keras.optimizers.schedules.CosineDecay(config.learning_rate, steps, alpha=lowest)
 
 
 def check_run_fits(folder, config, vocabulary):

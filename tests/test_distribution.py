@@ -226,11 +226,11 @@ def test_mixed_float16_learns_and_its_runs_continue_in_any_precision(alone, tmp_
 
 
 def test_gradients_that_overflow_skip_the_step_and_halve_the_scale(alone, tmp_path):
-    config = make_config(
-        {"units": 16, "embedding_dim": 12, "encoder_dim": 8, "schedule": "constant", "precision": "mixed_float16"}
-    )
+    config = make_config({"units": 16, "embedding_dim": 12, "encoder_dim": 8, "precision": "mixed_float16"})
     config = training.dataclasses.replace(config, run_dir=str(tmp_path), data_dir=str(alone / "data"))
-    prepared = data_utils.Prepared([], [], [], [str(i) for i in range(21)], np.zeros(2048, np.float32), 1.0)
+    prepared = data_utils.Prepared(
+        [{"ids": [[]]}], [], [], [str(i) for i in range(21)], np.zeros(2048, np.float32), 1.0
+    )
     run = training.open_run(prepared, config)
     features = tf.ones((2, 64, 2048), config.feature_dtype)
     words = tf.constant([[data_utils.START, 5, data_utils.END]] * 2)

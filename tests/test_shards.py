@@ -121,7 +121,8 @@ def test_a_shard_fetches_its_own_images_and_captions_by_a_file_of_its_own(plain,
     of_another.write_bytes(b"the beginning")
 
     monkeypatch.setattr(data_utils, "feature_network", brightness)
-    prepare(plain, "--shard", "2/3", "--inception_weights", "imagenet")
+    with files.locked(plain / "coco", "download", shared=True):  # as another shard does at the same time
+        prepare(plain, "--shard", "2/3", "--inception_weights", "imagenet")
     assert len(list((plain / "coco" / "train2014").iterdir())) == 3
     assert len(cached(plain)) == 3
     assert len(server.requests) == 1 + 3

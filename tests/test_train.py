@@ -83,7 +83,15 @@ def test_the_learning_rate_falls_to_0_at_the_last_step_or_stays():
     rates = [float(falling(step)) for step in range(7)]
     assert rates[0] == 0.5 and rates[3] == pytest.approx(0.25) and rates[6] == pytest.approx(0.0, abs=1e-6)
     assert rates == sorted(rates, reverse=True)
-    assert training.learning_rate(images, make_config({"learning_rate": 0.5, "schedule": "constant"})) == 0.5
+    steady = training.learning_rate(images, make_config({"learning_rate": 0.5, "schedule": "constant"}))
+    assert {float(steady(step)) for step in (0, 3, 100)} == {0.5}
+
+
+def test_a_run_goes_on_with_another_schedule(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3", "--schedule", "constant")
+    assert "after epoch 2" in capsys.readouterr().out
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
 
 def test_a_row_of_an_epoch_that_was_not_saved_is_dropped(trained, tmp_path):
