@@ -30,10 +30,29 @@ WORKER_LOST = (
 
 
 class SummedAdam(keras.optimizers.Adam):
-    """Adam for gradients that are summed over the replicas already; Keras would clip each replica's, then sum them."""
+    """Adam for gradients that are summed over the replicas already; Keras would clip each replica's, then sum them.
+
+    It does Keras's arithmetic in one pass over each weight where Keras makes a dozen.
+    """
 
     def _all_reduce_sum_gradients(self, grads_and_vars):
         return grads_and_vars
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        step = tf.cast(self.iterations + 1, variable.dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=self.beta_1**step,
+            beta2_power=self.beta_2**step,
+            lr=tf.cast(learning_rate, variable.dtype),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=tf.convert_to_tensor(gradient),
+        )
 
 
 @contextlib.contextmanager
@@ -129,15 +148,15 @@ def share_batches(order, batch_size):
       order: int (N,), positions of captions; each `batch_size` in a row are a batch.
 
     Returns:
-      list of int (R*b,), one for each batch: the positions for each of the R own replicas, the same number b for each
-      replica there is; -1 where the batch has no caption left for it.
+      int (batches, R*b): the positions for each of the R own replicas, the same number b for each replica there is and
+      in each batch; -1 where the batch has no caption left for it.
     """
-    replicas, own, shares = tf.distribute.get_strategy().num_replicas_in_sync, own_replicas(), []
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        batch = np.append(batch, np.full(-len(batch) % replicas, -1, batch.dtype))
-        shares.append(batch.reshape(replicas, -1)[own].ravel())
-    return shares
+    replicas, count = tf.distribute.get_strategy().num_replicas_in_sync, -(-len(order) // batch_size)
+    batches = np.full((count, -(-batch_size // replicas) * replicas), -1, order.dtype)
+    for number, batch in enumerate(batches):
+        captions = order[number * batch_size :][:batch_size]
+        batch[: len(captions)] = captions
+    return batches.reshape(count, replicas, -1)[:, own_replicas()].reshape(count, -1)
 
 
 def own_rows(batch):

@@ -11,6 +11,7 @@ Letters of every shape in this project:
 
 from config import Config
 from data_utils import CHANNELS, END, LOCATIONS, PAD, START, UNK
+from recurrence import attend, gru, say_words
 
 import keras
 import numpy as np
@@ -42,7 +43,7 @@ class CNN_Encoder(keras.Model):
     """
 
     def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32"):
-        super().__init__()
+        super().__init__(autocast=False)  # what the product needs is cast there, once
         self.product = Product(encoder_dim, use_bias=False, dtype=precision)
         self.bias = self.add_weight(shape=(encoder_dim,), initializer="zeros", name="bias")
         self.feature_mean = self.keep("feature_mean", feature_mean)
@@ -82,13 +83,12 @@ class BahdanauAttention(layers.Layer):
         self.make_keys = Product(units, dtype=precision)
         self.make_query = layers.Dense(units, use_bias=False)
         self.make_score = layers.Dense(1, use_bias=False)  # softmax would undo a bias
+        self.make_score.build((None, units))
 
     def call(self, encoded_features, keys, hidden):
-        query = self.make_query(hidden)[:, tf.newaxis]  # (B, 1, U)
-        score = self.make_score(tf.tanh(keys + query))  # (B, P, 1)
-        attention_weights = tf.nn.softmax(score, axis=1)  # (B, P, 1)
-        context_vector = tf.matmul(attention_weights, encoded_features, transpose_a=True)[:, 0]  # (B, D)
-        return context_vector, attention_weights
+        query = self.make_query(hidden)  # (B, U)
+        context_vector, attention_weights = attend(query, encoded_features, keys, self.make_score.kernel)
+        return context_vector, attention_weights[:, :, tf.newaxis]  # (B, D), (B, P, 1)
 
 
 class RNN_Decoder(keras.Model):
@@ -139,14 +139,11 @@ class RNN_Decoder(keras.Model):
     def step(self, word_gates, encoded_features, keys, hidden):
         """Attention, then the GRU as Keras has it (reset_after). Returns hidden (B, U), attention_weights (B, P, 1)."""
         context_vector, attention_weights = self.attention(encoded_features, keys, hidden)
-        x_update, x_reset, x_new = tf.split(word_gates + self.context_gates(context_vector), 3, axis=-1)  # (B, U) each
-        h_update, h_reset, h_new = tf.split(self.hidden_gates(hidden), 3, axis=-1)  # (B, U) each
-        update = tf.sigmoid(x_update + h_update)
-        new = tf.tanh(x_new + tf.sigmoid(x_reset + h_reset) * h_new)
-        return update * hidden + (1 - update) * new, attention_weights
+        input_gates = word_gates + self.context_gates(context_vector)  # (B, 3U)
+        return gru(input_gates, self.hidden_gates(hidden), hidden), attention_weights
 
     def teach(self, captions, encoded_features, dropout_seed=None):
-        """The teacher-forced pass: all steps at once but for attention and GRU, which need the step before.
+        """The teacher-forced pass: all words at once but for attention and GRU, which need the word before.
 
         Args:
           captions: int (B, T), <start>, words, <end>, then <pad>.
@@ -160,21 +157,13 @@ class RNN_Decoder(keras.Model):
         embedded = self.drop(self.embedding(captions[:, :-1]), dropout_seed, 0)  # (B, T-1, E)
         word_gates = tf.transpose(self.word_gates(embedded), (1, 0, 2))  # (T-1, B, 3U)
         keys = self.attention.make_keys(encoded_features)  # (B, P, U)
-        steps = tf.shape(word_gates)[0]
-        word_gates = tf.TensorArray(word_gates.dtype, steps).unstack(word_gates)
-
-        def one_step(t, hidden, all_hidden, all_weights):
-            hidden, weights = self.step(word_gates.read(t), encoded_features, keys, hidden)
-            return t + 1, hidden, all_hidden.write(t, hidden), all_weights.write(t, weights[:, :, 0])
-
-        hidden = self.initial_hidden(encoded_features)
-        outputs = tf.TensorArray(hidden.dtype, steps), tf.TensorArray(hidden.dtype, steps)
-        _, _, all_hidden, all_weights = tf.while_loop(
-            lambda t, *_: t < steps, one_step, (0, hidden, *outputs), maximum_iterations=steps
-        )
-        all_hidden = tf.transpose(all_hidden.stack(), (1, 0, 2))  # (B, T-1, U)
-        logits = self.make_logits(self.drop(all_hidden, dropout_seed, 1))  # (B, T-1, V)
-        return logits, tf.transpose(all_weights.stack(), (1, 0, 2))  # (B, T-1, P)
+        hidden = self.initial_hidden(encoded_features)  # (B, U)
+        inside = self.attention.make_query, self.attention.make_score, self.context_gates, self.hidden_gates
+        kernels = [layer.kernel for layer in inside]
+        inputs = word_gates, hidden, encoded_features, keys, *kernels, self.hidden_gates.bias
+        all_hidden, all_weights = say_words(*inputs, self.word_gates.compute_dtype)  # (T-1, B, U), (T-1, B, P)
+        all_hidden = self.drop(tf.transpose(all_hidden, (1, 0, 2)), dropout_seed, 1)  # (B, T-1, U)
+        return self.make_logits(all_hidden), tf.transpose(all_weights, (1, 0, 2))  # (B, T-1, V), (B, T-1, P)
 
     def drop(self, x, seed, place):
         """Dropout whose mask depends on nothing but `seed` and `place`, so that a resumed run draws the same.

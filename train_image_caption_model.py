@@ -268,19 +268,20 @@ def plot_losses(history, path):
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """The N captions of a split: the path of each one's features, its words' ids, and how many they are."""
+    """The N captions of a split, and behind them an empty one."""
 
-    paths: tf.Tensor  # (N,) string
-    words: tf.RaggedTensor  # (N, T) int32
-    lengths: np.ndarray  # (N,)
+    paths: tf.Tensor  # (N + 1,) string, of each one's features
+    words: tf.RaggedTensor  # (N + 1, T) int32
+    lengths: np.ndarray  # (N,), words of each
 
 
 def collect_captions(images, config):
     ids = [words for image in images for words in image["ids"]]
+    paths = [str(feature_path(image, config)) for image in images for _ in image["ids"]]
     lengths = np.array([len(words) for words in ids])
     return Captions(
-        paths=tf.constant([str(feature_path(image, config)) for image in images for _ in image["ids"]]),
-        words=tf.RaggedTensor.from_row_lengths(np.concatenate(ids).astype(np.int32), lengths),
+        paths=tf.constant([*paths, paths[-1]]),
+        words=tf.RaggedTensor.from_row_lengths(np.concatenate(ids).astype(np.int32), [*lengths, 0]),
         lengths=lengths,
     )
 
@@ -305,19 +306,20 @@ def plan_batches(lengths, batch_size, rng):
 def caption_batches(captions, order, config):
     """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption.
 
-    Of several processes each reads its share of every batch, filled up to the same number of rows with empty captions.
+    The last batch is filled up with empty captions, so that all are of one size: another would be compiled apart. Of
+    several processes each reads its share of every batch.
     """
 
-    def read(position, longest):
-        words = captions.words[position] if position >= 0 else tf.constant((), tf.int32)
-        words = tf.pad(words, [(0, longest - tf.size(words, tf.int64))], constant_values=PAD)
-        return read_feature(captions.paths[position], config.feature_dtype), words  # path -1 is the last, any will do
+    def read(positions, longest):
+        paths = tf.gather(captions.paths, positions)  # (B,)
+        dtype = tf.as_dtype(config.feature_dtype)
+        features = tf.map_fn(lambda path: read_feature(path, dtype), paths, fn_output_signature=dtype)  # (B, P, F)
+        words = tf.gather(captions.words, positions).to_tensor(PAD, shape=tf.stack((-1, longest)))  # (B, T)
+        return features, words
 
-    shares = share_batches(order, config.batch_size)
+    positions = share_batches(order, config.batch_size) % len(captions.paths)  # -1 is the last, which is empty
     longest = np.maximum.reduceat(captions.lengths[order], batch_starts(order, config))
-    longest = np.repeat(longest, [len(share) for share in shares])
-    dataset = tf.data.Dataset.from_tensor_slices((np.concatenate(shares), longest))
-    dataset = dataset.map(read, num_parallel_calls=os.cpu_count()).batch(len(shares[0]))
+    dataset = tf.data.Dataset.from_tensor_slices((positions, longest)).map(read, num_parallel_calls=os.cpu_count())
     tuning = tf.data.Options()
     tuning.autotune.enabled = False  # its thread can hold up the end of an epoch for many seconds
     return dataset.prefetch(2).with_options(tuning)

@@ -150,13 +150,15 @@ def test_batches_hold_each_captions_own_features_and_words(trained):
     expected = [(data_utils.feature_path(image, config), words) for image in images for words in image["ids"]]
     seen = 0
     for features, words in training.caption_batches(captions, order, config):
-        assert features.shape == (len(words), 64, 2048)
-        assert words.shape[1] == max(np.count_nonzero(words, axis=1))  # padded to the longest of the batch
-        for row in range(len(words)):
+        assert features.shape == (16, 64, 2048)
+        assert words.shape == (16, max(np.count_nonzero(words, axis=1)))  # padded to the longest of the batch
+        for row in range(min(16, len(expected) - seen)):
             path, ids = expected[order[seen]]
             np.testing.assert_array_equal(features[row], np.load(path).astype(np.float32))
             assert [i for i in words[row].numpy() if i] == ids
             seen += 1
+        assert not np.any(words[row + 1 :])
+    assert row < 15  # the last batch was filled up
     assert seen == len(expected) > (IMAGES - 6) * 5
 
 

@@ -1,0 +1,204 @@
+"""The decoder's recurrence: what is computed at one word, and all words of given captions as one compiled loop.
+
+Letters as in model.py. TensorFlow's own gradient of such a loop keeps (B, P, U) numbers for every word and adds up all
+weights' gradients at every word; the one here computes attention anew, and the weights' gradients once, at the end.
+"""
+
+import tensorflow as tf
+
+# The compiled loops have room for a multiple of so many words, so that captions of all lengths share a few of them.
+ROOM = 16
+
+
+def attend(query, encoded_features, keys, score_kernel):
+    """Soft attention over the locations (section 4.2), with the additive score of Bahdanau et al., 2014.
+
+    Args:
+      query: float (B, U)
+      encoded_features: float (B, P, D)
+      keys: float (B, P, U)
+      score_kernel: float (U, 1)
+
+    Returns:
+      context_vector: float (B, D), the locations' mean weighted by attention
+      attention_weights: float (B, P), summing to 1 over the locations
+    """
+    tanh = tf.tanh(keys + query[:, tf.newaxis])  # (B, P, U)
+    score = tf.reshape(tf.matmul(tf.reshape(tanh, (-1, tanh.shape[-1])), score_kernel), tf.shape(tanh)[:2])  # (B, P)
+    attention_weights = tf.nn.softmax(score)  # (B, P)
+    context_vector = tf.matmul(attention_weights[:, tf.newaxis], encoded_features)[:, 0]  # (B, D)
+    return context_vector, attention_weights
+
+
+def gru(input_gates, hidden_gates, hidden):
+    """The GRU as Keras has it (reset_after), behind its products. float (B, 3U), (B, 3U), (B, U) -> (B, U)."""
+    x_update, x_reset, x_new = tf.split(input_gates, 3, axis=-1)  # (B, U) each
+    h_update, h_reset, h_new = tf.split(hidden_gates, 3, axis=-1)  # (B, U) each
+    update = tf.sigmoid(x_update + h_update)
+    new = tf.tanh(x_new + tf.sigmoid(x_reset + h_reset) * h_new)
+    return update * hidden + (1 - update) * new
+
+
+def say_words(
+    word_gates,
+    hidden,
+    encoded_features,
+    keys,
+    query_kernel,
+    score_kernel,
+    context_kernel,
+    hidden_kernel,
+    hidden_bias,
+    product_type="float32",
+):
+    """Attention and GRU over the given words, T of each caption.
+
+    Args:
+      word_gates: float (T, B, 3U), the words' part of the GRU's input gates.
+      hidden: float (B, U), before the first word.
+      encoded_features: float (B, P, D)
+      keys: float (B, P, U)
+      query_kernel, score_kernel: float (U, U) and (U, 1), of the attention.
+      context_kernel: float (D, 3U), makes the context vector's part of the GRU's input gates.
+      hidden_kernel, hidden_bias: float (U, 3U) and (3U,), make the GRU's hidden gates.
+      product_type: number type of the products that make the kernels' gradients; all else is in float32.
+
+    Returns:
+      all_hidden: float (T, B, U), after each word
+      all_weights: float (T, B, P), attention_weights at each word
+    """
+
+    @tf.custom_gradient
+    def say(*inputs):
+        # TensorFlow need not prepare to differentiate what follows, and outside of a graph it could not.
+        inputs = [tf.stop_gradient(x) for x in inputs]
+        word_gates, hidden, encoded_features, keys, state_kernel, state_bias, score_kernel, context_kernel = inputs
+        words = tf.shape(word_gates)[0]
+        image = encoded_features, keys, score_kernel
+        states, weights, contexts, input_gates, projected = forward_loop(
+            words, with_room(word_gates), hidden, *image, state_kernel, state_bias, context_kernel
+        )
+
+        def gradient(d_states, d_weights):
+            before = tf.concat((hidden[tf.newaxis], states[:-1]), 0)  # (T', B, U)
+            d_hidden, d_keys, d_score_kernel, *by_word = backward_loop(
+                words,
+                with_room(d_states),
+                with_room(d_weights),
+                before,
+                input_gates,
+                projected,
+                *image,
+                tf.transpose(state_kernel),  # a product with the transposed is several times slower, at every word
+                tf.transpose(context_kernel),
+            )
+            d_gates, d_projected, d_contexts = (x[:words] for x in by_word)  # (T, B, ...)
+            return (
+                d_gates,
+                d_hidden,
+                tf.einsum("tbp,tbd->bpd", weights[:words], d_contexts),  # (B, P, D)
+                d_keys,
+                kernel_gradient(before[:words], d_projected, product_type),  # (U, 4U)
+                tf.reduce_sum(d_projected, (0, 1)),  # (4U,)
+                d_score_kernel,
+                kernel_gradient(contexts[:words], d_gates, product_type),  # (D, 3U)
+            )
+
+        return (states[:words], weights[:words]), gradient
+
+    state_kernel = tf.concat((query_kernel, hidden_kernel), 1)  # (U, 4U): all that the hidden state is multiplied with
+    state_bias = tf.concat((tf.zeros_like(query_kernel[0]), hidden_bias), 0)  # (4U,)
+    return say(word_gates, hidden, encoded_features, keys, state_kernel, state_bias, score_kernel, context_kernel)
+
+
+def kernel_gradient(inputs, d_outputs, product_type):
+    """The gradient of a Dense layer's kernel, of all words in one product. (T, B, m), (T, B, n) -> float32 (m, n)."""
+    inputs, d_outputs = (tf.cast(tf.reshape(x, (-1, x.shape[-1])), product_type) for x in (inputs, d_outputs))
+    return tf.cast(tf.matmul(inputs, d_outputs, transpose_a=True), tf.float32)  # (m, n)
+
+
+def with_room(x):
+    """Zeros behind the last word. (T, ...) -> (T', ...), a multiple of ROOM."""
+    return tf.pad(x, ((0, -tf.shape(x)[0] % ROOM), (0, 0), (0, 0)))
+
+
+@tf.function(jit_compile=True)
+def forward_loop(
+    words, word_gates, hidden, encoded_features, keys, score_kernel, state_kernel, state_bias, context_kernel
+):
+    """The first `words` of T' words. Returns, for each word, what the backward loop needs, 0 behind the last.
+
+    Returns:
+      hidden (T', B, U) after each word, attention_weights (T', B, P), context_vector (T', B, D), input_gates
+      (T', B, 3U), and [query, hidden gates] (T', B, 4U)
+    """
+    units = hidden.shape[-1]
+    room = tf.shape(word_gates)[0]
+
+    def one_word(t, hidden, outputs):
+        projected = tf.matmul(hidden, state_kernel) + state_bias  # (B, 4U)
+        query, hidden_gates = projected[:, :units], projected[:, units:]  # (B, U), (B, 3U)
+        context_vector, attention_weights = attend(query, encoded_features, keys, score_kernel)  # (B, D), (B, P)
+        input_gates = word_gates[t] + tf.matmul(context_vector, context_kernel)  # (B, 3U)
+        hidden = gru(input_gates, hidden_gates, hidden)  # (B, U)
+        results = hidden, attention_weights, context_vector, input_gates, projected
+        return t + 1, hidden, [output.write(t, x) for output, x in zip(outputs, results, strict=True)]
+
+    widths = units, keys.shape[1], encoded_features.shape[-1], 3 * units, 4 * units
+    outputs = [tf.TensorArray(tf.float32, room, element_shape=(hidden.shape[0], width)) for width in widths]
+    *_, outputs = tf.while_loop(lambda t, *_: t < words, one_word, (0, hidden, outputs))
+    return [output.stack() for output in outputs]
+
+
+@tf.function(jit_compile=True)
+def backward_loop(
+    words,
+    d_states,
+    d_weights,
+    before,
+    input_gates,
+    projected,
+    encoded_features,
+    keys,
+    score_kernel,
+    state_kernel_transposed,
+    context_kernel_transposed,
+):
+    """Gradients of forward_loop, from the last word to the first.
+
+    Args:
+      d_states, d_weights: float (T', B, U) and (T', B, P), the gradients of hidden states and attention weights.
+      before: float (T', B, U), the hidden state before each word.
+
+    Returns:
+      the gradients of hidden (B, U), keys (B, P, U) and score_kernel (U, 1), and for each word those of input_gates
+      (T', B, 3U), [query, hidden gates] (T', B, 4U) and context_vector (T', B, D)
+    """
+    units = before.shape[-1]
+    room = tf.shape(before)[0]
+
+    def one_word(t, d_hidden, d_keys, d_score_kernel, outputs):
+        here = projected[t]  # (B, 4U); XLA gets projected[t, :, units:] wrong, as t is not known to it
+        query, hidden_gates = here[:, :units], here[:, units:]  # (B, U), (B, 3U)
+        inputs = input_gates[t], hidden_gates, before[t]
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            hidden = gru(*inputs)  # (B, U)
+        d_input_gates, d_hidden_gates, d_before = tape.gradient(hidden, inputs, d_hidden + d_states[t])
+        d_context = tf.matmul(d_input_gates, context_kernel_transposed)  # (B, D)
+        inputs = query, keys, score_kernel
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            looked = attend(query, encoded_features, keys, score_kernel)  # (B, D), (B, P)
+        d_query, d_keys_here, d_score_here = tape.gradient(looked, inputs, (d_context, d_weights[t]))
+        d_projected = tf.concat((d_query, d_hidden_gates), 1)  # (B, 4U)
+        d_before += tf.matmul(d_projected, state_kernel_transposed)  # (B, U)
+        results = d_input_gates, d_projected, d_context
+        outputs = [output.write(t, x) for output, x in zip(outputs, results, strict=True)]
+        return t - 1, d_before, d_keys + d_keys_here, d_score_kernel + d_score_here, outputs
+
+    widths = 3 * units, 4 * units, encoded_features.shape[-1]
+    outputs = [tf.TensorArray(tf.float32, room, element_shape=(before.shape[1], width)) for width in widths]
+    start = words - 1, tf.zeros_like(before[0]), tf.zeros_like(keys), tf.zeros_like(score_kernel), outputs
+    _, *gradients, outputs = tf.while_loop(lambda t, *_: t >= 0, one_word, start)
+    return *gradients, *(output.stack() for output in outputs)
