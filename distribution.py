@@ -152,7 +152,8 @@ def share_batches(order, batch_size):
       in each batch; -1 where the batch has no caption left for it.
     """
     replicas, count = tf.distribute.get_strategy().num_replicas_in_sync, -(-len(order) // batch_size)
-    batches = np.full((count, -(-batch_size // replicas) * replicas), -1, order.dtype)
+    rows = -(-min(batch_size, len(order)) // replicas) * replicas
+    batches = np.full((count, rows), -1, order.dtype)
     for number, batch in enumerate(batches):
         captions = order[number * batch_size :][:batch_size]
         batch[: len(captions)] = captions

@@ -43,7 +43,7 @@ class CNN_Encoder(keras.Model):
     """
 
     def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32"):
-        super().__init__(autocast=False)  # what the product needs is cast there, once
+        super().__init__()
         self.product = Product(encoder_dim, use_bias=False, dtype=precision)
         self.bias = self.add_weight(shape=(encoder_dim,), initializer="zeros", name="bias")
         self.feature_mean = self.keep("feature_mean", feature_mean)
@@ -159,7 +159,7 @@ class RNN_Decoder(keras.Model):
         keys = self.attention.make_keys(encoded_features)  # (B, P, U)
         hidden = self.initial_hidden(encoded_features)  # (B, U)
         inside = self.attention.make_query, self.attention.make_score, self.context_gates, self.hidden_gates
-        kernels = [layer.kernel for layer in inside]
+        kernels = [tf.convert_to_tensor(layer.kernel) for layer in inside]
         inputs = word_gates, hidden, encoded_features, keys, *kernels, self.hidden_gates.bias
         all_hidden, all_weights = say_words(*inputs, self.word_gates.compute_dtype)  # (T-1, B, U), (T-1, B, P)
         all_hidden = self.drop(tf.transpose(all_hidden, (1, 0, 2)), dropout_seed, 1)  # (B, T-1, U)
