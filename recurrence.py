@@ -6,8 +6,11 @@ weights' gradients at every word; the one here computes attention anew, and the 
 
 import tensorflow as tf
 
-# The compiled loops have room for a multiple of so many words, so that captions of all lengths share a few of them.
+# The loops are compiled with room for a multiple of so many words, so that a few of them serve captions of any length.
 ROOM = 16
+
+# XLA compiles the loops for the CPU; for a GPU it needs parts of CUDA that many installations of TensorFlow lack.
+COMPILE = not tf.config.list_physical_devices("GPU")
 
 
 def attend(query, encoded_features, keys, score_kernel):
@@ -122,7 +125,7 @@ def with_room(x):
     return tf.pad(x, ((0, -tf.shape(x)[0] % ROOM), (0, 0), (0, 0)))
 
 
-@tf.function(jit_compile=True)
+@tf.function(jit_compile=COMPILE)
 def forward_loop(
     words, word_gates, hidden, encoded_features, keys, score_kernel, state_kernel, state_bias, context_kernel
 ):
@@ -150,7 +153,7 @@ def forward_loop(
     return [output.stack() for output in outputs]
 
 
-@tf.function(jit_compile=True)
+@tf.function(jit_compile=COMPILE)
 def backward_loop(
     words,
     d_states,

@@ -42,7 +42,11 @@ def differentiate(function, arguments):
 
 
 @pytest.mark.parametrize("words", [1, 5, recurrence.ROOM, recurrence.ROOM + 1])
-def test_the_compiled_loops_and_their_gradient_are_those_of_plain_steps(words):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_loops_and_their_gradient_are_those_of_plain_steps(words, compiled, monkeypatch):
+    for name in ("forward_loop", "backward_loop"):
+        loop = getattr(recurrence, name).python_function
+        monkeypatch.setattr(recurrence, name, tf.function(loop, jit_compile=compiled))
     arguments = inputs(words)
     expected, expected_gradients = differentiate(say_words_one_by_one, arguments)
     (all_hidden, all_weights), gradients = differentiate(recurrence.say_words, arguments)

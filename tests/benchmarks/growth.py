@@ -2,8 +2,9 @@
 
 PYTHONPATH=. python tests/benchmarks/growth.py SIZE [SIZE ...] -- [--<field> VALUE ...]
 
-For each SIZE, a number of captions, it runs data_utils.py and one epoch of train_image_caption_model.py as processes of
-their own on the data set that the settings name, in folders of their own, and prints one line of a table.
+For each SIZE, a number of captions, it runs data_utils.py and two epochs of train_image_caption_model.py, the first of
+which also compiles, as processes of their own on the data set that the settings name, in folders of their own, and
+prints one line of a table. captions/s are the second epoch's.
 """
 
 import csv
@@ -26,8 +27,8 @@ def main(argv):
             prepare, out, _ = run("data_utils.py", [*argv[cut + 1 :], *places])
             extraction = re.findall(r"(\d+)/\1 \[(\d+):(\d+)<", out.split("extracting features")[-1])
             images, minutes, seconds = map(int, extraction[-1]) if "extracting" in out else (0, 0, 1)
-            _, out, first = run("train_image_caption_model.py", [*argv[cut + 1 :], *places, "--epochs", "1"])
-            row = next(csv.DictReader(pathlib.Path(folder, "run", "history.csv").open()))
+            _, out, first = run("train_image_caption_model.py", [*argv[cut + 1 :], *places, "--epochs", "2"])
+            *_, row = csv.DictReader(pathlib.Path(folder, "run", "history.csv").open())
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3  # the largest child so far
         print(
             f"| {size} | {prepare:.0f} | {images / max(1, minutes * 60 + seconds):.1f} | {first:.1f} "
