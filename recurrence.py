@@ -4,13 +4,16 @@ Letters as in model.py. TensorFlow's own gradient of such a loop keeps (B, P, U)
 weights' gradients at every word; the one here computes attention anew, and the weights' gradients once, at the end.
 """
 
+import os
+
 import tensorflow as tf
 
 # The loops are compiled with room for a multiple of so many words, so that a few of them serve captions of any length.
 ROOM = 16
 
-# XLA compiles the loops for the CPU; for a GPU it needs parts of CUDA that many installations of TensorFlow lack.
-COMPILE = not tf.config.list_physical_devices("GPU")
+# XLA compiles the loops for the CPU; for a GPU it needs parts of CUDA that many installations of TensorFlow lack. Of
+# several workers none compiles, as a compiled loop holds up the exchange of the gradients that are ready.
+COMPILE = not tf.config.list_physical_devices("GPU") and "TF_CONFIG" not in os.environ
 
 
 def attend(query, encoded_features, keys, score_kernel):
