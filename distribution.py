@@ -151,13 +151,10 @@ def share_batches(order, batch_size):
       int (batches, R*b): the positions for each of the R own replicas, the same number b for each replica there is and
       in each batch; -1 where the batch has no caption left for it.
     """
-    replicas, count = tf.distribute.get_strategy().num_replicas_in_sync, -(-len(order) // batch_size)
-    rows = -(-min(batch_size, len(order)) // replicas) * replicas
-    batches = np.full((count, rows), -1, order.dtype)
-    for number, batch in enumerate(batches):
-        captions = order[number * batch_size :][:batch_size]
-        batch[: len(captions)] = captions
-    return batches.reshape(count, replicas, -1)[:, own_replicas()].reshape(count, -1)
+    replicas, size = tf.distribute.get_strategy().num_replicas_in_sync, min(batch_size, len(order))
+    batches = np.append(order, np.full(-len(order) % size, -1, order.dtype)).reshape(-1, size)
+    batches = np.pad(batches, ((0, 0), (0, -size % replicas)), constant_values=-1)
+    return batches.reshape(len(batches), replicas, -1)[:, own_replicas()].reshape(len(batches), -1)
 
 
 def own_rows(batch):

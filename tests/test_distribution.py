@@ -15,6 +15,7 @@ from command_line import UserError, make_config
 from conftest import options, write_coco, write_features
 from test_train import rows, weights
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -207,6 +208,25 @@ def test_every_caption_is_one_processs_once_an_epoch(own, captions, batch_size, 
         assert read[read >= 0].tolist() == batch.tolist()  # in order, which the dropout masks go by
         assert {share.size / len(own[0]) for share in shares} == {-(-min(batch_size, captions) // 4)}
     assert len(processes[0]) == -(-captions // batch_size)
+
+
+def test_adam_in_one_pass_is_keras_own():
+    """Gradients above and below the norm at which they are clipped, and of embeddings, a row of which comes twice."""
+    rng = np.random.default_rng(3)
+    rate = keras.optimizers.schedules.CosineDecay(0.01, 6)
+    ends = []
+    gradients = [(rng.standard_normal((5, 4)) * 4**step, rng.standard_normal((3, 4))) for step in range(-3, 3)]
+    for kind in (keras.optimizers.Adam, distribution.SummedAdam):
+        weights = [keras.Variable(np.ones((5, 4), np.float32)), keras.Variable(np.ones((7, 4), np.float32))]
+        optimizer = kind(rate, global_clipnorm=5.0)
+        optimizer.build(weights)
+        for whole, rows_of_it in gradients:
+            rows_of_it = tf.IndexedSlices(tf.constant(rows_of_it, tf.float32), tf.constant([6, 0, 6]), (7, 4))
+            optimizer.apply([tf.constant(whole, tf.float32), rows_of_it], weights)
+        ends.append([variable.numpy() for variable in (*weights, *optimizer.variables)])
+    for ours, theirs in zip(ends[1], ends[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert all(np.abs(end - 1).max() > 0.01 for end in ends[0][:2])  # they have moved
 
 
 def train_in(root, run, precision, epochs):

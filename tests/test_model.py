@@ -65,6 +65,32 @@ def test_teacher_forcing_and_single_steps_agree(captioner, features):
         np.testing.assert_allclose(tf.reduce_sum(weights, axis=1), 1.0, atol=1e-5)
 
 
+def test_teacher_forcing_and_single_steps_have_the_same_gradients(captioner, features):
+    encoder, decoder = captioner
+    weights = encoder.trainable_variables + decoder.trainable_variables
+
+    def taught():
+        return decoder.teach(CAPTIONS, encoder(features))
+
+    def stepped():
+        encoded_features = encoder(features)
+        hidden, steps = decoder.initial_hidden(encoded_features), []
+        for t in range(4):
+            logits, hidden, looked = decoder(CAPTIONS[:, t : t + 1], encoded_features, hidden)
+            steps.append((logits, looked[:, :, 0]))
+        return [tf.stack(x, 1) for x in zip(*steps, strict=True)]
+
+    gradients = []
+    for compute in (taught, stepped):
+        with tf.GradientTape() as tape:
+            logits, looked = compute()
+            loss = model.caption_loss(CAPTIONS, logits) + model.attention_loss(CAPTIONS, looked)
+        gradients.append([tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, weights)])
+    for weight, ours, plain in zip(weights, *gradients, strict=True):
+        assert np.abs(plain).max() > 0, weight.path
+        np.testing.assert_allclose(ours, plain, atol=1e-5 * np.abs(plain).max(), err_msg=weight.path)
+
+
 def test_the_recurrence_is_keras_own_gru(captioner, features):
     """Keras's cell, given the same weights and the [word, context] input, must step to the same state."""
     encoder, decoder = captioner
