@@ -49,7 +49,7 @@ class CNN_Encoder(keras.Model):
     """
 
     def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32"):
-        super().__init__(autocast=False)
+        super().__init__()
         self.product = Product(encoder_dim, precision, use_bias=False)
         self.bias = self.add_weight(shape=(encoder_dim,), initializer="zeros", name="bias")
         self.feature_mean = self.keep("feature_mean", feature_mean)
@@ -105,7 +105,8 @@ class RNN_Decoder(keras.Model):
       embedding_dim: int, E.
       units: int, U.
       dropout: float, share of the embeddings and of the hidden states before the output layer dropped in training.
-      precision: Keras dtype policy of the products over a whole caption; the recurrence stays in float32.
+      precision: Keras dtype policy of the products over a whole caption and, where the recurrence is compiled, of its
+        products with kernels; all else is float32.
 
     Call, one step:
       words: int (B, 1), the previous word of each caption

@@ -130,6 +130,23 @@ def test_dropout_depends_on_its_seed_alone(captioner, features):
     assert np.abs(first - without).max() > 1e-3
 
 
+def test_word_losses_are_cross_entropies():
+    logits = np.random.default_rng(0).standard_normal((2, 3, VOCABULARY), np.float32)
+    logits[0, 0, :2] = 300, -300  # too unlikely for a probability in float32
+    words = tf.constant([[1, 0, 4], [2, 2, 1]])
+    losses, gradients = [], []
+    for function in (model.word_losses, lambda x, w: tf.nn.sparse_softmax_cross_entropy_with_logits(w, x)):
+        with tf.GradientTape() as tape:
+            x = tf.constant(logits)
+            tape.watch(x)
+            losses.append(function(x, words))  # (2, 3)
+        gradients.append(tape.gradient(losses[-1], x, tf.constant([[1.0, 2.0, 0.0], [0.5, 1.0, 3.0]])))
+    assert losses[0].shape == (2, 3)
+    assert losses[0][0, 0] == 600
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], gradients[1], atol=1e-6)
+
+
 def test_the_loss_counts_real_tokens_only():
     logits = np.random.default_rng(3).standard_normal((3, 4, VOCABULARY)).astype(np.float32)
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -41,12 +41,17 @@ def differentiate(function, arguments):
     return results, tape.gradient(results, arguments, wanted)
 
 
-@pytest.mark.parametrize("words", [1, 5, recurrence.ROOM, recurrence.ROOM + 1])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_the_loops_and_their_gradient_are_those_of_plain_steps(words, compiled, monkeypatch):
+def compile_loops(compiled, monkeypatch):
+    monkeypatch.setattr(recurrence, "COMPILE", compiled)
     for name in ("forward_loop", "backward_loop"):
         loop = getattr(recurrence, name).python_function
         monkeypatch.setattr(recurrence, name, tf.function(loop, jit_compile=compiled))
+
+
+@pytest.mark.parametrize("words", [1, 5, recurrence.ROOM, recurrence.ROOM + 1])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_loops_and_their_gradient_are_those_of_plain_steps(words, compiled, monkeypatch):
+    compile_loops(compiled, monkeypatch)
     arguments = inputs(words)
     expected, expected_gradients = differentiate(say_words_one_by_one, arguments)
     (all_hidden, all_weights), gradients = differentiate(recurrence.say_words, arguments)
@@ -59,15 +64,19 @@ def test_the_loops_and_their_gradient_are_those_of_plain_steps(words, compiled, 
         np.testing.assert_allclose(gradient, value, atol=2e-5 * np.abs(value).max(), err_msg=name)
 
 
-def test_lower_precision_is_for_the_kernels_gradients_only():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_lower_precision_rounds_products_with_kernels_and_no_others(compiled, monkeypatch):
+    compile_loops(compiled, monkeypatch)
     arguments = inputs(9)
-    _, exact = differentiate(recurrence.say_words, arguments)
-    _, rounded = differentiate(lambda *x: recurrence.say_words(*x, "bfloat16"), arguments)
-    for name, gradient, value in zip(NAMES, rounded, exact, strict=True):
-        if name in ("query_kernel", "context_kernel", "hidden_kernel"):
-            assert 0 < np.abs(gradient - value).max() < 0.02 * np.abs(value).max()
+    exact, exact_gradients = differentiate(recurrence.say_words, arguments)
+    rounded, rounded_gradients = differentiate(lambda *x: recurrence.say_words(*x, "bfloat16"), arguments)
+    names = ("all_hidden", "all_weights", *NAMES)
+    for name, value, expected in zip(names, (*rounded, *rounded_gradients), (*exact, *exact_gradients), strict=True):
+        assert value.dtype == tf.float32
+        if compiled or name in ("query_kernel", "context_kernel", "hidden_kernel"):
+            assert 0 < np.abs(value - expected).max() < 0.02 * np.abs(expected).max(), name
         else:
-            np.testing.assert_array_equal(gradient, value)
+            np.testing.assert_array_equal(value, expected, err_msg=name)
 
 
 def test_one_graph_serves_captions_of_all_lengths():
