@@ -13,7 +13,7 @@ import tempfile
 import time
 
 import data_utils
-from command_line import parse_command_line, run_script
+from command_line import UserError, parse_command_line, run_script
 from drawn_data import describe_machine, print_table
 from files import write_npy
 
@@ -36,6 +36,8 @@ def main(argv):
         config = dataclasses.replace(config, features_dir=str(folder / "features"))
         paths = sorted(options.folder.glob("*.jpg")) if options.folder else draw_photographs(folder, options.count)
         paths = paths[: options.count]
+        if not paths:
+            raise UserError(f"no .jpg file is in {options.folder}: give another --folder")
         with data_utils.extract_precision(config):  # a rewriting of graphs, which leaves eager calls as they are
             similarity, rates = measure(paths, folder, options.rounds, config)
     print(f"{len(paths)} images, batch {config.extract_batch}, precision {config.extract_precision}")
