@@ -28,7 +28,7 @@ class Product(layers.Dense):
 
     def call(self, inputs):
         inputs, kernel = (tf.cast(x, self.product_type) for x in (inputs, self.kernel))
-        outputs = tf.cast(tf.tensordot(inputs, kernel, 1), tf.float32)
+        outputs = tf.cast(tf.tensordot(inputs, kernel, 1), tf.float32)  # (..., units)
         return tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs
 
 
