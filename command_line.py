@@ -157,10 +157,8 @@ def parse_value(name, text):
     if optional and text.lower() == "none":
         return None
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
         return kind(text)
-    except (KeyError, ValueError):
+    except ValueError:
         raise UserError(f"--{name} takes {describe_type(setting_types()[name])}, not {text!r}") from None
 
 
