@@ -289,6 +289,9 @@ def collect_captions(images, config):
 def plan_batches(lengths, batch_size, rng):
     """The order of an epoch: every caption once, those of a batch of similar length, the batches in random order.
 
+    A batch of short captions and one of long ones take turns: the model learns more in an epoch when no run of either
+    teaches it that all captions are so long.
+
     Args:
       lengths: int (N,), words of each caption.
       batch_size: int, B.
@@ -300,7 +303,10 @@ def plan_batches(lengths, batch_size, rng):
     order = rng.permutation(len(lengths))
     full = len(order) - len(order) % batch_size
     batches = order[:full][np.argsort(lengths[order[:full]], kind="stable")].reshape(-1, batch_size)
-    return np.concatenate([rng.permutation(batches).ravel(), order[full:]])
+    short, long = (rng.permutation(half) for half in np.array_split(batches, [len(batches) // 2]))
+    turns = np.empty_like(batches)
+    turns[1::2], turns[::2] = short, long
+    return np.concatenate([turns.ravel(), order[full:]])
 
 
 def caption_batches(captions, order, config):
