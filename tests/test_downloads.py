@@ -127,7 +127,13 @@ def python(code, *arguments):
         cwd=pathlib.Path(downloads.__file__).parent,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,
     )
+
+
+def hear_interrupts():
+    """A shell has what it starts in the background ignore Ctrl-C, and so have this process and those that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition):
