@@ -4,6 +4,7 @@ Letters as in model.py. TensorFlow's own gradient of such a loop keeps (B, P, U)
 weights' gradients at every word; the one here computes attention anew, and the weights' gradients once, at the end.
 """
 
+import functools
 import os
 
 import tensorflow as tf
@@ -47,6 +48,7 @@ def gru(input_gates, hidden_gates, hidden):
 
 def say_words(
     word_gates,
+    lengths,
     hidden,
     encoded_features,
     keys,
@@ -57,10 +59,15 @@ def say_words(
     hidden_bias,
     product_type="float32",
 ):
-    """Attention and GRU over the given words, T of each caption.
+    """Attention and GRU over the given words of each caption.
+
+    Every second row, from the first on, is for the longer captions: when all others have ended, these alone go on.
+    Captions may come in any order, but one that costs more.
 
     Args:
       word_gates: float (T, B, 3U), the words' part of the GRU's input gates.
+      lengths: int (B,), how many words of each caption are to be said, T at the most. What is returned for words behind
+        them is of no use.
       hidden: float (B, U), before the first word.
       encoded_features: float (B, P, D)
       keys: float (B, P, U)
@@ -81,18 +88,19 @@ def say_words(
         inputs = [tf.stop_gradient(x) for x in inputs]
         word_gates, hidden, encoded_features, keys, state_kernel, state_bias, score_kernel, context_kernel = inputs
         words = tf.shape(word_gates)[0]
+        ends = tf.maximum(tf.reduce_max(lengths[1::2]), 0), words  # B may be 1
         image = encoded_features, keys, score_kernel
         kernels = [
             tf.cast(kernel, product_type if COMPILE else tf.float32) for kernel in (state_kernel, context_kernel)
         ]
         states, weights, contexts, input_gates, projected = forward_loop(
-            words, with_room(word_gates), hidden, *image, state_bias, *kernels
+            *ends, with_room(word_gates), hidden, *image, state_bias, *kernels
         )
 
         def gradient(d_states, d_weights):
             before = tf.concat((hidden[tf.newaxis], states[:-1]), 0)  # (T', B, U)
             d_hidden, d_keys, d_score_kernel, *by_word = backward_loop(
-                words,
+                *ends,
                 with_room(d_states),
                 with_room(d_weights),
                 before,
@@ -142,36 +150,48 @@ def split_product(x, kernel, parts):
     return tf.add_n(list(map(product, tf.split(x, parts, 1), tf.split(kernel, parts))))
 
 
+def spread(x, stride, rows):
+    """Zeros for the rows that x[::stride] leaves out. (b, ...) -> (B, ...)."""
+    zeros = [tf.zeros_like(x)] * (stride - 1)
+    return tf.reshape(tf.stack([x, *zeros], 1), (-1, *x.shape[1:]))[:rows]
+
+
 @tf.function(jit_compile=COMPILE)
 def forward_loop(
-    words, word_gates, hidden, encoded_features, keys, score_kernel, state_bias, state_kernel, context_kernel
+    both, words, word_gates, hidden, encoded_features, keys, score_kernel, state_bias, state_kernel, context_kernel
 ):
-    """The first `words` of T' words. Returns, for each word, what the backward loop needs, 0 behind the last.
+    """The first `both` of T' words for all rows, then up to `words` for every second one.
 
-    Returns:
+    Returns, for each word, what the backward loop needs, 0 where nothing is said:
       hidden (T', B, U) after each word, attention_weights (T', B, P), context_vector (T', B, D), input_gates
       (T', B, 3U), and [query, hidden gates] (T', B, 4U)
     """
     units = hidden.shape[-1]
-    room = tf.shape(word_gates)[0]
+    room, rows = tf.unstack(tf.shape(word_gates)[:2])
 
-    def one_word(t, hidden, outputs):
-        projected = product(hidden, state_kernel) + state_bias  # (B, 4U)
-        query, hidden_gates = projected[:, :units], projected[:, units:]  # (B, U), (B, 3U)
-        context_vector, attention_weights = attend(query, encoded_features, keys, score_kernel)  # (B, D), (B, P)
-        input_gates = word_gates[t] + product(context_vector, context_kernel)  # (B, 3U)
-        hidden = gru(input_gates, hidden_gates, hidden)  # (B, U)
+    def one_word(stride, image, t, hidden, outputs):
+        projected = product(hidden, state_kernel) + state_bias  # (b, 4U)
+        query, hidden_gates = projected[:, :units], projected[:, units:]  # (b, U), (b, 3U)
+        context_vector, attention_weights = attend(query, *image, score_kernel)  # (b, D), (b, P)
+        input_gates = word_gates[t][::stride] + product(context_vector, context_kernel)  # (b, 3U)
+        hidden = gru(input_gates, hidden_gates, hidden)  # (b, U)
         results = hidden, attention_weights, context_vector, input_gates, projected
-        return t + 1, hidden, [output.write(t, x) for output, x in zip(outputs, results, strict=True)]
+        outputs = [output.write(t, spread(x, stride, rows)) for output, x in zip(outputs, results, strict=True)]
+        return t + 1, hidden, outputs
 
     widths = units, keys.shape[1], encoded_features.shape[-1], 3 * units, 4 * units
     outputs = [tf.TensorArray(tf.float32, room, element_shape=(hidden.shape[0], width)) for width in widths]
-    *_, outputs = tf.while_loop(lambda t, *_: t < words, one_word, (0, hidden, outputs))
-    return [output.stack() for output in outputs]
+    state = 0, hidden, outputs
+    for stride, end in (1, both), (2, words):
+        body = functools.partial(one_word, stride, (encoded_features[::stride], keys[::stride]))
+        t, hidden, outputs = state
+        state = tf.while_loop(lambda t, *_, end=end: t < end, body, (t, hidden[::stride], outputs))
+    return [output.stack() for output in state[-1]]
 
 
 @tf.function(jit_compile=COMPILE)
 def backward_loop(
+    both,
     words,
     d_states,
     d_weights,
@@ -197,36 +217,44 @@ def backward_loop(
       (T', B, 3U), [query, hidden gates] (T', B, 4U) and context_vector (T', B, D)
     """
     units = before.shape[-1]
-    room = tf.shape(before)[0]
+    room, rows = tf.unstack(tf.shape(before)[:2])
 
-    def one_word(t, d_hidden, d_keys, d_score_kernel, outputs):
-        here = projected[t]  # (B, 4U); XLA gets projected[t, :, units:] wrong, as t is not known to it
-        query, hidden_gates = here[:, :units], here[:, units:]  # (B, U), (B, 3U)
-        inputs = input_gates[t], hidden_gates, before[t]
+    def one_word(stride, image, t, d_hidden, d_keys, d_score_kernel, outputs):
+        encoded_features, keys = image  # (b, P, D), (b, P, U)
+        # projected[t, ::stride, units:] in one go is what XLA gets wrong, as t is not known to it.
+        here = (x[t][::stride] for x in (d_states, d_weights, before, weights, input_gates, projected))
+        d_state, d_looked, hidden, looked, x_gates, query_and_gates = here  # (b, ...)
+        query, hidden_gates = query_and_gates[:, :units], query_and_gates[:, units:]  # (b, U), (b, 3U)
+        inputs = x_gates, hidden_gates, hidden
         with tf.GradientTape() as tape:
             tape.watch(inputs)
-            hidden = gru(*inputs)  # (B, U)
-        d_input_gates, d_hidden_gates, d_before = tape.gradient(hidden, inputs, d_hidden + d_states[t])
-        d_context = split_product(d_input_gates, context_kernel_transposed, 3)  # (B, D)
+            hidden = gru(*inputs)  # (b, U)
+        d_input_gates, d_hidden_gates, d_before = tape.gradient(hidden, inputs, d_hidden + d_state)
+        d_context = split_product(d_input_gates, context_kernel_transposed, 3)  # (b, D)
         # Attention differentiated by hand: TensorFlow's gradient would compute its score and softmax anew.
-        d_looked = d_weights[t] + tf.linalg.matvec(encoded_features, d_context)  # (B, P)
-        d_score = weights[t] * (d_looked - tf.reduce_sum(weights[t] * d_looked, axis=1, keepdims=True))  # (B, P)
-        tanh = tf.tanh(keys + query[:, tf.newaxis])  # (B, P, U)
-        d_keys += d_score[:, :, tf.newaxis] * (1 - tanh * tanh)  # (B, P, U), but for score_kernel
+        d_looked += tf.linalg.matvec(encoded_features, d_context)  # (b, P)
+        d_score = looked * (d_looked - tf.reduce_sum(looked * d_looked, axis=1, keepdims=True))  # (b, P)
+        tanh = tf.tanh(keys + query[:, tf.newaxis])  # (b, P, U)
+        d_keys += d_score[:, :, tf.newaxis] * (1 - tanh * tanh)  # (b, P, U), but for score_kernel
         # The same, summed over the locations, over which the sum of d_score is 0.
-        d_query = -score_kernel[:, 0] * tf.reduce_sum(d_score[:, :, tf.newaxis] * (tanh * tanh), axis=1)  # (B, U)
-        d_score_kernel += tf.matmul(
-            tf.reshape(tanh, (-1, units)), tf.reshape(d_score, (-1, 1)), transpose_a=True
-        )  # (U, 1)
-        d_projected = tf.concat((d_query, d_hidden_gates), 1)  # (B, 4U)
-        d_before += split_product(d_projected, state_kernel_transposed, 4)  # (B, U)
+        d_query = -score_kernel[:, 0] * tf.reduce_sum(d_score[:, :, tf.newaxis] * (tanh * tanh), axis=1)  # (b, U)
+        # A product for each row: the one over all rows XLA computes 20 times slower where they are few.
+        d_score_kernel += tf.reduce_sum(tf.matmul(d_score[:, tf.newaxis], tanh), axis=0)  # (1, U)
+        d_projected = tf.concat((d_query, d_hidden_gates), 1)  # (b, 4U)
+        d_before += split_product(d_projected, state_kernel_transposed, 4)  # (b, U)
         results = d_input_gates, d_projected, d_context
-        outputs = [output.write(t, x) for output, x in zip(outputs, results, strict=True)]
+        outputs = [output.write(t, spread(x, stride, rows)) for output, x in zip(outputs, results, strict=True)]
         return t - 1, d_before, d_keys, d_score_kernel, outputs
 
     widths = 3 * units, 4 * units, encoded_features.shape[-1]
     outputs = [tf.TensorArray(tf.float32, room, element_shape=(before.shape[1], width)) for width in widths]
-    start = words - 1, tf.zeros_like(before[0]), tf.zeros_like(keys), tf.zeros_like(score_kernel), outputs
-    _, d_hidden, d_keys, d_score_kernel, outputs = tf.while_loop(lambda t, *_: t >= 0, one_word, start)
+    gradients = tf.zeros_like(before[0, ::2]), tf.zeros_like(keys[::2])  # (b, U), (b, P, U)
+    state = words - 1, *gradients, tf.zeros_like(tf.transpose(score_kernel)), outputs
+    for stride, begin in (2, both), (1, 0):
+        body = functools.partial(one_word, stride, (encoded_features[::stride], keys[::stride]))
+        state = tf.while_loop(lambda t, *_, begin=begin: t >= begin, body, state)
+        t, d_hidden, d_keys, d_score_kernel, outputs = state
+        state = t, spread(d_hidden, stride, rows), spread(d_keys, stride, rows), d_score_kernel, outputs
+    _, d_hidden, d_keys, d_score_kernel, outputs = state
     outputs = [output.stack() for output in outputs]
-    return d_hidden, d_keys * score_kernel[:, 0], d_score_kernel, *outputs
+    return d_hidden, d_keys * score_kernel[:, 0], tf.transpose(d_score_kernel), *outputs

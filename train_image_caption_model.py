@@ -287,10 +287,10 @@ def collect_captions(images, config):
 
 
 def plan_batches(lengths, batch_size, rng):
-    """The order of an epoch: every caption once, those of a batch of similar length, the batches in random order.
+    """The order of an epoch: every caption once, those of a batch of two lengths, the batches in random order.
 
-    A batch of short captions and one of long ones take turns: the model learns more in an epoch when no run of either
-    teaches it that all captions are so long.
+    Every second row of a batch has a caption of one length, longer than most, and the rows between one of another,
+    shorter than most: so `say_words` has few words to fill up, and no batch teaches that all captions are so long.
 
     Args:
       lengths: int (N,), words of each caption.
@@ -301,12 +301,13 @@ def plan_batches(lengths, batch_size, rng):
       int (N,): positions of captions; each B in a row are a batch. The last, smaller one takes any lengths.
     """
     order = rng.permutation(len(lengths))
-    full = len(order) - len(order) % batch_size
-    batches = order[:full][np.argsort(lengths[order[:full]], kind="stable")].reshape(-1, batch_size)
-    short, long = (rng.permutation(half) for half in np.array_split(batches, [len(batches) // 2]))
-    turns = np.empty_like(batches)
-    turns[1::2], turns[::2] = short, long
-    return np.concatenate([turns.ravel(), order[full:]])
+    count, short = len(order) // batch_size, batch_size // 2
+    full = count * batch_size
+    by_length = order[:full][np.argsort(lengths[order[:full]], kind="stable")]
+    batches = np.empty((count, batch_size), order.dtype)
+    batches[:, 1::2] = rng.permutation(by_length[: count * short].reshape(count, short))
+    batches[:, ::2] = rng.permutation(by_length[count * short :].reshape(count, batch_size - short))
+    return np.concatenate([batches.ravel(), order[full:]])
 
 
 def caption_batches(captions, order, config):

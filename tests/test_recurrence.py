@@ -4,18 +4,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-B, P, D, U = 3, 64, 8, 16
+P, D, U = 64, 8, 16
 NAMES = ("word_gates", "hidden", "encoded_features", "keys", "query_kernel", "score_kernel", "context_kernel")
 NAMES += ("hidden_kernel", "hidden_bias")
 
 
-def inputs(words):
+def inputs(words, lengths=None):
+    """Arguments of say_words, for 3 captions of as many words if not given their lengths."""
+    lengths = lengths or [words] * 3
+    B = len(lengths)
     shapes = (words, B, 3 * U), (B, U), (B, P, D), (B, P, U), (U, U), (U, 1), (D, 3 * U), (U, 3 * U), (3 * U,)
     rng = np.random.default_rng(words)
-    return [tf.constant(rng.standard_normal(shape) / 2, tf.float32) for shape in shapes]
+    word_gates, *others = (tf.constant(rng.standard_normal(shape) / 2, tf.float32) for shape in shapes)
+    return [word_gates, tf.constant(lengths), *others]
 
 
-def say_words_one_by_one(word_gates, hidden, features, keys, query_kernel, score_kernel, context_kernel, kernel, bias):
+def say_words_one_by_one(
+    word_gates, lengths, hidden, features, keys, query_kernel, score_kernel, context_kernel, kernel, bias
+):
     """The same in TensorFlow's plain operations, which differentiates them."""
     all_hidden, all_weights = [], []
     for gates in word_gates:
@@ -32,13 +38,16 @@ def say_words_one_by_one(word_gates, hidden, features, keys, query_kernel, score
 
 
 def differentiate(function, arguments):
-    """What a function returns, and the gradients of all arguments for arbitrary gradients of the results."""
+    """What a function returns for the words to be said, and the gradients of all arguments but lengths for it."""
+    word_gates, lengths, *_ = arguments
+    said = tf.cast(tf.range(len(word_gates))[:, tf.newaxis] < lengths, tf.float32)[:, :, tf.newaxis]  # (T, B, 1)
+    floats = [x for x in arguments if x is not lengths]
     with tf.GradientTape() as tape:
-        tape.watch(arguments)
-        results = function(*arguments)
+        tape.watch(floats)
+        results = [x * said for x in function(*arguments)]
     rng = np.random.default_rng(7)
     wanted = [tf.constant(rng.standard_normal(x.shape), tf.float32) for x in results]
-    return results, tape.gradient(results, arguments, wanted)
+    return results, tape.gradient(results, floats, wanted)
 
 
 def compile_loops(compiled, monkeypatch):
@@ -48,20 +57,46 @@ def compile_loops(compiled, monkeypatch):
         monkeypatch.setattr(recurrence, name, tf.function(loop, jit_compile=compiled))
 
 
-@pytest.mark.parametrize("words", [1, 5, recurrence.ROOM, recurrence.ROOM + 1])
+LENGTHS = {
+    "one word": [1, 1, 1],
+    "alike": [5, 5, 5],
+    "as much as there is room for": [recurrence.ROOM] * 3,
+    "one more": [recurrence.ROOM + 1] * 3,
+    "every second longer": [6, 2, 4],
+    "every second shorter": [2, 6, 4],
+    "the others empty": [4, 0, 3],
+    "all but one empty": [0, 4, 0],
+    "one row": [3],
+    "more rows": [9, 3, 7, 2, 8],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("compiled", [True, False])
-def test_the_loops_and_their_gradient_are_those_of_plain_steps(words, compiled, monkeypatch):
+def test_the_loops_and_their_gradient_are_those_of_plain_steps(lengths, compiled, monkeypatch):
     compile_loops(compiled, monkeypatch)
-    arguments = inputs(words)
+    words, rows = max(lengths), len(lengths)
+    arguments = inputs(words, lengths)
     expected, expected_gradients = differentiate(say_words_one_by_one, arguments)
     (all_hidden, all_weights), gradients = differentiate(recurrence.say_words, arguments)
-    assert all_hidden.shape == (words, B, U)
-    assert all_weights.shape == (words, B, P)
+    assert all_hidden.shape == (words, rows, U)
+    assert all_weights.shape == (words, rows, P)
     np.testing.assert_allclose(all_hidden, expected[0], atol=1e-5)
     np.testing.assert_allclose(all_weights, expected[1], atol=1e-6)
     for name, gradient, value in zip(NAMES, gradients, expected_gradients, strict=True):
         assert gradient.shape == value.shape
         np.testing.assert_allclose(gradient, value, atol=2e-5 * np.abs(value).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_second_row_goes_on_alone(compiled, monkeypatch):
+    """What is returned behind the others' last word is 0 for them, as nothing was computed."""
+    compile_loops(compiled, monkeypatch)
+    arguments = inputs(6, [6, 2, 5])
+    all_hidden, all_weights = recurrence.say_words(*arguments)
+    for x in (all_hidden, all_weights):
+        assert not np.any(x[2:, 1])
+        assert np.all(x[:, ::2]) and np.all(x[:2, 1])
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -130,18 +130,24 @@ def test_training_before_preparing_names_the_command(tmp_path):
         train(tmp_path)
 
 
-def test_every_caption_once_an_epoch_in_batches_of_similar_length():
+@pytest.mark.parametrize("batch_size", [64, 7, 1])
+def test_every_caption_once_an_epoch_in_batches_of_two_lengths(batch_size):
     lengths = np.random.default_rng(0).integers(3, 40, 1000)
-    order = training.plan_batches(lengths, 64, np.random.default_rng((42, 0)))
+    order = training.plan_batches(lengths, batch_size, np.random.default_rng((42, 0)))
     assert sorted(order) == list(range(1000))
-    spans = [np.ptp(lengths[order[start : start + 64]]) for start in range(0, 960, 64)]
-    assert np.mean(spans) < 4 < np.ptp(lengths) / 8
-    first = [lengths[order[start]] for start in range(0, 960, 64)]
-    assert first[::2] != sorted(first[::2])  # in random order
-    assert first[1::2] != sorted(first[1::2])
-    assert min(first[::2]) >= max(first[1::2])  # long and short take turns
-    assert (order == training.plan_batches(lengths, 64, np.random.default_rng((42, 0)))).all()
-    assert (order != training.plan_batches(lengths, 64, np.random.default_rng((42, 1)))).any()
+    batches = lengths[order[: 1000 // batch_size * batch_size]].reshape(-1, batch_size)
+    for rows in (batches[:, ::2], batches[:, 1::2])[:batch_size]:
+        assert np.mean(np.ptp(rows, axis=1)) < 3 < np.ptp(lengths) / 8
+        assert rows[:, 0].tolist() != sorted(rows[:, 0])  # in random order
+    if batch_size > 1:
+        assert batches[:, ::2].min() >= batches[:, 1::2].max()  # longer and shorter ones
+        assert abs(np.corrcoef(batches[:, 0], batches[:, 1])[0, 1]) < 0.5  # any with any
+    assert (order == training.plan_batches(lengths, batch_size, np.random.default_rng((42, 0)))).all()
+    assert (order != training.plan_batches(lengths, batch_size, np.random.default_rng((42, 1)))).any()
+
+
+def test_fewer_captions_than_a_batch_are_one():
+    assert sorted(training.plan_batches(np.array([5, 4, 6]), 64, np.random.default_rng(0))) == [0, 1, 2]
 
 
 def test_batches_hold_each_captions_own_features_and_words(trained):
