@@ -149,12 +149,14 @@ def share_batches(order, batch_size):
 
     Returns:
       int (batches, R*b): the positions for each of the R own replicas, the same number b for each replica there is and
-      in each batch; -1 where the batch has no caption left for it.
+      in each batch; -1 where the batch has no caption left for it. They are dealt out in turn, so that of captions in
+      order of length all replicas have the same work.
     """
     replicas, size = tf.distribute.get_strategy().num_replicas_in_sync, min(batch_size, len(order))
     batches = np.append(order, np.full(-len(order) % size, -1, order.dtype)).reshape(-1, size)
     batches = np.pad(batches, ((0, 0), (0, -size % replicas)), constant_values=-1)
-    return batches.reshape(len(batches), replicas, -1)[:, own_replicas()].reshape(len(batches), -1)
+    dealt = batches.reshape(len(batches), -1, replicas).transpose(0, 2, 1)  # (batches, all replicas, b)
+    return dealt[:, own_replicas()].reshape(len(batches), -1)
 
 
 def own_rows(batch):

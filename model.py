@@ -63,8 +63,8 @@ class CNN_Encoder(keras.Model):
     def call(self, features):
         # Normalised behind the product, which is the same and touches 8 times fewer numbers.
         products = self.product(features)  # (B, P, D)
-        mean = tf.linalg.matvec(self.product.kernel, self.feature_mean, transpose_a=True)  # (D,)
-        return tf.nn.relu((products - mean) / self.feature_std + self.bias)  # (B, P, D)
+        mean = tf.matmul(self.feature_mean[tf.newaxis], self.product.kernel)  # (1, D)
+        return tf.nn.relu(products / self.feature_std + (self.bias - mean / self.feature_std))  # (B, P, D)
 
 
 class BahdanauAttention(layers.Layer):
@@ -86,8 +86,8 @@ class BahdanauAttention(layers.Layer):
 
     def __init__(self, units, precision="float32"):
         super().__init__()
-        self.make_keys = Product(units, precision)
-        self.make_query = layers.Dense(units, use_bias=False)
+        self.make_keys = Product(units, precision, use_bias=False)
+        self.make_query = layers.Dense(units)
         self.make_score = layers.Dense(1, use_bias=False)  # softmax would undo a bias
         self.make_score.build((None, units))
 
@@ -169,7 +169,8 @@ class RNN_Decoder(keras.Model):
         hidden = self.initial_hidden(encoded_features)  # (B, U)
         inside = self.attention.make_query, self.attention.make_score, self.context_gates, self.hidden_gates
         kernels = [tf.convert_to_tensor(layer.kernel) for layer in inside]
-        inputs = word_gates, lengths, hidden, encoded_features, keys, *kernels, self.hidden_gates.bias
+        biases = [layer.bias for layer in (self.attention.make_query, self.hidden_gates)]
+        inputs = word_gates, lengths, hidden, encoded_features, keys, *kernels, *biases
         all_hidden, all_weights = say_words(*inputs, self.word_gates.product_type)  # (T-1, B, U), (T-1, B, P)
         all_hidden = self.drop(tf.transpose(all_hidden, (1, 0, 2)), dropout_seed, 1)  # (B, T-1, U)
         logits = self.make_logits(tf.boolean_mask(all_hidden, to_say))  # (N, V)
@@ -186,7 +187,7 @@ class RNN_Decoder(keras.Model):
         whole = tf.ones(tf.concat(([rows * replica.num_replicas_in_sync], tf.shape(x)[1:]), 0), x.dtype)
         seed = tf.stack((seed[0], 2 * seed[1] + place))
         mask = tf.nn.experimental.stateless_dropout(whole, self.dropout, seed)
-        return x * mask[replica.replica_id_in_sync_group * rows :][:rows]
+        return x * mask[replica.replica_id_in_sync_group :: replica.num_replicas_in_sync]
 
 
 def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, precision="float32"):

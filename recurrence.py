@@ -56,13 +56,14 @@ def say_words(
     score_kernel,
     context_kernel,
     hidden_kernel,
+    query_bias,
     hidden_bias,
     product_type="float32",
 ):
     """Attention and GRU over the given words of each caption.
 
-    Every second row, from the first on, is for the longer captions: when all others have ended, these alone go on.
-    Captions may come in any order, but one that costs more.
+    The first half of the rows is for the longer captions: when all others have ended, these alone go on. Captions may
+    come in any order, but other orders cost more.
 
     Args:
       word_gates: float (T, B, 3U), the words' part of the GRU's input gates.
@@ -73,7 +74,8 @@ def say_words(
       keys: float (B, P, U)
       query_kernel, score_kernel: float (U, U) and (U, 1), of the attention.
       context_kernel: float (D, 3U), makes the context vector's part of the GRU's input gates.
-      hidden_kernel, hidden_bias: float (U, 3U) and (3U,), make the GRU's hidden gates.
+      hidden_kernel: float (U, 3U), makes the GRU's hidden gates.
+      query_bias, hidden_bias: float (U,) and (3U,), of query and hidden gates.
       product_type: number type of the products with kernels and of those that make the kernels' gradients; all else is
         in float32. Where the loops are not compiled, only of the latter.
 
@@ -88,7 +90,7 @@ def say_words(
         inputs = [tf.stop_gradient(x) for x in inputs]
         word_gates, hidden, encoded_features, keys, state_kernel, state_bias, score_kernel, context_kernel = inputs
         words = tf.shape(word_gates)[0]
-        ends = tf.maximum(tf.reduce_max(lengths[1::2]), 0), words  # B may be 1
+        ends = tf.maximum(tf.reduce_max(lengths[half(tf.size(lengths)) :]), 0), words  # B may be 1
         image = encoded_features, keys, score_kernel
         kernels = [
             tf.cast(kernel, product_type if COMPILE else tf.float32) for kernel in (state_kernel, context_kernel)
@@ -125,7 +127,7 @@ def say_words(
         return (states[:words], weights[:words]), gradient
 
     state_kernel = tf.concat((query_kernel, hidden_kernel), 1)  # (U, 4U): all that the hidden state is multiplied with
-    state_bias = tf.concat((tf.zeros_like(query_kernel[0]), hidden_bias), 0)  # (4U,)
+    state_bias = tf.concat((query_bias, hidden_bias), 0)  # (4U,)
     return say(word_gates, hidden, encoded_features, keys, state_kernel, state_bias, score_kernel, context_kernel)
 
 
@@ -150,17 +152,20 @@ def split_product(x, kernel, parts):
     return tf.add_n(list(map(product, tf.split(x, parts, 1), tf.split(kernel, parts))))
 
 
-def spread(x, stride, rows):
-    """Zeros for the rows that x[::stride] leaves out. (b, ...) -> (B, ...)."""
-    zeros = [tf.zeros_like(x)] * (stride - 1)
-    return tf.reshape(tf.stack([x, *zeros], 1), (-1, *x.shape[1:]))[:rows]
+def half(rows):
+    return (rows + 1) // 2
+
+
+def fill_up(x, rows):
+    """Rows of zeros behind. (b, ...) -> (B, ...)."""
+    return tf.pad(x, ((0, rows - tf.shape(x)[0]), *[(0, 0)] * (x.shape.rank - 1)))
 
 
 @tf.function(jit_compile=COMPILE)
 def forward_loop(
     both, words, word_gates, hidden, encoded_features, keys, score_kernel, state_bias, state_kernel, context_kernel
 ):
-    """The first `both` of T' words for all rows, then up to `words` for every second one.
+    """The first `both` of T' words for all rows, then up to `words` for the first half.
 
     Returns, for each word, what the backward loop needs, 0 where nothing is said:
       hidden (T', B, U) after each word, attention_weights (T', B, P), context_vector (T', B, D), input_gates
@@ -169,23 +174,24 @@ def forward_loop(
     units = hidden.shape[-1]
     room, rows = tf.unstack(tf.shape(word_gates)[:2])
 
-    def one_word(stride, image, t, hidden, outputs):
+    def one_word(image, t, hidden, outputs):
+        count = tf.shape(hidden)[0]  # b
         projected = product(hidden, state_kernel) + state_bias  # (b, 4U)
         query, hidden_gates = projected[:, :units], projected[:, units:]  # (b, U), (b, 3U)
         context_vector, attention_weights = attend(query, *image, score_kernel)  # (b, D), (b, P)
-        input_gates = word_gates[t][::stride] + product(context_vector, context_kernel)  # (b, 3U)
+        input_gates = word_gates[t][:count] + product(context_vector, context_kernel)  # (b, 3U)
         hidden = gru(input_gates, hidden_gates, hidden)  # (b, U)
         results = hidden, attention_weights, context_vector, input_gates, projected
-        outputs = [output.write(t, spread(x, stride, rows)) for output, x in zip(outputs, results, strict=True)]
+        outputs = [output.write(t, fill_up(x, rows)) for output, x in zip(outputs, results, strict=True)]
         return t + 1, hidden, outputs
 
     widths = units, keys.shape[1], encoded_features.shape[-1], 3 * units, 4 * units
     outputs = [tf.TensorArray(tf.float32, room, element_shape=(hidden.shape[0], width)) for width in widths]
     state = 0, hidden, outputs
-    for stride, end in (1, both), (2, words):
-        body = functools.partial(one_word, stride, (encoded_features[::stride], keys[::stride]))
+    for count, end in (rows, both), (half(rows), words):
+        body = functools.partial(one_word, (encoded_features[:count], keys[:count]))
         t, hidden, outputs = state
-        state = tf.while_loop(lambda t, *_, end=end: t < end, body, (t, hidden[::stride], outputs))
+        state = tf.while_loop(lambda t, *_, end=end: t < end, body, (t, hidden[:count], outputs))
     return [output.stack() for output in state[-1]]
 
 
@@ -219,10 +225,11 @@ def backward_loop(
     units = before.shape[-1]
     room, rows = tf.unstack(tf.shape(before)[:2])
 
-    def one_word(stride, image, t, d_hidden, d_keys, d_score_kernel, outputs):
+    def one_word(image, t, d_hidden, d_keys, d_score_kernel, outputs):
         encoded_features, keys = image  # (b, P, D), (b, P, U)
-        # projected[t, ::stride, units:] in one go is what XLA gets wrong, as t is not known to it.
-        here = (x[t][::stride] for x in (d_states, d_weights, before, weights, input_gates, projected))
+        count = tf.shape(keys)[0]  # b
+        # projected[t, :count, units:] in one go is what XLA gets wrong, as t is not known to it.
+        here = (x[t][:count] for x in (d_states, d_weights, before, weights, input_gates, projected))
         d_state, d_looked, hidden, looked, x_gates, query_and_gates = here  # (b, ...)
         query, hidden_gates = query_and_gates[:, :units], query_and_gates[:, units:]  # (b, U), (b, 3U)
         inputs = x_gates, hidden_gates, hidden
@@ -243,18 +250,18 @@ def backward_loop(
         d_projected = tf.concat((d_query, d_hidden_gates), 1)  # (b, 4U)
         d_before += split_product(d_projected, state_kernel_transposed, 4)  # (b, U)
         results = d_input_gates, d_projected, d_context
-        outputs = [output.write(t, spread(x, stride, rows)) for output, x in zip(outputs, results, strict=True)]
+        outputs = [output.write(t, fill_up(x, rows)) for output, x in zip(outputs, results, strict=True)]
         return t - 1, d_before, d_keys, d_score_kernel, outputs
 
     widths = 3 * units, 4 * units, encoded_features.shape[-1]
     outputs = [tf.TensorArray(tf.float32, room, element_shape=(before.shape[1], width)) for width in widths]
-    gradients = tf.zeros_like(before[0, ::2]), tf.zeros_like(keys[::2])  # (b, U), (b, P, U)
-    state = words - 1, *gradients, tf.zeros_like(tf.transpose(score_kernel)), outputs
-    for stride, begin in (2, both), (1, 0):
-        body = functools.partial(one_word, stride, (encoded_features[::stride], keys[::stride]))
-        state = tf.while_loop(lambda t, *_, begin=begin: t >= begin, body, state)
+    none = tf.zeros((0, *before.shape[2:])), tf.zeros((0, *keys.shape[1:]))
+    state = words - 1, *none, tf.zeros_like(tf.transpose(score_kernel)), outputs
+    for count, begin in (half(rows), both), (rows, 0):
+        body = functools.partial(one_word, (encoded_features[:count], keys[:count]))
         t, d_hidden, d_keys, d_score_kernel, outputs = state
-        state = t, spread(d_hidden, stride, rows), spread(d_keys, stride, rows), d_score_kernel, outputs
+        state = t, fill_up(d_hidden, count), fill_up(d_keys, count), d_score_kernel, outputs
+        state = tf.while_loop(lambda t, *_, begin=begin: t >= begin, body, state)
     _, d_hidden, d_keys, d_score_kernel, outputs = state
     outputs = [output.stack() for output in outputs]
     return d_hidden, d_keys * score_kernel[:, 0], tf.transpose(d_score_kernel), *outputs

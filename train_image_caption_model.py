@@ -289,7 +289,7 @@ def collect_captions(images, config):
 def plan_batches(lengths, batch_size, rng):
     """The order of an epoch: every caption once, those of a batch of two lengths, the batches in random order.
 
-    Every second row of a batch has a caption of one length, longer than most, and the rows between one of another,
+    The first half of a batch has captions of one length, longer than most, and the other half captions of another,
     shorter than most: so `say_words` has few words to fill up, and no batch teaches that all captions are so long.
 
     Args:
@@ -304,9 +304,9 @@ def plan_batches(lengths, batch_size, rng):
     count, short = len(order) // batch_size, batch_size // 2
     full = count * batch_size
     by_length = order[:full][np.argsort(lengths[order[:full]], kind="stable")]
-    batches = np.empty((count, batch_size), order.dtype)
-    batches[:, 1::2] = rng.permutation(by_length[: count * short].reshape(count, short))
-    batches[:, ::2] = rng.permutation(by_length[count * short :].reshape(count, batch_size - short))
+    shorter = by_length[: count * short].reshape(count, short)
+    longer = by_length[count * short :].reshape(count, batch_size - short)
+    batches = np.concatenate([rng.permutation(longer), rng.permutation(shorter)], axis=1)
     return np.concatenate([batches.ravel(), order[full:]])
 
 

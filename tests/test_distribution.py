@@ -204,9 +204,10 @@ def test_every_caption_is_one_processs_once_an_epoch(own, captions, batch_size, 
         processes.append(distribution.share_batches(order, batch_size))
     for number, shares in enumerate(zip(*processes, strict=True)):
         batch = order[number * batch_size : (number + 1) * batch_size]
-        read = np.concatenate(shares)
-        assert read[read >= 0].tolist() == batch.tolist()  # in order, which the dropout masks go by
-        assert {share.size / len(own[0]) for share in shares} == {-(-min(batch_size, captions) // 4)}
+        replicas = np.concatenate([part.reshape(len(own[0]), -1) for part in shares])  # (4, b)
+        for replica, share in enumerate(replicas):
+            assert share[share >= 0].tolist() == batch[replica::4].tolist()  # which the dropout masks go by
+        assert replicas.shape == (4, -(-min(batch_size, captions) // 4))
     assert len(processes[0]) == -(-captions // batch_size)
 
 
