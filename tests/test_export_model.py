@@ -70,7 +70,10 @@ def tiny_captioner(config, features):
     """A captioner of such weights that captions are sure, and differ in words and lengths from image to image."""
     encoder, decoder = build_captioner(config, len(VOCABULARY), features.mean((0, 1)), features.std())
     rng = np.random.default_rng(1)
-    for weight in decoder.trainable_weights:
+    weights, query = list(decoder.trainable_weights), decoder.attention.make_query
+    place = next(i for i, weight in enumerate(weights) if weight is query.kernel)
+    weights[place : place + 2] = query.bias, query.kernel  # drawn in this order, they give such captions
+    for weight in weights:
         weight.assign(0.7 * rng.standard_normal(weight.shape))
     decoder.make_logits.kernel.assign(2 * decoder.make_logits.kernel)
     return inference.Captioner(encoder, decoder, VOCABULARY)
