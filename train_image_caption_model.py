@@ -100,6 +100,8 @@ def open_run(prepared, config):
     encoder, decoder = build_captioner(
         config, len(prepared.vocabulary), prepared.feature_mean, prepared.feature_std, precision
     )
+    # Otherwise much of the first epoch is spent on learning which words are frequent.
+    decoder.make_logits.bias.assign(log_frequencies(prepared.train, len(prepared.vocabulary)))
     optimizer = SummedAdam(learning_rate(prepared.train, config), global_clipnorm=config.clip_norm)
     weights = encoder.trainable_variables + decoder.trainable_variables
     optimizer.build(weights)
@@ -125,6 +127,17 @@ def open_run(prepared, config):
         run.loss_scale = keras.optimizers.LossScaleOptimizer(optimizer)
         run.loss_scale.build(weights)
     return run
+
+
+def log_frequencies(images, vocab_size):
+    """Logarithm of each word's share of all that the images' captions say; each is counted once more than it occurs.
+
+    Returns:
+      float (V,): the output layer's bias before training, as in Karpathy's NeuralTalk (github.com/karpathy/neuraltalk).
+    """
+    said = np.concatenate([words[1:] for image in images for words in image["ids"]])
+    counts = 1 + np.bincount(said, minlength=vocab_size)  # (V,)
+    return np.log(counts / counts.sum())  # (V,)
 
 
 def learning_rate(images, config):
