@@ -45,7 +45,9 @@ class Config:
     batch_size: Annotated[int, (1, 8_192)] = 64  # B: captions per optimiser step
     learning_rate: Annotated[float, (1e-8, 10.0)] = 1e-3  # Adam's step size
     clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
-    dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training
+    dropout: Annotated[float, (0.0, 0.95)] = (
+        0.5  # share of activations dropped in training, the same for all words of a caption
+    )
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # of the large products
     strategy: Literal["auto", "mirrored", "multiworker"] = "auto"  # one device, all GPUs here, or TF_CONFIG's workers

@@ -32,11 +32,19 @@ WORKER_LOST = (
 class SummedAdam(keras.optimizers.Adam):
     """Adam for gradients that are summed over the replicas already; Keras would clip each replica's, then sum them.
 
-    It does Keras's arithmetic in one pass over each weight where Keras makes a dozen.
+    It does Keras's arithmetic in one pass over each weight where Keras makes a dozen, and touches no gradients whose
+    norm is within `global_clipnorm`.
     """
 
     def _all_reduce_sum_gradients(self, grads_and_vars):
         return grads_and_vars
+
+    def _clip_gradients(self, gradients):
+        norm, limit = tf.linalg.global_norm(gradients), self.global_clipnorm
+        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        return tf.cond(
+            norm <= limit, lambda: gradients, lambda: tf.clip_by_global_norm(gradients, limit, use_norm=norm)[0]
+        )
 
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
@@ -51,7 +59,7 @@ class SummedAdam(keras.optimizers.Adam):
             beta1=self.beta_1,
             beta2=self.beta_2,
             epsilon=self.epsilon,
-            grad=tf.convert_to_tensor(gradient),
+            grad=gradient,
         )
 
 

@@ -49,7 +49,7 @@ class CNN_Encoder(keras.Model):
     """
 
     def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32"):
-        super().__init__()
+        super().__init__(autocast=False)  # `product` casts: Keras would to float32 first
         self.product = Product(encoder_dim, precision, use_bias=False)
         self.bias = self.add_weight(shape=(encoder_dim,), initializer="zeros", name="bias")
         self.feature_mean = self.keep("feature_mean", feature_mean)
@@ -161,10 +161,11 @@ class RNN_Decoder(keras.Model):
           logits: float (N, V), for the N `words_to_say` of the captions
           attention_weights: float (B, T-1, P), of no meaning where the caption has ended
         """
-        to_say = captions[:, 1:] != PAD  # (B, T-1)
-        embedded = self.drop(self.embedding(captions[:, :-1]), dropout_seed, 0)  # (B, T-1, E)
-        word_gates = self.word_gates(tf.transpose(embedded, (1, 0, 2)))  # (T-1, B, 3U)
-        lengths = tf.reduce_sum(tf.cast(to_say, tf.int32), axis=1)  # (B,)
+        words = tf.transpose(captions)  # (T, B)
+        to_say = words[1:] != PAD  # (T-1, B)
+        embedded = self.drop(self.embedding(words[:-1]), dropout_seed, 0)  # (T-1, B, E)
+        word_gates = self.word_gates(embedded)  # (T-1, B, 3U)
+        lengths = tf.reduce_sum(tf.cast(to_say, tf.int32), axis=0)  # (B,)
         keys = self.attention.make_keys(encoded_features)  # (B, P, U)
         hidden = self.initial_hidden(encoded_features)  # (B, U)
         inside = self.attention.make_query, self.attention.make_score, self.context_gates, self.hidden_gates
@@ -172,22 +173,26 @@ class RNN_Decoder(keras.Model):
         biases = [layer.bias for layer in (self.attention.make_query, self.hidden_gates)]
         inputs = word_gates, lengths, hidden, encoded_features, keys, *kernels, *biases
         all_hidden, all_weights = say_words(*inputs, self.word_gates.product_type)  # (T-1, B, U), (T-1, B, P)
-        all_hidden = self.drop(tf.transpose(all_hidden, (1, 0, 2)), dropout_seed, 1)  # (B, T-1, U)
+        all_hidden = self.drop(all_hidden, dropout_seed, 1)  # (T-1, B, U)
         logits = self.make_logits(tf.boolean_mask(all_hidden, to_say))  # (N, V)
         return logits, tf.transpose(all_weights, (1, 0, 2))  # (N, V), (B, T-1, P)
 
     def drop(self, x, seed, place):
-        """Dropout whose mask depends on nothing but `seed` and `place`, so that a resumed run draws the same.
+        """Dropout of the same numbers at all words of a caption (Gal and Ghahramani, 2016).
 
-        Several replicas draw the mask of the whole batch, each taking its rows, so that their number does not matter.
+        Its mask depends on nothing but `seed` and `place`, so that a resumed run draws the same. Several replicas draw
+        that of the whole batch, each taking its rows, so that their number does not matter.
+
+        Args:
+          x: float (T, B, n)
         """
         if seed is None or not self.dropout:
             return x
-        replica, rows = tf.distribute.get_replica_context(), tf.shape(x)[0]
-        whole = tf.ones(tf.concat(([rows * replica.num_replicas_in_sync], tf.shape(x)[1:]), 0), x.dtype)
-        seed = tf.stack((seed[0], 2 * seed[1] + place))
-        mask = tf.nn.experimental.stateless_dropout(whole, self.dropout, seed)
-        return x * mask[replica.replica_id_in_sync_group :: replica.num_replicas_in_sync]
+        replica, (rows, size) = tf.distribute.get_replica_context(), tf.unstack(tf.shape(x)[1:])
+        shape = rows * replica.num_replicas_in_sync, size
+        drawn = tf.random.stateless_uniform(shape, tf.stack((seed[0], 2 * seed[1] + place)))
+        kept = drawn[replica.replica_id_in_sync_group :: replica.num_replicas_in_sync] >= self.dropout  # (B, n)
+        return x * (tf.cast(kept, x.dtype) / (1 - self.dropout))  # (T, B, n)
 
 
 def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, precision="float32"):
@@ -211,8 +216,9 @@ def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, prec
 
 
 def words_to_say(captions):
-    """Each caption's words behind <start>, <end> among them, one caption after the other. int (B, T) -> int (N,)."""
-    return tf.boolean_mask(captions[:, 1:], captions[:, 1:] != PAD)  # (N,)
+    """All captions' first words behind <start>, then their second ones, and so on, <end> among them. (B, T) -> (N,)."""
+    words = tf.transpose(captions[:, 1:])  # (T-1, B)
+    return tf.boolean_mask(words, words != PAD)  # (N,)
 
 
 def caption_loss(captions, logits):

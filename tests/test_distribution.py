@@ -250,7 +250,12 @@ def test_gradients_that_overflow_skip_the_step_and_halve_the_scale(alone, tmp_pa
     config = make_config({"units": 16, "embedding_dim": 12, "encoder_dim": 8, "precision": "mixed_float16"})
     config = training.dataclasses.replace(config, run_dir=str(tmp_path), data_dir=str(alone / "data"))
     prepared = data_utils.Prepared(
-        [{"ids": [[data_utils.START, data_utils.END]]}], [], [], [str(i) for i in range(21)], np.zeros(2048, np.float32), 1.0
+        [{"ids": [[data_utils.START, data_utils.END]]}],
+        [],
+        [],
+        [str(i) for i in range(21)],
+        np.zeros(2048, np.float32),
+        1.0,
     )
     run = training.open_run(prepared, config)
     features = tf.ones((2, 64, 2048), config.feature_dtype)

@@ -60,15 +60,15 @@ def test_teacher_forcing_and_single_steps_agree(captioner, features):
 
 def compare_with_single_steps(decoder, captions, encoded_features):
     all_logits, all_weights = decoder.teach(captions, encoded_features)
-    to_say = captions[:, 1:] != PAD
+    to_say = tf.transpose(captions[:, 1:]) != PAD
     assert all_logits.shape == (np.count_nonzero(to_say), VOCABULARY)
     assert all_weights.shape == (len(captions), 4, LOCATIONS)
-    all_logits = tf.scatter_nd(tf.where(to_say), all_logits, (len(captions), 4, VOCABULARY))
+    all_logits = tf.scatter_nd(tf.where(to_say), all_logits, (4, len(captions), VOCABULARY))
     hidden = decoder.initial_hidden(encoded_features)
     for t in range(4):
         logits, hidden, weights = decoder(captions[:, t : t + 1], encoded_features, hidden)
-        real = to_say[:, t]
-        np.testing.assert_allclose(logits[real], all_logits[:, t][real], atol=1e-5)
+        real = to_say[t]
+        np.testing.assert_allclose(logits[real], all_logits[t][real], atol=1e-5)
         np.testing.assert_allclose(weights[real][:, :, 0], all_weights[:, t][real], atol=1e-5)
         np.testing.assert_allclose(tf.reduce_sum(weights, axis=1), 1.0, atol=1e-5)
 
@@ -86,8 +86,8 @@ def test_teacher_forcing_and_single_steps_have_the_same_gradients(captioner, fea
         for t in range(4):
             logits, hidden, looked = decoder(CAPTIONS[:, t : t + 1], encoded_features, hidden)
             steps.append((logits, looked[:, :, 0]))
-        all_logits, all_weights = (tf.stack(x, 1) for x in zip(*steps, strict=True))
-        return all_logits[CAPTIONS[:, 1:] != PAD], all_weights
+        all_logits, all_weights = zip(*steps, strict=True)
+        return tf.stack(all_logits)[tf.transpose(CAPTIONS[:, 1:]) != PAD], tf.stack(all_weights, 1)
 
     gradients = []
     for compute in (taught, stepped):
@@ -139,6 +139,17 @@ def test_dropout_depends_on_its_seed_alone(captioner, features):
     assert np.abs(first - without).max() > 1e-3
 
 
+def test_dropout_drops_the_same_numbers_at_all_words_of_a_caption():
+    _, decoder = model.build_captioner(make_config({"units": 16, "dropout": 0.25}), VOCABULARY)
+    dropped = decoder.drop(tf.ones((5, 40, 100)), tf.constant((7, 1)), 0).numpy()  # (T, B, n)
+    assert dropped.shape == (5, 40, 100)
+    assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert (dropped == dropped[0]).all()
+    assert np.mean(dropped[0] == 0) == pytest.approx(0.25, abs=0.03)
+    assert len(np.unique(dropped[0], axis=0)) == 40
+    assert np.mean(dropped[0] == decoder.drop(tf.ones((5, 40, 100)), tf.constant((7, 1)), 1)[0]) < 0.7
+
+
 def test_word_losses_are_cross_entropies():
     logits = np.random.default_rng(0).standard_normal((6, VOCABULARY), np.float32)
     logits[0, :2] = 300, -300  # too unlikely for a probability in float32
@@ -157,7 +168,7 @@ def test_word_losses_are_cross_entropies():
 
 
 def test_the_loss_counts_real_tokens_only():
-    targets = [5, 6, 7, END, 8, END, 9, 10, END]
+    targets = [5, 8, 9, 6, END, 10, 7, END, END]
     assert model.words_to_say(CAPTIONS).numpy().tolist() == targets
     logits = np.random.default_rng(3).standard_normal((9, VOCABULARY)).astype(np.float32)
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
