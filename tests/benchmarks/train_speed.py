@@ -35,7 +35,7 @@ def main(argv):
             prepared = load_prepared(config)
         else:
             config = dataclasses.replace(config, features_dir=folder)
-            images = draw_images(pathlib.Path(folder), 1000, config.vocab_size)
+            images = draw_images(pathlib.Path(folder), 2000, config.vocab_size)
             prepared = Prepared(
                 images, [], [], [str(i) for i in range(config.vocab_size)], np.zeros(CHANNELS, np.float32), 1.0
             )
