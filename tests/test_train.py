@@ -379,7 +379,7 @@ def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, mo
 
     def counted(run, *args):
         step = real(run, *args)
-        return lambda features, words: trained_on.append(len(words)) or step(features, words)
+        return lambda run, features, words, config: trained_on.append(len(words)) or step(run, features, words, config)
 
     monkeypatch.setattr(training.train_step, "get_concrete_function", counted)
     train(trained, *more, "--batch_size", "1000")  # more than there are
