@@ -130,14 +130,17 @@ def open_run(prepared, config):
 
 
 def log_frequencies(images, vocab_size):
-    """Logarithm of each word's share of all that the images' captions say; each is counted once more than it occurs.
+    """The output layer's bias before training: logarithms of the words' shares of all that the captions say.
+
+    As in Karpathy's NeuralTalk (github.com/karpathy/neuraltalk), but half of each share is any word's, 1 / V: where
+    rare words start at nearly 0, the training captions are sooner learned by heart.
 
     Returns:
-      float (V,): the output layer's bias before training, as in Karpathy's NeuralTalk (github.com/karpathy/neuraltalk).
+      float (V,)
     """
     said = np.concatenate([words[1:] for image in images for words in image["ids"]])
-    counts = 1 + np.bincount(said, minlength=vocab_size)  # (V,)
-    return np.log(counts / counts.sum())  # (V,)
+    shares = np.bincount(said, minlength=vocab_size) / len(said)  # (V,)
+    return np.log((shares + 1 / vocab_size) / 2)  # (V,)
 
 
 def learning_rate(images, config):

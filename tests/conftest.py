@@ -18,7 +18,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), 
 THINGS = ("dog", "cat", "boat")
 IMAGES = 24
 
-SMALL = "--encoder_dim 8 --embedding_dim 12 --units 16 --batch_size 16 --plot_images 2".split()
+SMALL = "--encoder_dim 8 --embedding_dim 12 --units 16 --batch_size 16 --plot_images 2 --learning_rate 0.01".split()
 
 
 def write_coco(folder, count=IMAGES, captions_each=5):

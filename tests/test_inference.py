@@ -238,7 +238,7 @@ def test_a_split_that_is_not_there_is_one_line(trained):
 def test_long_captions_are_decoded_to_their_end(trained, tmp_path, monkeypatch):
     """A first pass of few words must change nothing of what is said in the end."""
     argv = [*options(trained), "--run_dir", str(tmp_path)]
-    training.main([*argv, "--epochs", "2", "--schedule", "constant"])
+    training.main([*argv, "--epochs", "6", "--schedule", "constant"])
     config, _ = parse_command_line(argv, "")
     captioner = inference.load_captioner(config)
     images = inference.split_images("validation", config)
