@@ -21,9 +21,7 @@ class Config:
     demo_images: Annotated[int, (10, 1_000_000)] = 2_500  # scenes drawn for the demo
     num_examples: Annotated[int, (2, None)] | None = 30_000  # captions drawn from the data set, None for all
     val_fraction: Annotated[float, (0.01, 0.9)] = 0.2  # share of the images kept for validation
-    vocab_size: Annotated[int, (5, 1_000_000)] = (
-        5_000  # V: most frequent words, with <pad> <unk> <start> <end> among them
-    )
+    vocab_size: Annotated[int, (5, 1_000_000)] = 5_000  # V: the most frequent words, with <pad> <unk> <start> <end>
     max_words: Annotated[int, (1, 200)] = 40  # longer captions are left out of training, and decoding stops there
     seed: Annotated[int, (0, 2**31 - 1)] = 42  # fixes the draw, the split, the initial weights and every shuffle
 
@@ -45,9 +43,7 @@ class Config:
     batch_size: Annotated[int, (1, 8_192)] = 64  # B: captions per optimiser step
     learning_rate: Annotated[float, (1e-8, 10.0)] = 1e-3  # Adam's step size
     clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
-    dropout: Annotated[float, (0.0, 0.95)] = (
-        0.5  # share of activations dropped in training, the same for all words of a caption
-    )
+    dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training, alike at all words
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # of the large products
     strategy: Literal["auto", "mirrored", "multiworker"] = "auto"  # one device, all GPUs here, or TF_CONFIG's workers

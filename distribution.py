@@ -40,6 +40,7 @@ class SummedAdam(keras.optimizers.Adam):
         return grads_and_vars
 
     def _clip_gradients(self, gradients):
+        # As in Keras, a word's parts of the embedding's gradient count one by one.
         norm, limit = tf.linalg.global_norm(gradients), self.global_clipnorm
         gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
         return tf.cond(

@@ -216,7 +216,7 @@ def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, prec
 
 
 def words_to_say(captions):
-    """All captions' first words behind <start>, then their second ones, and so on, <end> among them. (B, T) -> (N,)."""
+    """Each caption's first word behind <start>, then each one's second, and so on to <end>. int (B, T) -> int (N,)."""
     words = tf.transpose(captions[:, 1:])  # (T-1, B)
     return tf.boolean_mask(words, words != PAD)  # (N,)
 

@@ -119,7 +119,7 @@ def say_words(
                 tf.einsum("tbp,tbd->bpd", weights[:words], d_contexts),  # (B, P, D)
                 d_keys,
                 kernel_gradient(before[:words], d_projected, product_type),  # (U, 4U)
-                tf.raw_ops.BiasAddGrad(out_backprop=d_projected),  # (4U,)
+                tf.reduce_sum(d_projected, (0, 1)),  # (4U,)
                 d_score_kernel,
                 kernel_gradient(contexts[:words], d_gates, product_type),  # (D, 3U)
             )

@@ -101,7 +101,7 @@ def open_run(prepared, config):
         config, len(prepared.vocabulary), prepared.feature_mean, prepared.feature_std, precision
     )
     # Otherwise much of the first epoch is spent on learning which words are frequent.
-    decoder.make_logits.bias.assign(log_frequencies(prepared.train, len(prepared.vocabulary)))
+    decoder.make_logits.bias.assign(starting_bias(prepared.train, len(prepared.vocabulary)))
     optimizer = SummedAdam(learning_rate(prepared.train, config), global_clipnorm=config.clip_norm)
     weights = encoder.trainable_variables + decoder.trainable_variables
     optimizer.build(weights)
@@ -129,7 +129,7 @@ def open_run(prepared, config):
     return run
 
 
-def log_frequencies(images, vocab_size):
+def starting_bias(images, vocab_size):
     """The output layer's bias before training: logarithms of the words' shares of all that the captions say.
 
     As in Karpathy's NeuralTalk (github.com/karpathy/neuraltalk), but half of each share is any word's, 1 / V: where
@@ -399,14 +399,16 @@ def train_epoch(run, captions, epoch, config, stop_if_asked=lambda: None):
     done, total = int(run.captions_done.numpy()), len(order)
     order = order[done:]
     tokens = count_tokens(captions, order, config)
-    step = train_step.get_concrete_function(run, *batch_shapes(config), config)  # traced at the first call only
+    # Traced at the first call only. It is called with all arguments: without those that are no tensors TensorFlow first
+    # makes up an error message, with the whole batch in it, at each call.
+    step = train_step.get_concrete_function(run, *batch_shapes(config), config)
     losses, start = [], time.perf_counter()
     title = f"epoch {epoch + 1}/{config.epochs}"
     batches = caption_batches(captions, order, config) if len(order) else ()
     with tqdm(total=total, initial=done, desc=title, unit=" captions", disable=not is_chief()) as bar:
         for count, (features, words) in zip(tokens, batches, strict=True):
             stop_if_asked()
-            losses.append(float(step(run, features, words, config)))  # with fewer arguments a call takes 2 ms more
+            losses.append(float(step(run, features, words, config)))
             if not np.isfinite(losses[-1]):
                 raise UserError(
                     f"the loss is {losses[-1]} at batch {done // config.batch_size + 1} of epoch {epoch + 1}: lower "

@@ -3,7 +3,7 @@ import pathlib
 import subprocess
 import sys
 
-from command_line import UserError, make_config, parse_command_line, setting_types, take_apart
+from command_line import UserError, make_config, parse_command_line, setting_comments, setting_types, take_apart
 from config import PRESETS, Config
 
 import pytest
@@ -14,6 +14,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 def test_defaults_are_the_configs():
     config, _ = parse_command_line([], "")
     assert config == Config()
+
+
+def test_every_setting_says_what_it_is():
+    assert list(setting_comments()) == [field.name for field in dataclasses.fields(Config)]
 
 
 def test_command_line_beats_preset_beats_default():

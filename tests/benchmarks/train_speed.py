@@ -1,11 +1,13 @@
 """Training speed: the usual captioning script's way against ours, in alternation on the same captions.
 
 PYTHONPATH=. python tests/benchmarks/train_speed.py [--rounds N] [--prepared] [--dataset NAME] [--<field> VALUE ...]
+PYTHONPATH=. python tests/benchmarks/train_speed.py --prepared --losses EPOCHS [--dataset NAME] [--<field> VALUE ...]
 
 It makes up captions as long as people's, and features; with --prepared it takes the prepared data set that the
-settings name. The usual way, written here as a short reference: features of each caption loaded by numpy, captions
-in any order and padded to the longest of the data set, and keys, embedding and output layer inside a loop unrolled
-over all words; Keras's Adam. Both compute the same loss from the same weights, which is checked first.
+settings name. With --losses it compares what they learn instead. The usual way, written here as a short reference:
+features of each caption loaded by numpy, captions in any order and padded to the longest of the data set, and keys,
+embedding and output layer inside a loop unrolled over all words; Keras's Adam. Both compute the same loss from the
+same weights, which is checked first.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import tempfile
 import time
 
 import train_image_caption_model as training
-from command_line import parse_command_line, run_script
+from command_line import UserError, parse_command_line, run_script
 from data_utils import CHANNELS, LOCATIONS, PAD, Prepared, load_prepared
 from drawn_data import describe_machine, draw_images, print_table
 
@@ -26,10 +28,15 @@ import tensorflow as tf
 def add_options(parser):
     parser.add_argument("--rounds", type=int, default=3, help="times that each way is measured (default: 3)")
     parser.add_argument("--prepared", action="store_true", help="take the prepared data set that the settings name")
+    parser.add_argument(
+        "--losses", type=int, metavar="EPOCHS", help="print each way's losses of so many epochs instead"
+    )
 
 
 def main(argv):
     config, options = parse_command_line(argv, __doc__, add_options)
+    if options.losses and not options.prepared:
+        raise UserError("made-up captions have nothing to learn: --losses takes --prepared too")
     with tempfile.TemporaryDirectory() as folder:
         if options.prepared:
             prepared = load_prepared(config)
@@ -44,13 +51,17 @@ def main(argv):
         runs = training.open_run(prepared, usual), training.open_run(prepared, ours)
         runs[0].optimizer = keras.optimizers.Adam(config.learning_rate, global_clipnorm=config.clip_norm)
         runs[0].optimizer.build(runs[0].encoder.trainable_variables + runs[0].decoder.trainable_variables)
-        compare(*runs, training.collect_captions(prepared.train, config), options.rounds, config)
+        captions = training.collect_captions(prepared.train, config)
+        check_same_loss(*runs, captions, config)
+        if options.losses:
+            validation = training.collect_captions(prepared.validation, config)
+            compare_losses(*runs, captions, validation, options.losses, config)
+        else:
+            compare(*runs, captions, options.rounds, config)
 
 
 def compare(usual_run, run, captions, rounds, config):
-    longest = int(captions.lengths.max())
-    check_same_loss(usual_run, run, captions, longest, config)
-    usual = iter(usual_batches(captions, longest, config))
+    usual = iter(usual_batches(captions, config))
     rates = {"usual": [], "ours": []}
     for number in range(rounds + 1):  # the first round warms up
         count, start = 0, time.perf_counter()
@@ -61,27 +72,42 @@ def compare(usual_run, run, captions, rounds, config):
         rates["usual"].append(count / (time.perf_counter() - start))
 
         rates["ours"].append(training.train_epoch(run, captions, number, config)["captions_per_second"])
-    print(f"{len(captions.lengths)} captions, longest {longest - 2} words, batch {config.batch_size}")
+    print(f"{len(captions.lengths)} captions, longest {captions.lengths.max() - 2} words, batch {config.batch_size}")
     print(f"precision {config.precision}; {describe_machine()}")
     print_table("training", "captions/s", rates)
 
 
-def check_same_loss(usual_run, run, captions, longest, config):
+def compare_losses(usual_run, run, captions, validation, epochs, config):
+    """The usual way's output layer starts at zeros, as is usual."""
+    usual_run.decoder.make_logits.bias.assign(tf.zeros_like(usual_run.decoder.make_logits.bias))
+    usual = iter(usual_batches(captions, config))
+    print("| epoch | usual: training | validation | ours: training | validation |")
+    print("|---|---|---|---|---|")
+    for epoch in range(epochs):
+        batches = len(training.batch_starts(captions.lengths, config))
+        losses = [np.mean([float(usual_step(usual_run, *next(usual))) for _ in range(batches)])]
+        losses.append(training.validate(usual_run, validation, config))
+        losses.append(training.train_epoch(run, captions, epoch, config)["train_loss"])
+        losses.append(training.validate(run, validation, config))
+        print(f"| {epoch + 1} | " + " | ".join(f"{loss:.3f}" for loss in losses) + " |", flush=True)
+
+
+def check_same_loss(usual_run, run, captions, config):
     """Both ways without dropout on one batch: the usual loop's loss must be ours."""
-    features, words = next(iter(usual_batches(captions, longest, config)))
+    features, words = next(iter(usual_batches(captions, config)))
     theirs = usual_loss(usual_run, features, words)
     ours = training.validation_step(run, tf.cast(features, config.feature_dtype), words)
     np.testing.assert_allclose(theirs, ours, rtol=1e-3)  # ours may multiply in bfloat16
 
 
-def usual_batches(captions, longest, config):
-    words = captions.words.to_tensor(PAD, shape=(None, longest))
+def usual_batches(captions, config):
+    words = captions.words[:-1].to_tensor(PAD)  # (N, the longest)
 
     def load(path, caption):
         features = tf.numpy_function(lambda name: np.load(name.decode()).astype(np.float32), [path], tf.float32)
         return tf.ensure_shape(features, (LOCATIONS, CHANNELS)), caption
 
-    dataset = tf.data.Dataset.from_tensor_slices((captions.paths, words)).shuffle(len(words), seed=config.seed)
+    dataset = tf.data.Dataset.from_tensor_slices((captions.paths[:-1], words)).shuffle(len(words), seed=config.seed)
     dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE)
     return dataset.repeat().batch(config.batch_size).prefetch(tf.data.AUTOTUNE)
 
