@@ -467,7 +467,7 @@ def cache_features(images, skipped, calibration, config):
     network = feature_network(config, calibration)
     targets = {image_path(image, config): feature_path(image, config) for image in missing}
     skipped = {}
-    with extract_precision(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
+    with extraction_graphs(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
         for paths, features, failed in extract_features(network, list(targets), config.extract_batch):
             for path, feature in zip(paths, features.astype(config.feature_dtype), strict=True):
                 write_npy(targets[path], feature)
@@ -479,17 +479,24 @@ def cache_features(images, skipped, calibration, config):
 
 
 @contextlib.contextmanager
-def extract_precision(config):
-    """Inside the block TensorFlow turns products and convolutions into bfloat16, where config asks for that.
+def extraction_graphs(config):
+    """Inside the block TensorFlow rewrites graphs so that extraction is fast, into bfloat16 where config asks for it.
 
-    The option is the whole process's: decoding, whose captions are to be float32's, stays outside.
+    The options are the whole process's: decoding, whose captions are to be float32's, stays outside.
     """
     fast = config.extract_precision == "bfloat16" or (config.extract_precision == "auto" and has_fast_bfloat16())
-    tf.config.optimizer.set_experimental_options({"auto_mixed_precision_onednn_bfloat16": fast})
+    # The arithmetic optimizer moves ReLUs behind pooling and concatenation, where convolutions cannot take them in.
+    set_rewriting(bfloat16=fast, arithmetic=False)
     try:
         yield
     finally:
-        tf.config.optimizer.set_experimental_options({"auto_mixed_precision_onednn_bfloat16": False})
+        set_rewriting(bfloat16=False, arithmetic=True)
+
+
+def set_rewriting(bfloat16, arithmetic):
+    tf.config.optimizer.set_experimental_options(
+        {"auto_mixed_precision_onednn_bfloat16": bfloat16, "arithmetic_optimization": arithmetic}
+    )
 
 
 def extract_features(network, paths, batch_size):

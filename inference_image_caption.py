@@ -24,7 +24,7 @@ from data_utils import (
     PAD,
     dataset_option,
     extract_features,
-    extract_precision,
+    extraction_graphs,
     feature_network,
     feature_path,
     image_path,
@@ -198,7 +198,7 @@ def extract_batches(images, config):
     by_path = {image["path"]: image for image in images}
     paths = list(by_path)
     for start in range(0, len(paths), EXTRACTED):
-        with extract_precision(config):
+        with extraction_graphs(config):
             extracted = list(extract_features(network, paths[start : start + EXTRACTED], config.extract_batch))
         for readable, features, failed in extracted:
             for path, reason in failed:

@@ -444,12 +444,24 @@ def test_inception_end_to_end_with_random_weights(coco):
 
     network = data_utils.feature_network(config)
     pixels = data_utils.load_image(coco / "coco" / "train2014" / f"{paths[0].stem}.jpg")
-    with data_utils.extract_precision(config):
+    with data_utils.extraction_graphs(config):
         again = network(tf.constant(pixels[np.newaxis]))[0].numpy()
     assert np.abs(again - first).mean() < 0.05 * first.astype(float).std()
 
     with pytest.raises(UserError, match="made with other weights"):
         data_utils.feature_network(parse_command_line([*options(coco), "--seed", "1"], "")[0])
+
+
+def test_extraction_leaves_the_rewriting_of_other_graphs_as_it_was():
+    def rewriting():
+        options = tf.config.optimizer.get_experimental_options()
+        return options["auto_mixed_precision_onednn_bfloat16"], options["arithmetic_optimization"]
+
+    config, _ = parse_command_line(["--extract_precision", "bfloat16"], "")
+    with pytest.raises(KeyboardInterrupt), data_utils.extraction_graphs(config):
+        assert rewriting() == (True, False)
+        raise KeyboardInterrupt
+    assert rewriting() == (False, True)
 
 
 def test_missing_and_unfit_weights_are_one_line(coco):

@@ -7,7 +7,7 @@ import sys
 import inference_image_caption as inference
 from command_line import UserError, make_config
 from conftest import write_coco
-from data_utils import END, PAD, SPECIAL_WORDS, extract_features, extract_precision, feature_network, load_image
+from data_utils import END, PAD, SPECIAL_WORDS, extract_features, extraction_graphs, feature_network, load_image
 from export_model import decode_image, export_captioner
 from model import build_captioner, decode_captions
 
@@ -105,7 +105,7 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
     assert len({caption["caption"] for caption in expected}) > len(paths) / 2
     assert len({len(caption["words"]) for caption in expected}) > 2
 
-    with extract_precision(config):  # this process's, not the model's
+    with extraction_graphs(config):  # this process's, not the model's
         export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
     assert os.listdir(tmp_path / "deep") == ["exported"]
 

@@ -84,7 +84,7 @@ def test_fast_features_are_float32s_up_to_rounding(tmp_path):
     features = {}
     for precision in ("float32", "auto"):
         config, _ = parse_command_line([*argv, "--extract_precision", precision], "")
-        with data_utils.extract_precision(config):
+        with data_utils.extraction_graphs(config):
             features[precision] = data_utils.feature_network(config, [])(pixels).numpy()
     norms = np.linalg.norm(features["float32"], axis=-1) * np.linalg.norm(features["auto"], axis=-1)
     assert ((features["float32"] * features["auto"]).sum(-1) / norms).mean() > 0.999

@@ -39,7 +39,7 @@ def main(argv):
         paths = paths[: options.count]
         if not paths:
             raise UserError(f"no .jpg file is in {options.folder}: give another --folder")
-        with data_utils.extract_precision(config):  # a rewriting of graphs, which leaves eager calls as they are
+        with data_utils.extraction_graphs(config):  # a rewriting of graphs, which leaves eager calls as they are
             similarity, rates = measure(paths, folder, options.rounds, config)
     print(f"{len(paths)} images, batch {config.extract_batch}, precision {config.extract_precision}")
     print(f"mean cosine between the two ways' features, per location: {similarity:.5f}")
