@@ -18,6 +18,7 @@ from demo_scenes import draw_demo
 from downloads import download, download_all, unpack
 from files import STALE, locked, read_json, remove_leftovers, replacing, write_json, write_npy
 from karpathy_splits import read_karpathy
+from rounding import round_weights
 
 import keras
 import numpy as np
@@ -478,15 +479,21 @@ def cache_features(images, skipped, calibration, config):
     return skipped
 
 
+def extracts_in_bfloat16(config):
+    """Whether InceptionV3 is to compute in bfloat16. TensorFlow rewrites graphs for CPUs only."""
+    if config.extract_precision == "auto":
+        return has_fast_bfloat16() and not tf.config.list_physical_devices("GPU")
+    return config.extract_precision == "bfloat16"
+
+
 @contextlib.contextmanager
 def extraction_graphs(config):
     """Inside the block TensorFlow rewrites graphs so that extraction is fast, into bfloat16 where config asks for it.
 
     The options are the whole process's: decoding, whose captions are to be float32's, stays outside.
     """
-    fast = config.extract_precision == "bfloat16" or (config.extract_precision == "auto" and has_fast_bfloat16())
     # The arithmetic optimizer moves ReLUs behind pooling and concatenation, where convolutions cannot take them in.
-    set_rewriting(bfloat16=fast, arithmetic=False)
+    set_rewriting(bfloat16=extracts_in_bfloat16(config), arithmetic=False)
     try:
         yield
     finally:
@@ -574,6 +581,8 @@ def feature_network(config, calibration_paths=None):
         ) from error
     if weights == "random":
         set_random_weights(inception, config, calibration_paths)
+    rounded = extracts_in_bfloat16(config)
+    factors = round_weights(inception) if rounded else 1.0
 
     # As constants the weights let TensorFlow fold batch norm into the convolutions, which variables do not.
     trainable = [variable.numpy() for variable in inception.trainable_variables]
@@ -581,10 +590,11 @@ def feature_network(config, calibration_paths=None):
 
     @tf.function(input_signature=[tf.TensorSpec((None, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)])
     def network(pixels):
-        scaled = tf.cast(pixels, tf.float32) / 127.5 - 1.0
+        values = tf.cast(pixels, tf.float32)
+        scaled = 2.0 * values - 255.0 if rounded else values / 127.5 - 1.0
         constants = [tf.constant(value) for value in trainable], [tf.constant(value) for value in others]
         grid, _ = inception.stateless_call(*constants, scaled, training=False)  # (B, 8, 8, F)
-        return tf.reshape(grid, (-1, LOCATIONS, CHANNELS))  # (B, P, F)
+        return tf.reshape(grid, (-1, LOCATIONS, CHANNELS)) / factors  # (B, P, F)
 
     return network
 

@@ -74,7 +74,8 @@ def main(argv):
 
     captioner = load_captioner(config)
     if options.export:
-        export_captioner(captioner, feature_network(config), config, options.export)
+        network = feature_network(dataclasses.replace(config, extract_precision="float32"))  # for any machine
+        export_captioner(captioner, network, config, options.export)
         print(f"the SavedModel is in {options.export}")
         return
     with locked(output):

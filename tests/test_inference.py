@@ -130,6 +130,14 @@ def test_new_pictures_are_refused_where_another_program_made_the_features(traine
         infer(trained, "--image", str(tmp_path / "a.png"))
 
 
+def test_an_exported_model_computes_in_float32(trained, tmp_path, monkeypatch):
+    exported = []
+    monkeypatch.setattr(inference, "feature_network", lambda config: config.extract_precision)
+    monkeypatch.setattr(inference, "export_captioner", lambda _, network, config, folder: exported.append(network))
+    infer(trained, "--export", str(tmp_path / "model"), "--extract_precision", "bfloat16")
+    assert exported == ["float32"]
+
+
 def test_inference_before_training_names_the_command(trained, tmp_path):
     with pytest.raises(UserError, match="run python train_image_caption_model.py first"):
         infer(trained, "--run_dir", str(tmp_path / "nothing"))
