@@ -382,13 +382,13 @@ def upright_rgb(image, smallest=IMAGE_SIZE):
     if image.format == "EPS":
         raise OSError("PostScript is a program, and pictures are not run")  # as Pillow would, where Ghostscript is
     image.draft("RGB", (smallest, smallest))  # a JPEG file is then decoded at 1/2, 1/4 or 1/8 of its size
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip at 255
         image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies even what is RGB
 
 
 # --- Features ---------------------------------------------------------------------------------------------------
@@ -470,7 +470,8 @@ def cache_features(images, skipped, calibration, config):
     skipped = {}
     with extraction_graphs(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
         for paths, features, failed in extract_features(network, list(targets), config.extract_batch):
-            for path, feature in zip(paths, features.astype(config.feature_dtype), strict=True):
+            stored = tf.cast(features, config.feature_dtype).numpy()  # (B, P, F); NumPy is several times slower
+            for path, feature in zip(paths, stored, strict=True):
                 write_npy(targets[path], feature)
             for path, reason in failed:
                 bar.write(reason)

@@ -106,7 +106,8 @@ def extract_the_usual_way(inception, paths, folder):
 
 def extract_our_way(network, paths, folder, config):
     for done, features, _ in data_utils.extract_features(network, paths, config.extract_batch):
-        for path, feature in zip(done, features.astype(config.feature_dtype), strict=True):
+        stored = tf.cast(features, config.feature_dtype).numpy()
+        for path, feature in zip(done, stored, strict=True):
             write_npy(folder / (path.stem + ".npy"), feature)
 
 
