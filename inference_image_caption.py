@@ -7,6 +7,7 @@ python inference_image_caption.py [--image FILE_FOLDER_OR_URL ... | --evaluate |
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -95,9 +96,12 @@ def main(argv):
 
         for number, caption in enumerate(captions, 1):
             print_caption(caption)
-            plot_attention(caption, output / f"{number:03d}_{caption['path'].stem}.png")
+            if number <= config.figures:
+                plot_attention(caption, output / f"{number:03d}_{caption['path'].stem}.png")
         write_captions(captions, output / "captions.jsonl")
-        print(f"captions.jsonl and {len(captions)} attention figures are in {output}")
+        print(f"captions.jsonl and {min(len(captions), config.figures)} attention figures are in {output}")
+        if len(captions) > config.figures:
+            print(f"{len(captions)} images are captioned: --figures {len(captions)} draws all of them")
         if len(captions) < len(images):
             sys.exit(1)
 
@@ -200,14 +204,17 @@ def extract_batches(images, config):
     network = feature_network(config)
     by_path = {image["path"]: image for image in images}
     paths = list(by_path)
+    together = max(config.decode_batch // config.extract_batch, 1)
     for start in range(0, len(paths), EXTRACTED):
         with extraction_graphs(config):
             extracted = list(extract_features(network, paths[start : start + EXTRACTED], config.extract_batch))
-        for readable, features, failed in extracted:
-            for path, reason in failed:
+        for i in range(0, len(extracted), together):
+            done, features, failed = zip(*extracted[i : i + together], strict=True)
+            for path, reason in itertools.chain(*failed):
                 print(f"{shown_name(by_path[path])}: {reason}" if "address" in by_path[path] else reason)
+            readable = [by_path[path] for path in itertools.chain(*done)]
             if readable:
-                yield [by_path[path] for path in readable], features
+                yield readable, np.concatenate(features)  # (B, P, F)
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------
@@ -348,7 +355,8 @@ def plot_attention(caption, path):
             image = upright_rgb(opened, PANEL_WIDTH)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{caption['path']} cannot be drawn ({error}): run python data_utils.py to fetch it") from error
-    image.thumbnail((PANEL_WIDTH, 3 * PANEL_WIDTH))
+    scale = min(PANEL_WIDTH / image.width, 3 * PANEL_WIDTH / image.height)
+    image = image.resize([max(round(side * scale), 1) for side in image.size], reducing_gap=2.0)
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)
     panels = [("", pixels)]
     for word, weights in zip(caption["words"], caption["attention_weights"], strict=True):
@@ -361,7 +369,7 @@ def plot_attention(caption, path):
     title = textwrap.wrap(caption["caption"], columns * width // LETTER) or ["(no words)"]
     size = np.array([columns * width, rows * height + len(title) * LINE])
     figure = Figure(size / DPI, DPI)  # without axes, whose layout takes longer than all the rest
-    figure.text(0.5, 1, "\n".join(title), ha="center", va="top", fontsize=12)
+    figure.text(0.5, 1 - GAP / size[1], "\n".join(title), ha="center", va="top", fontsize=12)
     for number, (word, panel) in enumerate(panels):
         corner = np.array([number % columns * width, (rows - 1 - number // columns) * height])  # from the lower left
         figure.figimage(panel, *(corner + (width - image.width) // 2 * np.array([1, 0])))

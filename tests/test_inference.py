@@ -47,6 +47,38 @@ def test_validation_images_are_captioned_printed_and_plotted(trained, tmp_path, 
     assert records(tmp_path / "again" / "captions.jsonl") == written  # the choice depends on the seed
 
 
+@pytest.mark.parametrize("most", [0, 2, 3])
+def test_no_more_figures_are_drawn_than_asked_for(trained, tmp_path, capsys, most):
+    infer(trained, "--output", str(tmp_path), "--plot_images", "3", "--figures", str(most))
+    assert len(records(tmp_path / "captions.jsonl")) == 3
+    assert [figure.name[:3] for figure in sorted(tmp_path.glob("*.png"))] == ["001", "002", "003"][:most]
+    printed = capsys.readouterr().out
+    assert f"and {most} attention figures are in" in printed
+    assert ("--figures 3 draws all" in printed) == (most < 3)
+
+
+def test_each_picture_of_many_gets_its_own_features(tmp_path, monkeypatch, capsys):
+    """However the batches of extraction and of decoding lie."""
+    for number in range(14):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02d}.png")
+    (tmp_path / "05.png").write_bytes(b"broken")
+    for number in (8, 9):  # a whole batch
+        (tmp_path / f"{number:02d}.png").write_bytes(b"broken")
+    tf = inference.tf
+    monkeypatch.setattr(inference, "EXTRACTED", 10)
+    monkeypatch.setattr(
+        inference,
+        "feature_network",
+        lambda config: lambda pixels: tf.fill((len(pixels), 64, 2048), 1.0) * tf.cast(pixels[:, :1, :1, 0], "float32"),
+    )
+    config, _ = parse_command_line(["--extract_batch", "2", "--decode_batch", "4"], "")
+    batches = list(inference.extract_batches(inference.own_images([str(tmp_path)], tmp_path), config))
+    assert [len(images) for images, _ in batches] == [4, 3, 4]
+    for images, features in batches:
+        assert [int(image["path"].stem) for image in images] == features[:, 0, 0].tolist()
+    assert capsys.readouterr().out.count("cannot be read") == 3
+
+
 def test_own_pictures_in_files_and_folders_and_a_bad_one(trained, tmp_path, monkeypatch, capsys):
     pictures = tmp_path / "pictures" / "deep" / "deeper"
     pictures.mkdir(parents=True)
@@ -180,14 +212,15 @@ def test_an_image_damaged_since_its_features_were_made_is_one_line(tmp_path, dat
         inference.plot_attention({"path": path}, tmp_path / "figure.png")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
-def test_figures_of_extreme_images_stay_small(tmp_path, size):
+@pytest.mark.parametrize("size", [(1, 1), (40, 20), (1, 5000), (5000, 1)])
+def test_figures_of_extreme_images_are_neither_tiny_nor_huge(tmp_path, size):
     Image.new("RGB", size, "white").save(tmp_path / "image.png")
     weights = np.ones((12, 64))
     caption = {"path": tmp_path / "image.png", "words": ["w"] * 12, "caption": "w", "attention_weights": weights}
     inference.plot_attention(caption, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
-        assert max(figure.size) < 2500
+        assert 150 < figure.width < 2500
+        assert figure.height < 2500
 
 
 def test_a_full_disk_is_one_line_that_names_the_figure(trained, tmp_path):
