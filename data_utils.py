@@ -820,5 +820,12 @@ def read_feature(path, dtype="float32"):
     return tf.reshape(features, (LOCATIONS, CHANNELS))  # (P, F)
 
 
+def without_tuning(dataset):
+    """A tf.data pipeline whose end comes at once: TensorFlow's tuning thread can hold it up by a second or more."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 if __name__ == "__main__":
     run_script(main)

@@ -34,6 +34,7 @@ from data_utils import (
     read_feature,
     read_vocabulary,
     upright_rgb,
+    without_tuning,
 )
 from downloads import download_all
 from export_model import export_captioner
@@ -194,7 +195,7 @@ def cached_batches(images, config):
     """(images, features (B, P, F)) of images whose features data_utils.py cached, `decode_batch` at a time."""
     paths = [str(feature_path(image, config)) for image in images]
     dataset = tf.data.Dataset.from_tensor_slices(paths).map(read_feature, num_parallel_calls=os.cpu_count())
-    for number, features in enumerate(dataset.batch(config.decode_batch).prefetch(1)):
+    for number, features in enumerate(without_tuning(dataset.batch(config.decode_batch).prefetch(1))):
         start = number * config.decode_batch
         yield images[start : start + config.decode_batch], features  # (B, P, F)
 

@@ -13,7 +13,16 @@ import time
 import zlib
 
 from command_line import UserError, interrupts_held_back, parse_command_line, run_script
-from data_utils import CHANNELS, LOCATIONS, PAD, feature_path, has_fast_bfloat16, load_prepared, read_feature
+from data_utils import (
+    CHANNELS,
+    LOCATIONS,
+    PAD,
+    feature_path,
+    has_fast_bfloat16,
+    load_prepared,
+    read_feature,
+    without_tuning,
+)
 from distribution import (
     SummedAdam,
     check_same_everywhere,
@@ -343,9 +352,7 @@ def caption_batches(captions, order, config):
     positions = share_batches(order, config.batch_size) % len(captions.paths)  # -1 is the last, which is empty
     longest = np.maximum.reduceat(captions.lengths[order], batch_starts(order, config))
     dataset = tf.data.Dataset.from_tensor_slices((positions, longest)).map(read, num_parallel_calls=os.cpu_count())
-    tuning = tf.data.Options()
-    tuning.autotune.enabled = False  # its thread can hold up the end of an epoch for many seconds
-    return dataset.prefetch(2).with_options(tuning)
+    return without_tuning(dataset.prefetch(2))
 
 
 def batch_starts(order, config):

@@ -479,3 +479,9 @@ def test_features_are_read_in_the_graph_as_numpy_reads_them(tmp_path, dtype):
     read = tf.function(data_utils.read_feature)(str(tmp_path / "a.npy"))
     assert read.shape == (64, 2048)
     np.testing.assert_array_equal(read, features.astype(np.float32))
+
+
+def test_pipelines_do_without_the_tuning_thread():
+    dataset = data_utils.without_tuning(tf.data.Dataset.range(3).prefetch(1))
+    assert dataset.options().autotune.enabled is False
+    assert list(dataset.as_numpy_iterator()) == [0, 1, 2]

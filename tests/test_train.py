@@ -174,8 +174,10 @@ def test_batches_hold_each_captions_own_features_and_words(trained):
     captions = training.collect_captions(images, config)
     order = training.plan_batches(captions.lengths, 16, np.random.default_rng(0))
     expected = [(data_utils.feature_path(image, config), words) for image in images for words in image["ids"]]
+    batches = training.caption_batches(captions, order, config)
+    assert batches.options().autotune.enabled is False
     seen = 0
-    for features, words in training.caption_batches(captions, order, config):
+    for features, words in batches:
         assert features.shape == (16, 64, 2048)
         assert words.shape == (16, max(np.count_nonzero(words, axis=1)))  # padded to the longest of the batch
         for row in range(min(16, len(expected) - seen)):

@@ -95,10 +95,7 @@ def usual_pixels(path):
 def extract_the_usual_way(inception, paths, folder):
     dataset = tf.data.Dataset.from_tensor_slices([str(path) for path in paths])
     dataset = dataset.map(usual_pixels, num_parallel_calls=os.cpu_count()).batch(16)
-    tuning = tf.data.Options()
-    tuning.autotune.enabled = False  # its thread can hold up the end by more than a second, a quarter of a round
-    dataset = dataset.with_options(tuning)
-    for pixels, names in dataset:
+    for pixels, names in data_utils.without_tuning(dataset):
         features = inception(pixels, training=False)
         for name, feature in zip(names.numpy(), tf.reshape(features, (-1, 64, 2048)).numpy(), strict=True):
             np.save(folder / (pathlib.Path(name.decode()).stem + ".usual.npy"), feature)
