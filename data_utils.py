@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import os
 import pathlib
 import re
 import shlex
@@ -470,14 +471,19 @@ def cache_features(images, skipped, calibration, config):
     skipped = {}
     with extraction_graphs(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
         for paths, features, failed in extract_features(network, list(targets), config.extract_batch):
-            stored = tf.cast(features, config.feature_dtype).numpy()  # (B, P, F); NumPy is several times slower
-            for path, feature in zip(paths, stored, strict=True):
-                write_npy(targets[path], feature)
+            write_features([targets[path] for path in paths], features, config)
             for path, reason in failed:
                 bar.write(reason)
                 skipped[path.name] = reason
             bar.update(len(paths) + len(failed))
     return skipped
+
+
+def write_features(paths, features, config):
+    """Write each image's features (B, P, F) as a .npy file of its own."""
+    stored = tf.cast(features, config.feature_dtype).numpy()  # (B, P, F); NumPy is several times slower
+    for path, feature in zip(paths, stored, strict=True):
+        write_npy(path, feature)
 
 
 def extracts_in_bfloat16(config):
@@ -820,10 +826,11 @@ def read_feature(path, dtype="float32"):
     return tf.reshape(features, (LOCATIONS, CHANNELS))  # (P, F)
 
 
-def without_tuning(dataset):
-    """A tf.data pipeline whose end comes at once: TensorFlow's tuning thread can hold it up by a second or more."""
+def parallel_map(function, inputs):
+    """A tf.data pipeline of function(...) for each row of `inputs`, in their order, on all cores."""
     options = tf.data.Options()
-    options.autotune.enabled = False
+    options.autotune.enabled = False  # TensorFlow's tuning thread can hold up a pipeline's end by a second or more
+    dataset = tf.data.Dataset.from_tensor_slices(inputs).map(function, num_parallel_calls=os.cpu_count())
     return dataset.with_options(options)
 
 

@@ -31,10 +31,10 @@ from data_utils import (
     feature_path,
     image_path,
     load_prepared,
+    parallel_map,
     read_feature,
     read_vocabulary,
     upright_rgb,
-    without_tuning,
 )
 from downloads import download_all
 from export_model import export_captioner
@@ -194,14 +194,16 @@ def fetch_own(images, config):
 def cached_batches(images, config):
     """(images, features (B, P, F)) of images whose features data_utils.py cached, `decode_batch` at a time."""
     paths = [str(feature_path(image, config)) for image in images]
-    dataset = tf.data.Dataset.from_tensor_slices(paths).map(read_feature, num_parallel_calls=os.cpu_count())
-    for number, features in enumerate(without_tuning(dataset.batch(config.decode_batch).prefetch(1))):
+    for number, features in enumerate(parallel_map(read_feature, paths).batch(config.decode_batch).prefetch(1)):
         start = number * config.decode_batch
         yield images[start : start + config.decode_batch], features  # (B, P, F)
 
 
 def extract_batches(images, config):
-    """(images, features (B, P, F)) of image files; those that cannot be read are named and left out."""
+    """(images, features (B, P, F)) of image files, about `decode_batch` at a time, but whole batches of extraction.
+
+    Those that cannot be read are named and left out.
+    """
     network = feature_network(config)
     by_path = {image["path"]: image for image in images}
     paths = list(by_path)
@@ -354,10 +356,10 @@ def plot_attention(caption, path):
     try:
         with Image.open(caption["path"]) as opened:
             image = upright_rgb(opened, PANEL_WIDTH)
+            scale = min(PANEL_WIDTH / image.width, 3 * PANEL_WIDTH / image.height)
+            image = image.resize([max(round(side * scale), 1) for side in image.size], reducing_gap=2.0)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{caption['path']} cannot be drawn ({error}): run python data_utils.py to fetch it") from error
-    scale = min(PANEL_WIDTH / image.width, 3 * PANEL_WIDTH / image.height)
-    image = image.resize([max(round(side * scale), 1) for side in image.size], reducing_gap=2.0)
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)
     panels = [("", pixels)]
     for word, weights in zip(caption["words"], caption["attention_weights"], strict=True):

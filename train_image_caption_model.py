@@ -6,7 +6,6 @@ python train_image_caption_model.py [--dataset coco|demo] [--<field> VALUE ...]
 import contextlib
 import csv
 import dataclasses
-import os
 import pathlib
 import shutil
 import time
@@ -20,8 +19,8 @@ from data_utils import (
     feature_path,
     has_fast_bfloat16,
     load_prepared,
+    parallel_map,
     read_feature,
-    without_tuning,
 )
 from distribution import (
     SummedAdam,
@@ -351,8 +350,7 @@ def caption_batches(captions, order, config):
 
     positions = share_batches(order, config.batch_size) % len(captions.paths)  # -1 is the last, which is empty
     longest = np.maximum.reduceat(captions.lengths[order], batch_starts(order, config))
-    dataset = tf.data.Dataset.from_tensor_slices((positions, longest)).map(read, num_parallel_calls=os.cpu_count())
-    return without_tuning(dataset.prefetch(2))
+    return parallel_map(read, (positions, longest)).prefetch(2)
 
 
 def batch_starts(order, config):

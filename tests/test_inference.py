@@ -12,6 +12,7 @@ from conftest import full_disk, options
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 
@@ -47,35 +48,47 @@ def test_validation_images_are_captioned_printed_and_plotted(trained, tmp_path, 
     assert records(tmp_path / "again" / "captions.jsonl") == written  # the choice depends on the seed
 
 
-@pytest.mark.parametrize("most", [0, 2, 3])
+@pytest.mark.parametrize("most", [0, 2, 3, 4])
 def test_no_more_figures_are_drawn_than_asked_for(trained, tmp_path, capsys, most):
     infer(trained, "--output", str(tmp_path), "--plot_images", "3", "--figures", str(most))
     assert len(records(tmp_path / "captions.jsonl")) == 3
     assert [figure.name[:3] for figure in sorted(tmp_path.glob("*.png"))] == ["001", "002", "003"][:most]
     printed = capsys.readouterr().out
-    assert f"and {most} attention figures are in" in printed
+    assert f"and {min(most, 3)} attention figures are in" in printed
     assert ("--figures 3 draws all" in printed) == (most < 3)
 
 
-def test_each_picture_of_many_gets_its_own_features(tmp_path, monkeypatch, capsys):
+def test_each_image_gets_its_own_cached_features(tmp_path):
+    config, _ = parse_command_line(["--features_dir", str(tmp_path), "--decode_batch", "2"], "")
+    images = [{"file_name": f"{number}.jpg", "number": number} for number in range(5)]
+    for image in images:
+        np.save(data_utils.feature_path(image, config), np.full((64, 2048), image["number"], np.float16))
+    batches = list(inference.cached_batches(images, config))
+    assert [features.shape for _, features in batches] == [(2, 64, 2048), (2, 64, 2048), (1, 64, 2048)]
+    numbers = [[image["number"] for image in images] for images, _ in batches]
+    assert numbers == [features[:, 0, 0].numpy().tolist() for _, features in batches] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize(("extract_batch", "sizes"), [("2", [4, 3, 4]), ("8", [7, 4])])
+def test_each_picture_of_many_gets_its_own_features(tmp_path, monkeypatch, capsys, extract_batch, sizes):
     """However the batches of extraction and of decoding lie."""
     for number in range(14):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02d}.png")
     (tmp_path / "05.png").write_bytes(b"broken")
-    for number in (8, 9):  # a whole batch
+    for number in (8, 9):  # a whole batch of extraction
         (tmp_path / f"{number:02d}.png").write_bytes(b"broken")
-    tf = inference.tf
     monkeypatch.setattr(inference, "EXTRACTED", 10)
     monkeypatch.setattr(
         inference,
         "feature_network",
         lambda config: lambda pixels: tf.fill((len(pixels), 64, 2048), 1.0) * tf.cast(pixels[:, :1, :1, 0], "float32"),
     )
-    config, _ = parse_command_line(["--extract_batch", "2", "--decode_batch", "4"], "")
+    config, _ = parse_command_line(["--extract_batch", extract_batch, "--decode_batch", "4"], "")
     batches = list(inference.extract_batches(inference.own_images([str(tmp_path)], tmp_path), config))
-    assert [len(images) for images, _ in batches] == [4, 3, 4]
-    for images, features in batches:
-        assert [int(image["path"].stem) for image in images] == features[:, 0, 0].tolist()
+    assert [len(images) for images, _ in batches] == sizes
+    numbers = [[int(image["path"].stem) for image in images] for images, _ in batches]
+    assert sum(numbers, []) == [0, 1, 2, 3, 4, 6, 7, 10, 11, 12, 13]
+    assert numbers == [features[:, 0, 0].tolist() for _, features in batches]
     assert capsys.readouterr().out.count("cannot be read") == 3
 
 
@@ -85,8 +98,7 @@ def test_own_pictures_in_files_and_folders_and_a_bad_one(trained, tmp_path, monk
     Image.new("RGB", (80, 200), "red").save(pictures / "portrait.png")
     (pictures / "notes.txt").write_text("not a picture, and not taken for one")
     (tmp_path / "broken.jpg").write_bytes(b"broken")
-    zeros = inference.tf.zeros
-    monkeypatch.setattr(inference, "feature_network", lambda config: lambda pixels: zeros((len(pixels), 64, 2048)))
+    monkeypatch.setattr(inference, "feature_network", lambda config: lambda pixels: tf.zeros((len(pixels), 64, 2048)))
     with pytest.raises(SystemExit) as stopped:
         infer(trained, "--image", str(tmp_path / "broken.jpg"), str(tmp_path / "pictures"), "--output", str(tmp_path))
     assert stopped.value.code == 1
@@ -115,8 +127,7 @@ def test_pictures_from_the_web_among_files_and_bad_ones(trained, tmp_path, serve
         f"file://{tmp_path / 'secret'}": "only http and https",
         "http://[half": "Invalid IPv6 URL",
     }
-    zeros = inference.tf.zeros
-    monkeypatch.setattr(inference, "feature_network", lambda config: lambda pixels: zeros((len(pixels), 64, 2048)))
+    monkeypatch.setattr(inference, "feature_network", lambda config: lambda pixels: tf.zeros((len(pixels), 64, 2048)))
     with pytest.raises(SystemExit) as stopped:
         infer(trained, "--image", red, *bad, red, str(tmp_path / "blue.png"), "--output", str(tmp_path / "out"))
     assert stopped.value.code == 1
@@ -138,7 +149,7 @@ def test_a_picture_from_the_web_is_fetched_anew(trained, tmp_path, server, monke
 
     def network(pixels):
         seen.append(np.asarray(pixels).mean((0, 1, 2)).tolist())
-        return inference.tf.zeros((len(pixels), 64, 2048))
+        return tf.zeros((len(pixels), 64, 2048))
 
     monkeypatch.setattr(inference, "feature_network", lambda config: network)
     for colour in ((255, 0, 0), (0, 0, 255)):
@@ -212,15 +223,22 @@ def test_an_image_damaged_since_its_features_were_made_is_one_line(tmp_path, dat
         inference.plot_attention({"path": path}, tmp_path / "figure.png")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (40, 20), (1, 5000), (5000, 1)])
-def test_figures_of_extreme_images_are_neither_tiny_nor_huge(tmp_path, size):
-    Image.new("RGB", size, "white").save(tmp_path / "image.png")
+@pytest.mark.parametrize(
+    ("size", "panel"), [((1, 1), (190, 190)), ((40, 20), (190, 95)), ((1, 5000), (1, 570)), ((5000, 1), (190, 1))]
+)
+def test_panels_fill_their_room_whatever_the_image(tmp_path, size, panel):
+    Image.new("RGB", size, "red").save(tmp_path / "image.png")
     weights = np.ones((12, 64))
     caption = {"path": tmp_path / "image.png", "words": ["w"] * 12, "caption": "w", "attention_weights": weights}
     inference.plot_attention(caption, tmp_path / "figure.png")
-    with Image.open(tmp_path / "figure.png") as figure:
-        assert 150 < figure.width < 2500
-        assert figure.height < 2500
+    figure = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")).astype(int)
+    assert max(figure.shape) < 2500
+    title, below = figure[: inference.LINE], figure[inference.LINE :]
+    assert title.min() < 100  # there is one,
+    assert title[0].min() == 255  # which does not touch the edge
+    column = below[:, : inference.PANEL_WIDTH + inference.GAP]  # three panels, one below the other
+    red = (column == (255, 0, 0)).all(axis=2)
+    assert (red.any(axis=0).sum(), red.any(axis=1).sum()) == (panel[0], 3 * panel[1])
 
 
 def test_a_full_disk_is_one_line_that_names_the_figure(trained, tmp_path):

@@ -8,7 +8,6 @@ The two ways' features are compared first.
 """
 
 import dataclasses
-import os
 import pathlib
 import tempfile
 import time
@@ -16,7 +15,6 @@ import time
 import data_utils
 from command_line import UserError, parse_command_line, run_script
 from drawn_data import describe_machine, print_table
-from files import write_npy
 
 import keras
 import numpy as np
@@ -93,9 +91,7 @@ def usual_pixels(path):
 
 
 def extract_the_usual_way(inception, paths, folder):
-    dataset = tf.data.Dataset.from_tensor_slices([str(path) for path in paths])
-    dataset = dataset.map(usual_pixels, num_parallel_calls=os.cpu_count()).batch(16)
-    for pixels, names in data_utils.without_tuning(dataset):
+    for pixels, names in data_utils.parallel_map(usual_pixels, [str(path) for path in paths]).batch(16):
         features = inception(pixels, training=False)
         for name, feature in zip(names.numpy(), tf.reshape(features, (-1, 64, 2048)).numpy(), strict=True):
             np.save(folder / (pathlib.Path(name.decode()).stem + ".usual.npy"), feature)
@@ -103,9 +99,7 @@ def extract_the_usual_way(inception, paths, folder):
 
 def extract_our_way(network, paths, folder, config):
     for done, features, _ in data_utils.extract_features(network, paths, config.extract_batch):
-        stored = tf.cast(features, config.feature_dtype).numpy()
-        for path, feature in zip(done, stored, strict=True):
-            write_npy(folder / (path.stem + ".npy"), feature)
+        data_utils.write_features([folder / (path.stem + ".npy") for path in done], features, config)
 
 
 def call_often(network, ready, times):
