@@ -1,14 +1,12 @@
 """A tiny data set in COCO's layout, with features made up, so that the tests need neither downloads nor InceptionV3."""
 
 import contextlib
+import csv
 import hashlib
 import http.server
 import json
 import pathlib
 import threading
-
-import data_utils
-import train_image_caption_model
 
 import numpy as np
 import pytest
@@ -58,6 +56,22 @@ def options(root):
     return [*given, "--num_examples", "none", "--inception_weights", "random", *SMALL]
 
 
+def rows(root):
+    """The rows of a run's history.csv, list of dict of str."""
+    with (root / "run" / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(root, kind="last", run="run"):
+    """The newest checkpoint's weights and optimizer state, dict of name to array."""
+    import tensorflow as tf  # here and below, as tests that need no TensorFlow shall not wait for it
+
+    numbers = [int(path.stem.removeprefix("ckpt-")) for path in (root / run / kind).glob("ckpt-*.index")]
+    reader = tf.train.load_checkpoint(root / run / kind / f"ckpt-{max(numbers)}")
+    names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
+    return {name: reader.get_tensor(name) for name in names}
+
+
 @pytest.fixture
 def coco(tmp_path):
     """The root of a tiny data set whose features are cached and which is not prepared yet."""
@@ -69,6 +83,9 @@ def coco(tmp_path):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The root of a tiny data set, prepared and trained for two epochs; tests only read it."""
+    import data_utils
+    import train_image_caption_model
+
     root = pathlib.Path(tmp_path_factory.mktemp("trained"))
     write_coco(root / "coco")
     write_features(root / "data" / "features")
@@ -90,7 +107,7 @@ def full_disk(size):
 
 
 class FileServer:
-    """An HTTP server over a folder; `publish` makes data_utils expect an archive's size and hash."""
+    """An HTTP server over a folder; `publish` makes captioning.coco_download expect an archive's size and hash."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.monkeypatch, self.requests = folder, monkeypatch, []
@@ -106,12 +123,15 @@ class FileServer:
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        monkeypatch.setattr(data_utils, "COCO_URL", self.url)
+        monkeypatch.setattr("captioning.coco_download.COCO_URL", self.url)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     def publish(self, archive):
+        from captioning import coco_download
+
         name = archive.relative_to(self.folder).as_posix()
         data = archive.read_bytes()
-        self.monkeypatch.setitem(data_utils.COCO_ARCHIVES, name, (len(data), hashlib.sha256(data).hexdigest()))
+        self.monkeypatch.setitem(coco_download.COCO_ARCHIVES, name, (len(data), hashlib.sha256(data).hexdigest()))
 
 
 @pytest.fixture

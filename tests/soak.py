@@ -19,13 +19,14 @@ import sys
 import tempfile
 import time
 
-import test_fuzz
-from conftest import options, write_coco
-from data_utils import is_feature_file
-
 import hypothesis
 import numpy as np
-import tensorflow as tf
+
+import test_caption_files
+import test_image_files
+from captioning.feature_cache import check_feature_file
+from conftest import options, weights, write_coco
+from strategies import files_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = {  # the script, the option that names the folder it fills, and that folder of the undisturbed run
@@ -34,14 +35,15 @@ STAGES = {  # the script, the option that names the folder it fills, and that fo
     "captioning": ("inference_image_caption.py", "--output", "captions"),
 }
 TESTED = {  # kind of fault: words of pytest's -k for the tests that cause it
-    "download or zip file": "test_downloads and not full_disk and not interrupt",
+    "download or zip file": "test_downloads.py and not full_disk and not interrupt",
     "full disk": "full_disk",
-    "damaged file": "damaged and not fuzz",
-    "two runs at once": "test_files",
+    "damaged file": "damaged",
+    "two runs at once": "test_files.py",
     "Ctrl-C and SIGTERM": "interrupt",
 }
 IMAGES = 160
-SETTINGS = "--extract_batch 4 --epochs 8 --patience 99 --plot_images 8".split()
+# With the shortest time between checkpoints, kills also hit those in mid-epoch.
+SETTINGS = "--extract_batch 4 --epochs 8 --patience 99 --plot_images 8 --checkpoint_minutes 0.01".split()
 KILLS_IN_A_ROW = 5  # on one folder, before a run of it may end
 HANG, MEMORY = 60, 3e9  # seconds and bytes that no single input may take
 
@@ -66,14 +68,15 @@ def main(argv):
             done = bear_kills(stage, root, root / name, SETTINGS, wanted.kills, seconds, rng)
             outcomes[f"SIGKILL while {stage}"] = done
 
-    images = test_fuzz.damaged_images()
-    outcomes["damaged image file"] = fuzz(test_fuzz.check_image, images, wanted.images, wanted.seed)
+    images = test_image_files.damaged_images()
+    outcomes["damaged image file"] = fuzz(test_image_files.check_image, images, wanted.images, wanted.seed)
     for name, shape, check in (
-        ("COCO's", test_fuzz.COCO, test_fuzz.check_captions_file),
-        ("Karpathy's", test_fuzz.KARPATHY, test_fuzz.check_karpathy_file),
+        ("COCO's", test_caption_files.COCO, test_caption_files.check_captions_file),
+        ("Karpathy's", test_caption_files.KARPATHY, test_caption_files.check_karpathy_file),
     ):
-        files = test_fuzz.files_of(shape)
-        outcomes[f"hostile captions file like {name}"] = fuzz(check, files, wanted.annotations // 2, wanted.seed)
+        outcomes[f"hostile captions file like {name}"] = fuzz(
+            check, files_of(shape), wanted.annotations // 2, wanted.seed
+        )
     for kind, words in TESTED.items():
         outcomes[f"{kind}, in the tests"] = count_tests(words)
 
@@ -90,7 +93,11 @@ def main(argv):
 
 
 def run(stage, root, folder, settings, seconds=None):
-    """Run a stage's script to its end, or kill it after `seconds`: (exit status, output, seconds that it took)."""
+    """Run a stage's script to its end, or kill it after `seconds`.
+
+    Returns:
+      (exit status, output, seconds that it took)
+    """
     script, option, _ = STAGES[stage]
     argv = [sys.executable, script, *options(root), *settings, option, str(folder)]
     start = time.perf_counter()
@@ -140,7 +147,7 @@ def kill_in_a_row(stage, root, folder, reference, settings, moments):
         status, out, took = run(stage, root, folder, settings, moment)
         found = {path: path.stat() for path in folder.glob("features/*.npy")}
         found = {path: (stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
-        losses += [f"half a file, {path.name}" for path in found if not is_feature_file(path)]
+        losses += [f"half a file, {path.name}" for path in found if not check_feature_file(path)]
         losses += [f"{path.name} was made twice" for path, state in features.items() if found.get(path) != state]
         epochs = [int(number) for number in re.findall(r"epoch (\d+)/", out)]
         if epochs and epochs[0] < epoch:
@@ -158,12 +165,15 @@ def kill_in_a_row(stage, root, folder, reference, settings, moments):
 
 def compare(stage, folder, reference):
     """What a run that was killed left otherwise than the undisturbed one: list of str."""
-    names, expected = ({str(path.relative_to(top)) for path in top.rglob("*")} for top in (folder, reference))
+    names, expected = (left_files(top) for top in (folder, reference))
     if names != expected:
         return [f"files are missing, {expected - names}, or left over, {names - expected}"]
     if stage == "preparing":
-        files = [name for name in names if (folder / name).is_file() and not name.endswith(".lock")]  # of a process id
-        return [f"{name} differs" for name in files if (folder / name).read_bytes() != (reference / name).read_bytes()]
+        files = [name for name in names if (folder / name).is_file() and not name.endswith((".lock", ".jsonl"))]
+        differing = [name for name in files if (folder / name).read_bytes() != (reference / name).read_bytes()]
+        if read_manifest(folder) != read_manifest(reference):
+            differing.append("the manifest")
+        return [f"{name} differs" for name in differing]
     read = read_run if stage == "training" else read_captions
     mine, theirs = read(folder), read(reference)
     if mine.keys() != theirs.keys():
@@ -171,14 +181,24 @@ def compare(stage, folder, reference):
     return [f"{name} differs" for name in mine if not np.allclose(mine[name], theirs[name], atol=1e-4)]
 
 
+def left_files(folder):
+    """The names of all files in a folder. Those in `last` are numbered by the saves, which kills add to."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    last = [name for name in names if name.startswith("last/")]
+    return set(names) - set(last) | {f"{len(last)} files in last/"}
+
+
+def read_manifest(folder):
+    """What the manifest tells of features and pictures but their times: dict of stem to sizes and checksums."""
+    header, *lines = map(json.loads, (folder / "features" / "manifest.jsonl").read_text().splitlines())
+    return header, {stem: [(state[0], state[2]) for state in states] for stem, *states in lines}
+
+
 def read_run(folder):
-    """What a run has learnt: dict of name to array, the weights, the optimiser's state and the losses."""
+    """What a run has learnt: dict of name to array, the weights, the optimizer's state and the losses."""
     values = {}
     for kind in ("last", "best"):
-        newest = max(folder.glob(f"{kind}/ckpt-*.index"), key=lambda path: int(path.stem.partition("-")[2]))
-        reader = tf.train.load_checkpoint(str(newest.with_suffix("")))
-        names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
-        values |= {f"{kind}/{name}": reader.get_tensor(name) for name in names if not name.startswith("seconds/")}
+        values |= {f"{kind}/{name}": value for name, value in weights(folder.parent, kind, folder.name).items()}
     rows = list(csv.DictReader((folder / "history.csv").open()))
     for name in ("epoch", "train_loss", "validation_loss"):
         values[name] = np.array([float(row[name]) for row in rows])
@@ -219,7 +239,7 @@ def fuzz(check, inputs, count, seed):
 
 def count_tests(words):
     """The faults that tests cause: (how many tests pytest's -k finds by the words, list of those that fail)."""
-    argv = [sys.executable, "-m", "pytest", "-q", "-rfE", "-k", words]
+    argv = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "slow or not slow", "-k", words]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
     return sum(counts.values()), re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, flags=re.MULTILINE)

@@ -1,14 +1,15 @@
 import copy
 import json
+import pathlib
 import random
-
-from attention_accuracy import attention_accuracy, coco_looks, demo_looks
-from command_line import UserError
-from demo_scenes import compose_scene, write_captions
-from inference_image_caption import upsample
 
 import numpy as np
 import pytest
+
+from captioning.attention_accuracy import Grounding, attention_accuracy, coco_groundings, demo_groundings
+from captioning.demo_scenes import Scene, SceneObject, write_captions
+from captioning.predictions import PredictedCaption
+from support.errors import UserError
 
 SIZE = (320, 240)  # cells of 40 x 30 pixels
 
@@ -20,14 +21,14 @@ def one_cell(row, column):
     return weights
 
 
-def captioned(image_id, text, maps=None):
+def predict(image_id, text, maps=None):
     words = text.split()
     maps = np.tile(one_cell(3, 3), (len(words), 1)) if maps is None else np.stack(maps)
-    return {"image_id": image_id, "caption": text, "words": words, "attention_weights": maps}
+    return PredictedCaption(pathlib.Path("a.jpg"), "a.jpg", words, np.zeros(len(words)), maps, image_id)
 
 
-def accuracy(*looks):
-    return attention_accuracy(list(looks), upsample)
+def accuracy(*groundings):
+    return attention_accuracy([Grounding(*grounding) for grounding in groundings])
 
 
 # --- Accuracy
@@ -83,34 +84,40 @@ def test_without_words_there_is_no_share():
     assert accuracy() == {"words": 0, "inside": None, "chance": None}
 
 
+def test_the_peak_of_an_outermost_cell_is_in_its_middle():
+    for row, column in ((0, 0), (0, 7), (7, 0), (7, 7), (3, 0), (0, 3)):
+        middle = [40 * column + 15, 30 * row + 10, 10, 10]
+        assert accuracy((one_cell(row, column), SIZE, [middle]))["inside"] == 1
+
+
+def test_a_peak_at_several_places_counts_by_the_share_inside():
+    weights = one_cell(2, 1) + one_cell(2, 6)
+    assert accuracy((weights, SIZE, [[40, 60, 40, 30]]))["inside"] == 0.5
+
+
 # --- Demo
 
 
 def test_each_noun_of_a_demo_caption_is_held_against_its_own_box():
-    scene = next(s for s in (compose_scene(n, 7) for n in range(1, 99)) if len(s["objects"]) == 2)
-    scene["objects"][0] |= {"noun": "ball", "place": "left", "box": [20, 80, 100, 100]}
-    scene["objects"][1] |= {"noun": "box", "place": "right", "box": [200, 80, 100, 100]}
-    scene |= {"width": 320, "height": 240}
-    text = write_captions(scene)[0].lower().rstrip(".")
-    caption = captioned(5, text)
-    ball, box = caption["words"].index("ball"), caption["words"].index("box")
-    caption["attention_weights"][ball], caption["attention_weights"][box] = one_cell(4, 1), one_cell(4, 6)
+    ball = SceneObject("ball", "red", "striped", "left", [20, 80, 100, 100])
+    box = SceneObject("box", "blue", "plain", "right", [200, 80, 100, 100])
+    scene = Scene(5, "5.jpg", *SIZE, "grass", [ball, box])
+    predicted = predict(5, write_captions(scene)[0].lower().rstrip("."))
+    words, maps = predicted.words, predicted.attention_weights
+    maps[words.index("ball")], maps[words.index("box")] = one_cell(4, 1), one_cell(4, 6)
 
-    looks = demo_looks([caption], {5: scene})
-    assert [(size, boxes) for _, size, boxes in looks] == [
-        (SIZE, [[20, 80, 100, 100]]),
-        (SIZE, [[200, 80, 100, 100]]),
-    ]
-    assert accuracy(*looks) == {"words": 2, "inside": 1.0, "chance": 100 * 100 / (320 * 240)}
+    groundings = demo_groundings([predicted], {5: scene})
+    assert [(grounding.size, grounding.boxes) for grounding in groundings] == [(SIZE, [ball.box]), (SIZE, [box.box])]
+    assert attention_accuracy(groundings) == {"words": 2, "inside": 1.0, "chance": 100 * 100 / (320 * 240)}
 
-    caption["attention_weights"] = caption["attention_weights"][:, ::-1]
-    assert accuracy(*demo_looks([caption], {5: scene}))["inside"] == 0
-    assert demo_looks([captioned(5, "on the grass")], {5: scene}) == []
+    maps[:] = maps[:, ::-1]
+    assert attention_accuracy(demo_groundings([predicted], {5: scene}))["inside"] == 0
+    assert demo_groundings([predict(5, "on the grass")], {5: scene}) == []
 
 
 def test_a_demo_image_without_scene_is_one_line():
     with pytest.raises(UserError, match="no scene is known for image 9: run python data_utils.py --dataset demo"):
-        demo_looks([captioned(9, "a ball")], {})
+        demo_groundings([predict(9, "a ball")], {})
 
 
 # --- MS-COCO
@@ -157,30 +164,30 @@ def instances(tmp_path):
     ],
 )
 def test_words_name_categories(instances, text, names):
-    looks, absent = coco_looks([captioned(1, text, [one_cell(0, 0)] * len(text.split()) or [[]])], instances)
-    assert [boxes for _, _, boxes in looks] == [[[NAMES.index(name), 0, 40.5, 30]] for name in names]
-    assert {size for _, size, _ in looks} <= {SIZE}
+    groundings, absent = coco_groundings([predict(1, text, [one_cell(0, 0)] * len(text.split()) or [[]])], instances)
+    assert [grounding.boxes for grounding in groundings] == [[[NAMES.index(name), 0, 40.5, 30]] for name in names]
+    assert {grounding.size for grounding in groundings} <= {SIZE}
     assert absent == 0
 
 
 def test_each_word_comes_with_its_own_map_and_two_words_with_their_mean(instances):
     maps = [one_cell(0, n) for n in range(4)]
-    looks, _ = coco_looks([captioned(1, "dog beside teddy bears", maps)], instances)
-    assert [np.flatnonzero(weights).tolist() for weights, _, _ in looks] == [[0], [2, 3]]
-    assert looks[1][0].sum() == 1
+    groundings, _ = coco_groundings([predict(1, "dog beside teddy bears", maps)], instances)
+    assert [np.flatnonzero(grounding.attention_weights).tolist() for grounding in groundings] == [[0], [2, 3]]
+    assert groundings[1].attention_weights.sum() == 1
 
 
 def test_categories_without_a_box_in_the_image_are_counted_as_absent(instances):
-    captions = [captioned(2, "a dog on a sofa"), captioned(1, "a dog"), captioned(77, "two dogs and a bear")]
-    looks, absent = coco_looks(captions, instances)
-    assert (len(looks), absent) == (1, 3)
+    captions = [predict(2, "a dog on a sofa"), predict(1, "a dog"), predict(77, "two dogs and a bear")]
+    groundings, absent = coco_groundings(captions, instances)
+    assert (len(groundings), absent) == (1, 3)
 
 
 def test_an_image_of_unknown_size_has_no_boxes(instances):
     data = copy.deepcopy(INSTANCES)
     del data["images"][0]["width"]
     instances.write_text(json.dumps(data))
-    assert coco_looks([captioned(1, "a dog"), captioned(2, "grass")], instances) == ([], 1)
+    assert coco_groundings([predict(1, "a dog"), predict(2, "grass")], instances) == ([], 1)
 
 
 def test_all_boxes_of_a_category_in_the_image_count(instances):
@@ -190,22 +197,22 @@ def test_all_boxes_of_a_category_in_the_image_count(instances):
         for image, box in ((1, [0, 0, 40, 30]), (1, [40, 0, 40, 30]), (2, [0, 0, 320, 240]))
     ]
     instances.write_text(json.dumps(data))
-    looks, _ = coco_looks([captioned(1, "dogs", [one_cell(3, 3)])], instances)
-    assert accuracy(*looks) == {"words": 1, "inside": 0.0, "chance": 2 / 64}
+    groundings, _ = coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)
+    assert attention_accuracy(groundings) == {"words": 1, "inside": 0.0, "chance": 2 / 64}
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"images": [], "categories": []}'])
 def test_a_wrong_instances_file_is_one_line(instances, text):
     instances.write_text(text)
     with pytest.raises(UserError, match="instances_val2014.json .*COCO's own file"):
-        coco_looks([captioned(1, "a dog")], instances)
+        coco_groundings([predict(1, "a dog")], instances)
 
 
 def test_instances_of_other_images_are_one_line(instances):
     with pytest.raises(UserError, match="lists none of the captioned images"):
-        coco_looks([captioned(77, "a dog")], instances)
+        coco_groundings([predict(77, "a dog")], instances)
     with pytest.raises(UserError, match="is missing"):
-        coco_looks([captioned(1, "a dog")], instances.with_name("nowhere.json"))
+        coco_groundings([predict(1, "a dog")], instances.with_name("nowhere.json"))
 
 
 @pytest.mark.parametrize(
@@ -226,16 +233,16 @@ def test_a_record_that_cannot_be_used_is_left_out_and_named(instances, capsys, k
     data = copy.deepcopy(INSTANCES)
     data[key].append(record)
     instances.write_text(json.dumps(data))
-    looks, absent = coco_looks([captioned(1, "a dog")], instances)
-    assert ([boxes for _, _, boxes in looks], absent) == ([[[4, 0, 40.5, 30]]], 0)
+    groundings, absent = coco_groundings([predict(1, "a dog")], instances)
+    assert ([grounding.boxes for grounding in groundings], absent) == ([[[4, 0, 40.5, 30]]], 0)
     printed = capsys.readouterr().out
-    assert printed.count("1 left out") == 1 and problem in printed
+    assert printed.count(": 1 left out: ") == 1 and problem in printed
 
 
 def test_wrong_types_anywhere_are_left_out_or_one_line(instances):
     """One value somewhere in the file becomes another: what comes back can be scored, or a UserError comes."""
     rng = random.Random(0)
-    captions = [captioned(1, "a dog with people and a teddy bear")]
+    captions = [predict(1, "a dog with people and a teddy bear")]
     for _ in range(300):
         data = copy.deepcopy(INSTANCES)
         place = data[rng.choice(list(data))]
@@ -245,7 +252,7 @@ def test_wrong_types_anywhere_are_left_out_or_one_line(instances):
         place[key] = rng.choice((None, True, -1, 0, 1e300, float("nan"), "", "\ud800", [], [[]] * 4, {}, [1, 2, 3, 4]))
         instances.write_text(json.dumps(data))
         try:
-            scores = accuracy(*coco_looks(captions, instances)[0])
+            scores = attention_accuracy(coco_groundings(captions, instances)[0])
         except UserError as error:
             assert "\n" not in str(error)
             continue

@@ -8,17 +8,31 @@ import socket
 import subprocess
 import sys
 
-import data_utils
-import distribution
-import train_image_caption_model as training
-from command_line import UserError, make_config
-from conftest import options, write_coco, write_features
-from test_train import rows, weights
-
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+import data_utils
+import train_image_caption_model as training
+from captioning import distribution
+from captioning.caption_files import CaptionedImage
+from captioning.checkpoints import list_checkpoints
+from captioning.distribution import (
+    check_same_everywhere,
+    is_chief,
+    open_strategy,
+    replica_rows,
+    replicas,
+    run_replicas,
+    share_batches,
+    sum_replicas,
+)
+from captioning.prepared_data import Prepared
+from captioning.recurrence import compiles_loops
+from captioning.settings import make_config
+from captioning.vocabulary import END, START
+from conftest import options, rows, weights, write_coco, write_features
+from support.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,14 +42,14 @@ SETTINGS = ["--batch_size", "15", "--precision", "float32"]
 # In a process of its own, as TensorFlow cuts its CPU into devices at the start only.
 ON_DEVICES = """
 import sys
-from command_line import parse_command_line
-from distribution import replicas
 from train_image_caption_model import train_captioner
+from captioning.distribution import replicas
+from captioning.settings import read_settings
 import tensorflow as tf
 count = int(sys.argv[1])
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
-config, _ = parse_command_line(sys.argv[2:], "")
+config, _ = read_settings(sys.argv[2:], "")
 with replicas(config, [f"CPU:{number}" for number in range(count)]):
     assert tf.distribute.get_strategy().num_replicas_in_sync == count
     train_captioner(config)
@@ -104,6 +118,7 @@ def check_same(root, other):
             assert float(mine[loss]) == pytest.approx(float(theirs[loss]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_2_and_4_devices_take_the_steps_of_one(alone, tmp_path):
     """Dropout is on: the masks too are those of the whole batch."""
     places = {count: [*options(alone), *SETTINGS, "--run_dir", str(tmp_path / count / "run")] for count in ("2", "4")}
@@ -112,6 +127,7 @@ def test_2_and_4_devices_take_the_steps_of_one(alone, tmp_path):
         check_same(alone, tmp_path / count)
 
 
+@pytest.mark.slow
 def test_two_workers_continue_the_run_of_one_and_one_theirs(alone, tmp_path):
     """An epoch more by 2 workers, then one by a single process, against both by one; the first worker alone prints."""
     argv = [*options(alone), *SETTINGS]
@@ -131,6 +147,7 @@ def test_two_workers_continue_the_run_of_one_and_one_theirs(alone, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_other_with_one_line(alone, tmp_path):
     argv = [
         *options(alone),
@@ -155,9 +172,10 @@ def test_a_killed_worker_ends_the_other_with_one_line(alone, tmp_path):
     assert chief.returncode == 2
     assert "error: another worker stopped or cannot be reached: run the same command" in shown.splitlines()[-1]
     assert "Traceback" not in shown
-    assert training.checkpoints(tmp_path / "run" / "last")
+    assert list_checkpoints(tmp_path / "run" / "last")
 
 
+@pytest.mark.slow
 def test_workers_whose_run_folders_differ_are_refused(alone, tmp_path):
     argvs = [[*options(alone), *SETTINGS, "--run_dir", str(folder)] for folder in (alone / "run", tmp_path / "run")]
     for _, shown in finish(start_workers(*argvs), status=2):
@@ -171,7 +189,7 @@ def test_a_tf_config_that_does_not_say_which_worker_this_is_is_refused(text, mon
     if text is not None:
         monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UserError, match="TF_CONFIG.*set it on every worker"):
-        distribution.open_strategy(make_config({"strategy": "multiworker"}))
+        open_strategy(make_config({"strategy": "multiworker"}))
 
 
 @pytest.mark.parametrize("job, index", [("worker", 1), ("worker", -1), ("ps", 0), ("chief", 0)])
@@ -179,12 +197,12 @@ def test_a_worker_that_tf_config_does_not_list_is_refused(job, index, monkeypatc
     cluster = {"worker": ["127.0.0.1:1"], "ps": ["127.0.0.1:2"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": job, "index": index}}))
     with pytest.raises(UserError, match="does not list the workers"):
-        distribution.open_strategy(make_config({"strategy": "multiworker"}))
+        open_strategy(make_config({"strategy": "multiworker"}))
 
 
 def test_mirrored_without_several_gpus_is_refused():
     with pytest.raises(UserError, match="TensorFlow finds 1 here: run the same command with --strategy auto"):
-        distribution.open_strategy(make_config({"strategy": "mirrored"}), ["CPU:0"])
+        open_strategy(make_config({"strategy": "mirrored"}), ["CPU:0"])
 
 
 class Cluster:
@@ -200,40 +218,22 @@ def test_every_caption_is_one_processs_once_an_epoch(own, captions, batch_size, 
     monkeypatch.setattr(tf.distribute, "get_strategy", Cluster)
     processes = []
     for numbers in own:
-        monkeypatch.setattr(distribution, "own_replicas", lambda numbers=numbers: numbers)
-        processes.append(distribution.share_batches(order, batch_size))
+        monkeypatch.setattr(distribution, "local_replica_ids", lambda numbers=numbers: numbers)
+        processes.append(share_batches(order, batch_size))
     for number, shares in enumerate(zip(*processes, strict=True)):
         batch = order[number * batch_size : (number + 1) * batch_size]
-        replicas = np.concatenate([part.reshape(len(own[0]), -1) for part in shares])  # (4, b)
-        for replica, share in enumerate(replicas):
+        dealt = np.concatenate([part.reshape(len(own[0]), -1) for part in shares])  # (4, b)
+        for replica, share in enumerate(dealt):
             assert share[share >= 0].tolist() == batch[replica::4].tolist()  # which the dropout masks go by
-        assert replicas.shape == (4, -(-min(batch_size, captions) // 4))
+        assert dealt.shape == (4, -(-min(batch_size, captions) // 4))
     assert len(processes[0]) == -(-captions // batch_size)
-
-
-def test_adam_in_one_pass_is_keras_own():
-    """Gradients above and below the norm at which they are clipped, and of embeddings, a row of which comes twice."""
-    rng = np.random.default_rng(3)
-    rate = keras.optimizers.schedules.CosineDecay(0.01, 6)
-    ends = []
-    gradients = [(rng.standard_normal((5, 4)) * 4**step, rng.standard_normal((3, 4))) for step in range(-3, 3)]
-    for kind in (keras.optimizers.Adam, distribution.SummedAdam):
-        weights = [keras.Variable(np.ones((5, 4), np.float32)), keras.Variable(np.ones((7, 4), np.float32))]
-        optimizer = kind(rate, global_clipnorm=5.0)
-        optimizer.build(weights)
-        for whole, rows_of_it in gradients:
-            rows_of_it = tf.IndexedSlices(tf.constant(rows_of_it, tf.float32), tf.constant([6, 0, 6]), (7, 4))
-            optimizer.apply([tf.constant(whole, tf.float32), rows_of_it], weights)
-        ends.append([variable.numpy() for variable in (*weights, *optimizer.variables)])
-    for ours, theirs in zip(ends[1], ends[0], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
-    assert all(np.abs(end - 1).max() > 0.01 for end in ends[0][:2])  # they have moved
 
 
 def train_in(root, run, precision, epochs):
     training.main([*options(root), "--run_dir", str(run), "--precision", precision, "--epochs", str(epochs)])
 
 
+@pytest.mark.slow
 def test_mixed_float16_learns_and_its_runs_continue_in_any_precision(alone, tmp_path):
     losses = {}
     for precision in ("float32", "mixed_float16"):
@@ -246,29 +246,61 @@ def test_mixed_float16_learns_and_its_runs_continue_in_any_precision(alone, tmp_
     assert [row["epoch"] for row in rows(run.parent)] == ["1", "2", "3", "4", "5"]
 
 
-def test_gradients_that_overflow_skip_the_step_and_halve_the_scale(alone, tmp_path):
-    config = make_config({"units": 16, "embedding_dim": 12, "encoder_dim": 8, "precision": "mixed_float16"})
-    config = training.dataclasses.replace(config, run_dir=str(tmp_path), data_dir=str(alone / "data"))
-    prepared = data_utils.Prepared(
-        [{"ids": [[data_utils.START, data_utils.END]]}],
-        [],
-        [],
-        [str(i) for i in range(21)],
-        np.zeros(2048, np.float32),
-        1.0,
-    )
-    run = training.open_run(prepared, config)
+@pytest.mark.slow
+def test_gradients_that_overflow_skip_the_step_and_halve_the_scale(tmp_path):
+    settings = {"units": 16, "embedding_dim": 12, "encoder_dim": 8, "precision": "mixed_float16"}
+    config = make_config(settings | {"run_dir": str(tmp_path)})
+    image = CaptionedImage(1, "1.jpg", encoded_captions=[[START, END]])
+    words = [str(number) for number in range(21)]
+    state = training.open_run(Prepared([image], [], [], words, np.zeros(2048, np.float32), 1.0, "a network"), config)
     features = tf.ones((2, 64, 2048), config.feature_dtype)
-    words = tf.constant([[data_utils.START, 5, data_utils.END]] * 2)
-    before = [weight.numpy() for weight in run.decoder.trainable_variables]
-    run.loss_scale.dynamic_scale.assign(2.0**40)
-    assert np.isfinite(training.train_step(run, features, words, config))
-    for weight, value in zip(run.decoder.trainable_variables, before, strict=True):
+    captions = tf.constant([[START, 5, END]] * 2)
+    before = [weight.numpy() for weight in state.trainable_variables]
+    state.loss_scale.dynamic_scale.assign(2.0**40)
+    assert np.isfinite(training.train_step(state, features, captions, config))
+    for weight, value in zip(state.trainable_variables, before, strict=True):
         np.testing.assert_array_equal(weight, value)
-    assert float(run.loss_scale.dynamic_scale) == 2.0**39
-    assert int(run.optimizer.iterations) == 0
+    assert float(state.loss_scale.dynamic_scale) == 2.0**39
+    assert int(state.optimizer.iterations) == 0
 
-    run.loss_scale.dynamic_scale.assign(2.0**10)
-    training.train_step(run, features, words, config)
-    assert int(run.optimizer.iterations) == 1
-    assert np.abs(run.decoder.trainable_variables[0] - before[0]).max() > 0
+    state.loss_scale.dynamic_scale.assign(2.0**10)
+    training.train_step(state, features, captions, config)
+    assert int(state.optimizer.iterations) == 1
+    assert all(
+        np.abs(weight - value).max() > 0 for weight, value in zip(state.trainable_variables, before, strict=True)
+    )
+
+
+# --- One replica --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "two hosts", {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}])
+def test_a_stray_tf_config_changes_nothing(text, monkeypatch, capsys):
+    """Schedulers of clusters set it for every job. Without --strategy multiworker this process computes alone."""
+    if isinstance(text, dict):
+        text = json.dumps({"cluster": text, "task": {"type": "worker", "index": 1}})
+    monkeypatch.setenv("TF_CONFIG", text)
+    config = make_config()
+    with replicas(config):
+        assert tf.distribute.get_strategy().num_replicas_in_sync == 1
+        assert is_chief()
+        check_same_everywhere(3.0, "another worker differs")
+        print("the chief prints")
+    assert capsys.readouterr().out == "the chief prints\n"
+    assert compiles_loops(config) == (not tf.config.list_physical_devices("GPU"))
+
+
+def test_outside_of_a_strategy_there_is_one_replica_that_has_all_rows():
+    batch = tf.reshape(tf.range(6), (3, 2))
+
+    def replica(batch):
+        assert replica_rows(batch) is batch
+        return sum_replicas(tf.reduce_sum(batch))
+
+    assert run_replicas(replica, batch) == 15
+    assert share_batches(np.arange(5), 2).tolist() == [[0, 1], [2, 3], [4, -1]]
+
+
+def test_errors_that_are_not_a_lost_workers_stay_what_they_are():
+    with pytest.raises(tf.errors.InternalError), replicas(make_config()):
+        raise tf.errors.InternalError(None, None, "a fault of the program")

@@ -1,16 +1,17 @@
+import csv
+import errno
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
 
-import data_utils
-import files
-import inference_image_caption as inference
-import train_image_caption_model as training
-from command_line import UserError
-from conftest import options
-
+import numpy as np
 import pytest
+
+from conftest import full_disk, options
+from support import files
+from support.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -21,10 +22,8 @@ def holder():
     held = []
 
     def hold(folder, name):
-        # As in a script, but without the seconds that importing TensorFlow takes.
         code = (
-            "import sys, time, types; sys.modules['command_line'] = types.SimpleNamespace(UserError=Exception)\n"
-            "import files\n"
+            "import sys, time; from support import files\n"
             "with files.locked(*sys.argv[1:]): print('in', flush=True); time.sleep(600)"
         )
         command = [sys.executable, "-c", code, str(folder), name]
@@ -38,48 +37,94 @@ def holder():
         process.communicate()
 
 
+def refuse(monkeypatch, function, number):
+    """Make a function that `files` calls raise the OSError of this number."""
+
+    def fail(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(f"support.files.{function}", fail)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Reading and writing
+
+
+def test_what_is_written_is_read(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    files.write_json(folder / "a.json", {"é": [1, 2.5, None]})
+    assert files.read_json(folder / "a.json", "") == {"é": [1, 2.5, None]}
+    files.write_npy(folder / "a.npy", np.arange(6, dtype=np.float16).reshape(2, 3))
+    assert np.load(folder / "a.npy").tolist() == [[0, 1, 2], [3, 4, 5]]
+    files.write_csv(folder / "a.csv", [{"epoch": 1, "note": "a,\nb"}, {"epoch": 2, "note": ""}])
+    with open(folder / "a.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [{"epoch": "1", "note": "a,\nb"}, {"epoch": "2", "note": ""}]
+    assert names_in(folder) == ["a.csv", "a.json", "a.npy"]
+
+
 @pytest.mark.parametrize(
-    ("main", "folder", "name"),
+    ("data", "words"),
     [
-        (data_utils.main, "data", "data"),
-        (data_utils.main, "data/features", "features"),
-        (training.main, "run", "run"),
-        (inference.main, "run/captions", "run"),
+        (None, "is missing: run this"),
+        (b'{"a": ', "cannot be read .*: run this"),
+        (b'"\xff"', "cannot be read .*: run this"),
+        (b"[" * 100_000, "cannot be read .*: run this"),
+        (b"[1]", r"is damaged \(it holds no dict\): run this"),
     ],
 )
-def test_the_second_run_names_the_first_and_a_dead_ones_lock_does_not_block(trained, holder, main, folder, name):
-    first = holder(trained / folder, name)
-    with pytest.raises(UserError, match=f"process {first.pid} is at work on ") as raised:
-        main([*options(trained), "--epochs", "2"])
-    assert "\n" not in str(raised.value)
-    first.kill()
-    first.wait()
-    main([*options(trained), "--epochs", "2"])
+def test_json_that_is_not_as_expected_is_the_users_error_with_its_remedy(tmp_path, data, words):
+    if data is not None:
+        (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(UserError, match=f"a.json {words}"):
+        files.read_json(tmp_path / "a.json", "run this", dict)
 
 
-def test_captioning_works_while_a_training_runs(trained, holder, tmp_path):
-    holder(trained / "run", "run")
-    inference.main([*options(trained), "--output", str(tmp_path)])
-    assert (tmp_path / "captions.jsonl").exists()
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError):
+        with files.replacing(path) as temporary:
+            assert temporary.parent == tmp_path and temporary.suffix == ".txt"
+            temporary.write_text("half")
+            raise KeyError
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["a.txt"]
 
 
-def test_names_and_folders_lock_apart_and_a_lock_ends_with_its_block(tmp_path):
-    with files.locked(tmp_path / "a"), files.locked(tmp_path / "b"), files.locked(tmp_path / "a", "shard 2"):
-        with pytest.raises(UserError, match=f"process {os.getpid()} "), files.locked(tmp_path / "a"):
-            pass
-    with files.locked(tmp_path / "a"):
-        pass
+def test_a_full_disk_leaves_the_old_file_and_says_make_room(tmp_path):
+    files.write_bytes(tmp_path / "a", b"old")
+    with full_disk(100), pytest.raises(UserError, match="cannot write .*MB free there; make room and run the same"):
+        files.write_bytes(tmp_path / "a", bytes(1000))
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names_in(tmp_path) == ["a"]
 
 
-def test_shards_share_a_folder_which_a_run_without_them_has_alone(tmp_path, holder):
-    with files.locked(tmp_path, shared=True):
-        with files.locked(tmp_path, shared=True):
-            pass
-        with pytest.raises(UserError, match="is at work on"), files.locked(tmp_path):
-            pass
-    holder(tmp_path, "run")
-    with pytest.raises(UserError, match="is at work on"), files.locked(tmp_path, shared=True):
-        pass
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_no_space_says_make_room(number, tmp_path):
+    error = OSError(number, os.strerror(number))
+    assert "MB free there; make room" in files.reason_and_remedy(error, tmp_path / "not" / "yet" / "made")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.ENAMETOOLONG])
+def test_other_errors_name_the_folder_and_how_to_choose_another(number, tmp_path, monkeypatch):
+    refuse(monkeypatch, "os.replace", number)
+    with pytest.raises(UserError, match="cannot write ") as raised:
+        files.write_bytes(tmp_path / "a", b"new")
+    message = str(raised.value)
+    assert os.strerror(number) in message and f"the folder {tmp_path} " in message and "--help" in message
+    assert "room" not in message
+    assert names_in(tmp_path) == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_the_users_error(tmp_path):
+    (tmp_path / "taken").write_text("")
+    for write in (lambda: files.write_bytes(tmp_path / "taken" / "a", b""), files.locked(tmp_path / "taken").__enter__):
+        with pytest.raises(UserError, match=f"{tmp_path}/taken.*choose another") as raised:
+            write()
+        assert "room" not in str(raised.value)
 
 
 def test_leftovers_go_and_young_ones_stay_where_other_hosts_write(tmp_path):
@@ -91,3 +136,102 @@ def test_leftovers_go_and_young_ones_stay_where_other_hosts_write(tmp_path):
     assert list(tmp_path.iterdir()) == [young]
     files.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+    files.remove_leftovers(tmp_path / "none")
+
+
+# Locks
+
+
+def test_names_and_folders_lock_apart_and_a_lock_ends_with_its_block(tmp_path):
+    with files.locked(tmp_path / "a"), files.locked(tmp_path / "b"), files.locked(tmp_path / "a", "shard 2"):
+        with pytest.raises(UserError, match=f"process {os.getpid()} "), files.locked(tmp_path / "a"):
+            pass
+    with files.locked(tmp_path / "a"):
+        pass
+
+
+def test_shared_locks_let_each_other_in_and_nobody_else(tmp_path):
+    with files.locked(tmp_path, shared=True):
+        with files.locked(tmp_path, shared=True):
+            pass
+        with pytest.raises(UserError, match="is at work on"), files.locked(tmp_path):
+            pass
+    with files.locked(tmp_path):
+        with pytest.raises(UserError, match="is at work on"), files.locked(tmp_path, shared=True):
+            pass
+
+
+@pytest.mark.slow
+def test_another_process_is_named_and_a_dead_ones_lock_does_not_block(tmp_path, holder):
+    first = holder(tmp_path, "run")
+    for shared in (False, True):
+        with pytest.raises(UserError, match=f"process {first.pid} is at work on {tmp_path}: wait until it has ended"):
+            with files.locked(tmp_path, shared=shared):
+                pass
+    first.kill()
+    first.wait()
+    with files.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_file_system_without_locks_is_named_in_one_line_and_the_work_goes_on(
+    tmp_path, monkeypatch, capsys, number, shared
+):
+    refuse(monkeypatch, "lock_file", number)
+    inside = False
+    with files.locked(tmp_path / "run", shared=shared):
+        inside = True
+    assert inside
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"the file system of {tmp_path / 'run'} has no locks" in line and os.strerror(number) in line
+    assert ("only processes that may share it" if shared else "only one process") in line
+
+
+def test_a_lock_that_cannot_be_had_for_another_reason_is_the_users_error(tmp_path, monkeypatch, capsys):
+    refuse(monkeypatch, "lock_file", errno.EIO)
+    with pytest.raises(UserError, match="cannot lock .*choose another folder"), files.locked(tmp_path):
+        pytest.fail("the block ran")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lock_on_a_full_disk_says_make_room(tmp_path):
+    with full_disk(0), pytest.raises(UserError, match="cannot lock .*make room"), files.locked(tmp_path):
+        pytest.fail("the block ran")
+
+
+def test_a_holder_that_cannot_be_read_is_another_process(tmp_path):
+    with open(tmp_path / "a", "wb") as file:
+        assert files.lock_holder(file) == "another process"
+
+
+# Scripts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "folder", "name"),
+    [
+        ("data_utils", "data", "data"),
+        ("data_utils", "data/features", "features"),
+        ("train_image_caption_model", "run", "run"),
+        ("inference_image_caption", "run/captions", "run"),
+    ],
+)
+def test_the_second_run_names_the_first_and_a_dead_ones_lock_does_not_block(trained, holder, script, folder, name):
+    main = importlib.import_module(script).main
+    first = holder(trained / folder, name)
+    with pytest.raises(UserError, match=f"process {first.pid} is at work on ") as raised:
+        main([*options(trained), "--epochs", "2"])
+    assert "\n" not in str(raised.value)
+    first.kill()
+    first.wait()
+    main([*options(trained), "--epochs", "2"])
+
+
+@pytest.mark.slow
+def test_captioning_works_while_a_training_runs(trained, holder, tmp_path):
+    holder(trained / "run", "run")
+    importlib.import_module("inference_image_caption").main([*options(trained), "--output", str(tmp_path)])
+    assert (tmp_path / "captions.jsonl").exists()

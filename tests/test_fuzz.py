@@ -11,18 +11,18 @@ import pathlib
 import tempfile
 import warnings
 
-import data_utils
-from command_line import UserError, make_config, parse_command_line
-from config import Config
-from conftest import options
-from files import read_json, write_bytes, write_json
-from karpathy_splits import read_karpathy
-from train_image_caption_model import collect_captions
-
 import numpy as np
+from command_line import UserError, make_config, parse_command_line
+from files import read_json, write_bytes, write_json
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from karpathy_splits import read_karpathy
 from PIL import Image
+
+import data_utils
+from config import Config
+from conftest import options
+from train_image_caption_model import collect_captions
 
 settings.register_profile(
     "same every time",

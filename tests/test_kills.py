@@ -2,14 +2,16 @@
 
 import time
 
+import numpy as np
+import pytest
+
 import data_utils
 import soak
 import train_image_caption_model as training
 from conftest import options, write_coco
 
-import numpy as np
 
-
+@pytest.mark.slow
 def test_preparing_survives_a_kill(tmp_path):
     write_coco(tmp_path / "coco")
     start = time.perf_counter()
@@ -19,8 +21,9 @@ def test_preparing_survives_a_kill(tmp_path):
     assert soak.bear_kills("preparing", tmp_path, tmp_path / "data", [], 1, seconds, rng) == (1, [])
 
 
+@pytest.mark.slow
 def test_training_survives_kills(trained, tmp_path):
-    settings = ["--epochs", "6", "--patience", "99"]
+    settings = ["--epochs", "6", "--patience", "99", "--checkpoint_minutes", "0.01"]
     training.main([*options(trained), *settings, "--run_dir", str(tmp_path)])
     rng = np.random.default_rng()
     assert soak.bear_kills("training", trained, tmp_path, settings, 2, 9.0, rng) == (2, [])

@@ -1,23 +1,23 @@
-import rounding
-
 import keras
 import numpy as np
 import pytest
 from PIL import Image
+
+from captioning import rounding
 
 SIZE = 139
 
 
 @pytest.fixture(scope="module")
 def pixels():
-    coarse = np.random.default_rng(1).integers(0, 256, (24, 5, 5, 3), np.uint8)  # smooth, as photographs mostly are
+    coarse = np.random.default_rng(1).integers(0, 256, (24, 5, 5, 3), np.uint8)  # smooth, as most of a photograph is
     smooth = [Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in coarse]
     return np.stack(smooth).astype(np.float32)
 
 
 @pytest.fixture
 def inception(pixels):
-    """A small one of random weights, whose batch norms know the statistics of the pictures."""
+    """A small InceptionV3 with random weights, whose batch norms have the statistics of the pictures."""
     keras.utils.set_random_seed(0)
     network = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3))
     rng = np.random.default_rng(0)
@@ -43,10 +43,10 @@ def test_the_network_is_the_same_but_for_the_rounding_of_kernels(inception, pixe
     monkeypatch.setattr(rounding, "round_kernel", lambda kernel, means: kernel)
     factors = rounding.round_weights(inception)
     assert factors.shape == (2048,)
-    assert 0.003 < np.abs(factors - 1).max() < 0.004  # half of bfloat16's steps, 1 / 128 at the most
+    assert 0.003 < np.abs(factors - 1).max() < 0.004  # half a step of bfloat16, which is at most 1 / 128
     found = inception(2 * pixels - 255, training=False).numpy()
     assert error(found / factors, wanted) < 2e-4
-    assert error(found, wanted) > 1e-3  # or the factors would not be seen
+    assert error(found, wanted) > 1e-3  # so that missing factors would be noticed
 
 
 def test_every_weight_is_a_bfloat16_number_and_the_features_are_nearer_than_by_plain_rounding(inception, pixels):
@@ -61,7 +61,7 @@ def test_every_weight_is_a_bfloat16_number_and_the_features_are_nearer_than_by_p
             assert is_bfloat16(layer.beta)
     found = inception(2 * pixels - 255, training=False).numpy() / factors
 
-    for layer in plain.layers:  # what TensorFlow does: fold, then round each for itself
+    for layer in plain.layers:  # what TensorFlow does: fold batch norm in, then round each weight for itself
         if isinstance(layer, keras.layers.BatchNormalization):
             convolution = next(other for other in plain.layers if getattr(other, "output", None) is layer.input)
             mean, variance, beta = (v.numpy() for v in (layer.moving_mean, layer.moving_variance, layer.beta))
@@ -74,14 +74,14 @@ def test_every_weight_is_a_bfloat16_number_and_the_features_are_nearer_than_by_p
     assert error(found, wanted) < 0.75 * error(plain(pixels / 127.5 - 1, training=False).numpy(), wanted)
 
 
-def test_what_rounding_takes_from_one_weight_goes_to_the_next():
+def test_what_one_weight_loses_in_rounding_goes_to_the_next():
     rng = np.random.default_rng(0)
     kernel, means = rng.standard_normal((3, 3, 50, 20)), rng.uniform(0.01, 2, 50)
-    means[7] = 1e-6  # as of a channel that is hardly ever lit
+    means[7] = 1e-6  # as of a channel that is nearly always 0
     rounded = rounding.round_kernel(kernel, means)
     assert rounded.shape == kernel.shape
     assert is_bfloat16(rounded)
-    assert np.abs(rounded - kernel).max() < 0.05  # none moves far
+    assert np.abs(rounded - kernel).max() < 0.05  # no weight changes much
     at_mean = means[:, np.newaxis]
     lost = np.abs(((rounded - kernel) * at_mean).sum((0, 1, 2)))  # (20,)
     plain = np.abs(((kernel.astype(rounding.BFLOAT16).astype(float) - kernel) * at_mean).sum((0, 1, 2)))

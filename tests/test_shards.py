@@ -2,41 +2,49 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import zipfile
 
-import data_utils
-import files
-from command_line import UserError
-from conftest import IMAGES, options, write_coco
-from test_whole_runs import ROOT
-
 import pytest
 import tensorflow as tf
 
+import data_utils
+from captioning import extraction
+from captioning.feature_manifest import MADE_ELSEWHERE, read_manifest, scan_features
+from conftest import IMAGES, options, write_coco
+from support import files
+from support.errors import UserError
 
-def brightness(config, calibration):
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def brightness(config, statistics, calibration):
     """A network that costs nothing: an image's brightness everywhere."""
     return lambda pixels: tf.tile(tf.reduce_mean(tf.cast(pixels, tf.float32), (1, 2, 3))[:, None, None], (1, 64, 2048))
 
 
-def no_network(config, calibration):
+def no_network(config, statistics, calibration):
     pytest.fail("there was something left to extract")
 
 
 def prepare(root, *more):
-    data_utils.main([*options(root), *more])
+    data_utils.main([*options(root), "--inception_weights", "imagenet", *more])
 
 
 def cached(root):
-    return {path.name: path.read_bytes() for path in (root / "data" / "features").glob("[!.]*")}
+    return {path.name: path.read_bytes() for path in (root / "data" / "features").glob("*.npy")}
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 @pytest.fixture
 def plain(tmp_path):
     """The root of a tiny data set of which nothing is cached."""
-    write_coco(tmp_path / "coco", count=8)
+    write_coco(tmp_path / "coco")
     return tmp_path
 
 
@@ -44,6 +52,7 @@ def demo_options(root):
     return ["--dataset", "demo", "--demo_images", "10", "--coco_dir", str(root / "scenes"), "--data_dir", str(root)]
 
 
+@pytest.mark.slow
 def test_two_shards_at_once_give_the_cache_of_one_run(tmp_path, monkeypatch, capsys):
     both, alone = tmp_path / "both", tmp_path / "alone"
     command = [sys.executable, "data_utils.py", *demo_options(both)]
@@ -56,43 +65,67 @@ def test_two_shards_at_once_give_the_cache_of_one_run(tmp_path, monkeypatch, cap
         printed, _ = shard.communicate()
         assert shard.returncode == 0
         assert f"shard {number} of 2 is done: 5 images cached, 0 skipped" in printed
-    names = {path.name for path in (both / "features").glob("[!.]*")}
-    assert names >= {"network.json", "random_statistics.npz"} and len(names) == 10 + 2
+    names = {path.name for path in (both / "features").glob("*.np?")}
+    assert "random_statistics.npz" in names and len(names) == 10 + 1
     for name in names:
         assert (both / "features" / name).read_bytes() == (alone / "features" / name).read_bytes()
 
-    monkeypatch.setattr(data_utils, "feature_network", no_network)
+    monkeypatch.setattr(extraction, "feature_network", no_network)
     assert not (both / "settings.json").exists()
     data_utils.main(demo_options(both))
     assert "10 of 10 are in" in capsys.readouterr().out
     assert (both / "settings.json").exists()
+    manifests = [read_manifest(root / "features", scan_features(root / "features")) for root in (both, alone)]
+    assert [len(manifest.journals) for manifest in manifests] == [0, 0]
+    assert manifests[0].network == manifests[1].network
+    for stem in manifests[1].entries:
+        (feature, picture), (other_feature, other_picture) = (manifest.entries[stem] for manifest in manifests)
+        assert (feature.crc32, picture.crc32) == (other_feature.crc32, other_picture.crc32)
 
 
-def test_shards_share_the_images_and_the_run_without_fills_the_gaps(coco, monkeypatch):
-    features = coco / "data" / "features"
-    for path in features.iterdir():
-        path.unlink()
-    monkeypatch.setattr(data_utils, "feature_network", brightness)
+def test_shards_share_the_images_and_the_run_without_fills_the_gaps(plain, monkeypatch):
+    monkeypatch.setattr(extraction, "feature_network", brightness)
     counts = []
     for number in (3, 1, 2):
-        prepare(coco, "--shard", f"{number}/3")
-        counts.append(len(cached(coco)))
+        prepare(plain, "--shard", f"{number}/3")
+        counts.append(len(cached(plain)))
     assert counts == [8, 16, IMAGES]
-    by_shards = cached(coco)
+    by_shards = cached(plain)
 
-    damaged, missing = sorted(features.iterdir())[5:7]
+    damaged, missing = sorted((plain / "data" / "features").glob("*.npy"))[5:7]
     damaged.write_bytes(b"half")
     missing.unlink()
-    prepare(coco)
-    assert cached(coco) == by_shards
+    prepare(plain)
+    assert cached(plain) == by_shards
 
 
-def test_a_shard_run_again_extracts_nothing_and_leaves_prepared_data_alone(coco, monkeypatch):
-    prepare(coco)
-    before = {path: path.stat().st_mtime_ns for path in (coco / "data").rglob("[!.]*")}
-    monkeypatch.setattr(data_utils, "feature_network", no_network)
+def test_shards_of_hosts_with_copies_of_the_images_are_not_made_again(plain, monkeypatch):
+    """Each host has unpacked the images for itself: they have times of their own."""
+    monkeypatch.setattr(extraction, "feature_network", brightness)
+    for number in (1, 2):
+        for path in (plain / "coco" / "train2014").iterdir():
+            os.utime(path, (number, number))
+        prepare(plain, "--shard", f"{number}/2")
+    monkeypatch.setattr(extraction, "feature_network", no_network)
+    prepare(plain)
+
+
+def test_a_shard_run_again_extracts_nothing_and_leaves_prepared_data_alone(plain, monkeypatch):
+    monkeypatch.setattr(extraction, "feature_network", brightness)
+    prepare(plain)
+    before = times(plain / "data")
+    monkeypatch.setattr(extraction, "feature_network", no_network)
+    prepare(plain, "--shard", "1/2")
+    assert times(plain / "data") == before
+
+
+def test_a_shard_of_features_made_elsewhere_does_nothing(coco, monkeypatch):
+    monkeypatch.setattr(extraction, "feature_network", no_network)
+    before = times(coco / "data")
     prepare(coco, "--shard", "1/2")
-    assert {path: path.stat().st_mtime_ns for path in (coco / "data").rglob("[!.]*")} == before
+    assert times(coco / "data") == before
+    prepare(coco)
+    assert json.loads((coco / "data" / "settings.json").read_text())["network"] == MADE_ELSEWHERE
 
 
 @pytest.mark.parametrize(("more", "stays"), [([], False), (["--shard", "1/2"], True)])
@@ -120,12 +153,12 @@ def test_a_shard_fetches_its_own_images_and_captions_by_a_file_of_its_own(plain,
     of_another = plain / "coco" / "annotations_trainval2014.zip.part"
     of_another.write_bytes(b"the beginning")
 
-    monkeypatch.setattr(data_utils, "feature_network", brightness)
+    monkeypatch.setattr(extraction, "feature_network", brightness)
     with files.locked(plain / "coco", "download", shared=True):  # as another shard does at the same time
-        prepare(plain, "--shard", "2/3", "--inception_weights", "imagenet")
-    assert len(list((plain / "coco" / "train2014").iterdir())) == 3
-    assert len(cached(plain)) == 3
-    assert len(server.requests) == 1 + 3
+        prepare(plain, "--shard", "2/3")
+    assert len(list((plain / "coco" / "train2014").iterdir())) == 8
+    assert len(cached(plain)) == 8
+    assert len(server.requests) == 1 + 8
     assert of_another.read_bytes() == b"the beginning"
     assert [path.name for path in (plain / "coco").glob("*.zip*")] == [of_another.name]
 
@@ -134,13 +167,13 @@ def test_random_weights_need_the_same_images_in_every_shard(plain):
     for path in (plain / "coco" / "train2014").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="random weights need it in every shard"):
-        prepare(plain, "--shard", "1/2")
+        prepare(plain, "--inception_weights", "random", "--shard", "1/2")
 
 
 def test_a_shard_does_not_draw_over_another_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_utils, "feature_network", brightness)
+    monkeypatch.setattr(extraction, "feature_network", brightness)
     data_utils.main([*demo_options(tmp_path), "--shard", "1/2"])
-    assert len(list((tmp_path / "features").glob("[!.]*"))) == 5
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 5
     before = {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("[!.]*.*")}
     with pytest.raises(UserError, match="scenes of other settings"):
         data_utils.main([*demo_options(tmp_path), "--seed", "1", "--shard", "1/2"])

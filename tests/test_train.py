@@ -1,4 +1,4 @@
-import csv
+import dataclasses
 import errno
 import json
 import os
@@ -7,41 +7,89 @@ import shutil
 import signal
 import subprocess
 import sys
-
-import data_utils
-import inference_image_caption as inference
-import train_image_caption_model as training
-from command_line import UserError, make_config, parse_command_line
-from conftest import IMAGES, full_disk, options
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
+import data_utils
+import train_image_caption_model as training
+from captioning import captioner
+from captioning.batches import collect_captions
+from captioning.checkpoints import Progress, list_checkpoints
+from captioning.feature_cache import feature_path
+from captioning.optimizer import scheduled_rate
+from captioning.prepared_data import load_prepared
+from captioning.settings import read_settings
+from conftest import full_disk, options, rows, weights
+from support.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+CAPTIONS = 95  # to train on, 6 batches of 16
+
 
 def train(root, *more):
     training.main([*options(root), *more])
 
 
-def weights(root, kind="last"):
-    reader = tf.train.load_checkpoint(training.checkpoints(root / "run" / kind)[0])
-    names = [
-        name for name in reader.get_variable_to_shape_map() if name.startswith(("encoder", "decoder", "optimizer"))
-    ]
-    return {name: reader.get_tensor(name) for name in names}
+def copy_run(trained, root):
+    """A copy of the trained run under another root, and the options that continue it there."""
+    shutil.copytree(trained / "run", root / "run")
+    return ["--run_dir", str(root / "run")]
 
 
-def rows(root):
-    return list(csv.DictReader((root / "run" / "history.csv").open()))
+def settings_of(trained, run, *more):
+    return read_settings([*options(trained), "--run_dir", str(run), *more], "")[0]
+
+
+def saved_progress(root, kind="last"):
+    """The Progress in the newest checkpoint."""
+    progress = Progress()
+    path = list_checkpoints(root / "run" / kind)[0]
+    tf.train.Checkpoint(progress=progress).read(path).expect_partial()
+    return progress
+
+
+def losses(root):
+    return [[float(row[name]) for name in ("epoch", "train_loss", "validation_loss")] for row in rows(root)]
+
+
+def check_same_end(root, expected, atol=1e-6):
+    theirs = weights(expected)
+    for name, value in weights(root).items():
+        np.testing.assert_allclose(value, theirs[name], atol=atol, err_msg=name)
+    np.testing.assert_allclose(losses(root), losses(expected), atol=1e-5)
+
+
+def after_each_step(monkeypatch, function, step="train_step"):
+    """Have the results of the training's steps pass through function(state, number of the step, loss)."""
+    real, count = getattr(training, step).get_concrete_function, []
+
+    def get_concrete_function(state, *args):
+        graph = real(state, *args)
+
+        def call(state, *args):
+            count.append(1)
+            return function(state, len(count), graph(state, *args))
+
+        return call
+
+    monkeypatch.setattr(getattr(training, step), "get_concrete_function", get_concrete_function)
+
+
+# --- What training leaves -----------------------------------------------------------------------------------------
 
 
 def test_training_leaves_checkpoints_history_and_a_loss_curve(trained):
     assert [row["epoch"] for row in rows(trained)] == ["1", "2"]
-    losses = [float(row["train_loss"]) for row in rows(trained)]
-    assert losses[1] < losses[0] < np.log(21)  # 21 words: it starts better than guessing
+    train_losses = [float(row["train_loss"]) for row in rows(trained)]
+    assert train_losses[1] < train_losses[0] < np.log(21)  # 21 words: it starts better than guessing
     for kind in ("last", "best"):
         assert weights(trained, kind)
+    assert any(name.startswith("optimizer") for name in weights(trained))
+    assert not any(name.startswith("optimizer") for name in weights(trained, "best"))
     vocabulary = json.loads((trained / "data" / "vocabulary.json").read_text())
     assert json.loads((trained / "run" / "vocabulary.json").read_text()) == vocabulary
     assert json.loads((trained / "run" / "config.json").read_text())["units"] == 16
@@ -50,154 +98,146 @@ def test_training_leaves_checkpoints_history_and_a_loss_curve(trained):
         assert len(figure.convert("RGB").getcolors(10**6)) > 10
 
 
+def test_the_checkpoint_holds_the_history(trained):
+    progress = saved_progress(trained)
+    assert [{name: str(value) for name, value in row.items()} for row in progress.history] == rows(trained)
+    assert (progress.epoch, progress.saves, progress.captions_done) == (2, 2, CAPTIONS)
+    assert progress.best_loss == min(row["validation_loss"] for row in progress.history)
+
+
 def test_training_starts_at_the_frequencies_of_words(trained, tmp_path):
-    config, _ = parse_command_line([*options(trained), "--run_dir", str(tmp_path)], "")
-    prepared = data_utils.load_prepared(config)
-    captions = training.collect_captions(prepared.train, config)
+    config = settings_of(trained, tmp_path)
+    prepared = load_prepared(config)
+    captions = collect_captions(prepared.train, config)
     counts = np.zeros(len(prepared.vocabulary))
     for image in prepared.train:
-        for words in image["ids"]:
+        for words in image.encoded_captions:
             for word in words[1:]:
                 counts[word] += 1
     shares = counts / counts.sum() / 2 + 0.5 / len(counts)
-    run = training.open_run(prepared, config)
-    np.testing.assert_allclose(tf.nn.softmax(run.decoder.make_logits.bias), shares, rtol=1e-4)
-    run.decoder.make_logits.kernel.assign(0 * run.decoder.make_logits.kernel)
+    state = training.open_run(prepared, config)
+    output_layer = state.decoder.output_layer
+    np.testing.assert_allclose(tf.nn.softmax(output_layer.bias), shares, rtol=1e-4)
+    output_layer.kernel.assign(0 * output_layer.kernel)
     entropy = -np.sum(counts * np.log(shares)) / np.sum(counts)
-    assert training.validate(run, captions, config) == pytest.approx(entropy, abs=1e-4)
+    assert training.validate(state, captions, config) == pytest.approx(entropy, abs=1e-4)
 
 
+# --- Continuing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_stopping_and_continuing_gives_the_weights_of_one_run(trained, tmp_path):
     """Two epochs, then two more, against four in one go; dropout is on and must go on where it stopped."""
-    stopped = tmp_path / "stopped"
-    constant = ["--schedule", "constant"]  # the other falls to 0 at the last of --epochs
-    shutil.copytree(trained / "data", stopped / "data")
-    shutil.copytree(trained / "coco", stopped / "coco")
-    shutil.copytree(trained / "data", tmp_path / "whole" / "data")
-    shutil.copytree(trained / "coco", tmp_path / "whole" / "coco")
-    for root in (stopped, tmp_path / "whole"):
-        data_utils.main(options(root))  # the folder's name is one of the prepared settings
-    train(stopped, "--epochs", "2", *constant)
-    for root in (stopped, tmp_path / "whole"):
-        train(root, "--epochs", "4", *constant)
-    whole, continued = weights(tmp_path / "whole"), weights(stopped)
-    assert whole.keys() == continued.keys()
-    for name in whole:
-        np.testing.assert_allclose(continued[name], whole[name], atol=1e-5, err_msg=name)
-    assert [row["epoch"] for row in rows(stopped)] == ["1", "2", "3", "4"]
-    for mine, theirs in zip(rows(stopped), rows(tmp_path / "whole"), strict=True):
-        assert float(mine["validation_loss"]) == pytest.approx(float(theirs["validation_loss"]), abs=1e-4)
+    for name, epochs in (("stopped", (2, 4)), ("whole", (4,))):
+        for last in epochs:
+            run = ["--run_dir", str(tmp_path / name / "run"), "--schedule", "constant"]  # the other goes by --epochs
+            train(trained, *run, "--epochs", str(last))
+    check_same_end(tmp_path / "stopped", tmp_path / "whole", atol=1e-5)
+    assert [row["epoch"] for row in rows(tmp_path / "stopped")] == ["1", "2", "3", "4"]
 
-    before = weights(stopped)
-    train(stopped, "--epochs", "4", *constant)  # all done: nothing changes
-    for name, value in weights(stopped).items():
+    before = weights(tmp_path / "stopped")
+    train(trained, *run[2:], "--run_dir", str(tmp_path / "stopped" / "run"), "--epochs", "4")  # all done
+    for name, value in weights(tmp_path / "stopped").items():
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_the_learning_rate_falls_to_0_at_the_last_step_or_stays():
-    images = [{"ids": [[]] * 5}] * 13  # 65 captions, 2 batches an epoch
-    falling = training.learning_rate(images, make_config({"epochs": 3, "learning_rate": 0.5, "schedule": "cosine"}))
-    rates = [float(falling(step)) for step in range(7)]
-    assert rates[0] == 0.5 and rates[3] == pytest.approx(0.25) and rates[6] == pytest.approx(0.0, abs=1e-6)
+def test_a_run_goes_on_with_other_settings_at_the_rate_of_its_epoch(trained, tmp_path, capsys, monkeypatch):
+    """A finished run of 2 epochs goes on to 6 with batches of another size; its history.csv was damaged meanwhile."""
+    again = copy_run(trained, tmp_path)
+    (tmp_path / "run" / "history.csv").write_bytes(b"epoch\n\xff\0 3,9.9,9.9,9.9,\n")
+    rates = []
+    after_each_step(monkeypatch, lambda state, number, loss: rates.append(float(state.optimizer.learning_rate)) or loss)
+    train(trained, *again, "--epochs", "6", "--batch_size", "48", "--compile", "off")
+
+    config = settings_of(trained, tmp_path, "--epochs", "6")
+    expected = [scheduled_rate(config, epoch + done / CAPTIONS) for epoch in range(2, 6) for done in (0, 48)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    assert rates == sorted(rates, reverse=True) and 0.7 * config.learning_rate < rates[0] and rates[-1] > 0
+    printed = capsys.readouterr().out
+    assert f"continuing {tmp_path / 'run'} after epoch 2; learning rate 0.0075, cosine over 6 epochs" in printed
+    assert "continuing with --batch_size 48; the run had 16 before" in printed
+    assert "continuing with --epochs 6; the run had 2 before" in printed
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3", "4", "5", "6"]
+    assert losses(tmp_path)[:2] == losses(trained)
+
+
+def test_a_new_run_says_its_rate(trained, tmp_path, capsys):
+    config = settings_of(trained, tmp_path, "--schedule", "constant")
+    training.announce_start(types.SimpleNamespace(progress=Progress()), None, config)
+    assert capsys.readouterr().out == "training begins; learning rate 0.01, constant over 8 epochs\n"
+
+
+@pytest.mark.slow
+def test_3_of_8_epochs_at_one_batch_size_go_on_at_another(trained, tmp_path, monkeypatch):
+    run = ["--run_dir", str(tmp_path / "run"), "--epochs", "8", "--patience", "99", "--compile", "off"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3 * 8 + 1)  # 6 training and 2 validation batches an epoch
+        train(trained, *run)
+    assert saved_progress(tmp_path).epoch == 3
+    rates = []
+    after_each_step(monkeypatch, lambda state, number, loss: rates.append(float(state.optimizer.learning_rate)) or loss)
+    train(trained, *run, "--batch_size", "64")
+    assert len(rates) == 2 * 5
+    assert rates[0] == pytest.approx(0.01 * (1 + np.cos(np.pi * 3 / 8)) / 2)  # 0.7 of it; it was 0 by steps
     assert rates == sorted(rates, reverse=True)
-    steady = training.learning_rate(images, make_config({"learning_rate": 0.5, "schedule": "constant"}))
-    assert {float(steady(step)) for step in (0, 3, 100)} == {0.5}
 
 
-def test_a_run_goes_on_with_another_schedule(trained, tmp_path, capsys):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3", "--schedule", "constant")
-    assert "after epoch 2" in capsys.readouterr().out
-    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3"]
-
-
-def test_a_row_of_an_epoch_that_was_not_saved_is_dropped(trained, tmp_path):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    with (tmp_path / "run" / "history.csv").open("a") as file:
-        file.write("3,9.9,9.9,9.9\n")
-    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
-    history = rows(tmp_path)
-    assert [row["epoch"] for row in history] == ["1", "2", "3"]
-    assert float(history[2]["train_loss"]) < 9
-
-
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(coco, capsys):
     data_utils.main(options(coco))
     train(coco, "--epochs", "40", "--learning_rate", "0.1", "--patience", "2")  # far too large: it soon gets worse
-    losses = [float(row["validation_loss"]) for row in rows(coco)]
-    best = int(np.argmin(losses)) + 1
-    assert len(losses) == best + 2 < 40
+    validation = [row[2] for row in losses(coco)]
+    best = int(np.argmin(validation)) + 1
+    assert len(validation) == best + 2 < 40
     assert "stopping" in capsys.readouterr().out
-    assert training.checkpoints(coco / "run" / "best")[0].name == f"ckpt-{best}"
-    assert training.checkpoints(coco / "run" / "last")[0].name == f"ckpt-{best + 2}"
+    assert list_checkpoints(coco / "run" / "best")[0].name == f"ckpt-{best}"
+    assert list_checkpoints(coco / "run" / "last")[0].name == f"ckpt-{best + 2}"
 
 
 def test_another_vocabulary_or_size_is_refused_and_both_are_named(trained, tmp_path):
+    again = copy_run(trained, tmp_path)
+    before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(UserError, match="--units 16, not 20"):
-        train(trained, "--units", "20", "--epochs", "3")
-    run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
-    (run / "vocabulary.json").write_text(json.dumps(["<pad>", "<unk>", "<start>", "<end>", "word"]))
+        train(trained, *again, "--units", "20", "--epochs", "3")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    (tmp_path / "run" / "vocabulary.json").write_text(json.dumps(["<pad>", "<unk>", "<start>", "<end>", "word"]))
     with pytest.raises(UserError, match=r"another vocabulary \(5 words\) than .* \(21 words\)"):
-        train(trained, "--run_dir", str(run), "--epochs", "3")
+        train(trained, *again, "--epochs", "3")
 
 
-def test_training_before_preparing_names_the_command(tmp_path):
-    with pytest.raises(UserError, match="run python data_utils.py"):
-        train(tmp_path)
+@pytest.mark.slow
+def test_a_run_that_has_lost_its_checkpoints_begins_anew_and_says_so(trained, tmp_path, capsys):
+    again = copy_run(trained, tmp_path)
+    shutil.rmtree(tmp_path / "run" / "last")
+    train(trained, *again, "--epochs", "1")
+    assert "last: training begins anew" in capsys.readouterr().out
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
 
 
-@pytest.mark.parametrize("batch_size", [64, 7, 1])
-def test_every_caption_once_an_epoch_in_batches_of_two_lengths(batch_size):
-    lengths = np.random.default_rng(0).integers(3, 40, 1000)
-    order = training.plan_batches(lengths, batch_size, np.random.default_rng((42, 0)))
-    assert sorted(order) == list(range(1000))
-    batches = lengths[order[: 1000 // batch_size * batch_size]].reshape(-1, batch_size)
-    longer, shorter = np.split(batches, [(batch_size + 1) // 2], axis=1)
-    for rows in (longer, shorter)[:batch_size]:
-        assert np.mean(np.ptp(rows, axis=1)) < 3 < np.ptp(lengths) / 8
-        assert rows[:, 0].tolist() != sorted(rows[:, 0])  # in random order
-    if batch_size > 1:
-        assert longer.min() >= shorter.max()
-        assert abs(np.corrcoef(longer[:, 0], shorter[:, 0])[0, 1]) < 0.5  # any with any
-    assert (order == training.plan_batches(lengths, batch_size, np.random.default_rng((42, 0)))).all()
-    assert (order != training.plan_batches(lengths, batch_size, np.random.default_rng((42, 1)))).any()
+# --- Steps --------------------------------------------------------------------------------------------------------
 
 
-def test_fewer_captions_than_a_batch_are_one():
-    assert sorted(training.plan_batches(np.array([5, 4, 6]), 64, np.random.default_rng(0))) == [0, 1, 2]
-
-
-def test_batches_hold_each_captions_own_features_and_words(trained):
-    config, _ = parse_command_line(options(trained), "")
-    images = data_utils.load_prepared(config).train
-    captions = training.collect_captions(images, config)
-    order = training.plan_batches(captions.lengths, 16, np.random.default_rng(0))
-    expected = [(data_utils.feature_path(image, config), words) for image in images for words in image["ids"]]
-    batches = training.caption_batches(captions, order, config)
-    assert batches.options().autotune.enabled is False
-    seen = 0
-    for features, words in batches:
-        assert features.shape == (16, 64, 2048)
-        assert words.shape == (16, max(np.count_nonzero(words, axis=1)))  # padded to the longest of the batch
-        for row in range(min(16, len(expected) - seen)):
-            path, ids = expected[order[seen]]
-            np.testing.assert_array_equal(features[row], np.load(path).astype(np.float32))
-            assert [i for i in words[row].numpy() if i] == ids
-            seen += 1
-        assert not np.any(words[row + 1 :])
-    assert row < 15  # the last batch was filled up
-    assert seen == len(expected) > (IMAGES - 6) * 5
-
-
-def test_the_step_is_traced_once(trained, tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_the_step_is_traced_once_however_loops_are_computed(trained, tmp_path, monkeypatch, compile):
     traces = []
     real = training.caption_loss
     monkeypatch.setattr(training, "caption_loss", lambda *args: traces.append(1) or real(*args))
-    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3", "--batch_size", "7")
+    run = ["--run_dir", str(tmp_path / "run"), "--batch_size", "7", "--compile", compile]
+    train(trained, *run, "--epochs", "3")
     assert len(traces) == 2  # the training step and the validation step, whatever the shapes
 
 
+@pytest.mark.slow
+def test_compiled_or_not_a_run_learns_the_same(trained, tmp_path):
+    for compile in ("on", "off"):
+        run = ["--run_dir", str(tmp_path / compile / "run"), "--compile", compile, "--precision", "float32"]
+        train(trained, *run, "--epochs", "2")
+    np.testing.assert_allclose(losses(tmp_path / "on"), losses(tmp_path / "off"), atol=1e-4)
+
+
+@pytest.mark.slow
 def test_two_captions_are_enough_and_each_epoch_trains(coco):
     argv = [*options(coco), "--num_examples", "2"]
     data_utils.main(argv)
@@ -206,152 +246,238 @@ def test_two_captions_are_enough_and_each_epoch_trains(coco):
     assert iterations == 3  # one caption is trained on, so that all epochs have the same order
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    before = weights(tmp_path)
-    real = training.caption_loss
-    monkeypatch.setattr(training, "caption_loss", lambda *args: real(*args) * np.nan)
-    with pytest.raises(UserError, match="batch 1 of epoch 3: lower --learning_rate"):
-        train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
-    for name, value in weights(tmp_path).items():
-        np.testing.assert_array_equal(value, before[name])
+# --- Numbers that are not finite ----------------------------------------------------------------------------------
 
 
-# --- Damage
-
-
-DAMAGES = {
-    "empty": lambda path: path.write_bytes(b""),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "other bytes": lambda path: path.write_bytes(path.read_bytes()[:50] + bytes(50) + path.read_bytes()[100:]),
-    "a folder": lambda path: path.unlink() or path.mkdir(),
-}
-
-
-@pytest.mark.parametrize(
-    ("ending", "damage"),
-    [(ending, name) for ending in (".index", ".data-00000-of-00001") for name in DAMAGES]
-    + [(".data-00000-of-00001", "missing")],
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(trained, tmp_path, capsys, ending, damage):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    config, _ = parse_command_line([*options(trained), "--run_dir", str(tmp_path / "run")], "")
-    spoil = {**DAMAGES, "missing": pathlib.Path.unlink}[damage]
+def check_nothing_was_saved(trained, root):
+    theirs = weights(trained)
+    for name, value in weights(root).items():
+        np.testing.assert_array_equal(value, theirs[name])
     for kind in ("last", "best"):
-        spoil(tmp_path / "run" / kind / f"ckpt-2{ending}")
+        names = {path.name for path in (root / "run" / kind).iterdir()}
+        assert names == {path.name for path in (trained / "run" / kind).iterdir()}
 
-    run = training.open_run(data_utils.load_prepared(config), config)
-    assert int(run.epoch) == 1
-    inference.load_captioner(config)
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
+    again = copy_run(trained, tmp_path)
+    after_each_step(monkeypatch, lambda state, number, loss: loss * np.nan if number == 2 else loss)
+    with pytest.raises(UserError, match="loss is nan at batch 2 of epoch 3: lower --learning_rate"):
+        train(trained, *again, "--epochs", "3")
+    check_nothing_was_saved(trained, tmp_path)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_before_saving(trained, tmp_path, monkeypatch):
+    again = copy_run(trained, tmp_path)
+    after_each_step(monkeypatch, lambda state, number, loss: loss * np.nan, "validation_step")
+    with pytest.raises(UserError, match="the validation loss is nan: lower --learning_rate") as raised:
+        train(trained, *again, "--epochs", "3")
+    assert "\n" not in str(raised.value)
+    check_nothing_was_saved(trained, tmp_path)
+
+
+@pytest.fixture
+def continued(trained, tmp_path):
+    """(state, config) of a copy of the trained run, restored, with one epoch to go."""
+    copy_run(trained, tmp_path)
+    config = settings_of(trained, tmp_path / "run", "--epochs", "3")
+    return training.open_run(load_prepared(config), config), config
+
+
+ROW = {"epoch": 3, "train_loss": 1.5, "captions_per_second": 9.0, "validation_loss": 0.5}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path, continued, bad):
+    """A step may spoil weights although its own loss was finite, and validation may not touch them: a rare word's."""
+    state, config = continued
+    state.decoder.embedding.embeddings.assign(
+        tf.tensor_scatter_nd_update(state.decoder.embedding.embeddings, [[1, 0]], [bad])
+    )
+    for save in (lambda: training.save_epoch(state, ROW, config), lambda: training.save_last(state, config)):
+        with pytest.raises(UserError, match="no longer finite numbers: lower --learning_rate"):
+            save()
+    check_nothing_was_saved(trained, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["epoch", "interrupt", "checkpoint_minutes"])
+def test_weights_that_a_step_spoils_are_never_saved(trained, tmp_path, monkeypatch, ends):
+    again = copy_run(trained, tmp_path)
+
+    def spoil(state, number, loss):
+        if number == 3:
+            state.decoder.embedding.embeddings[1, 0].assign(np.nan)
+        return loss
+
+    after_each_step(monkeypatch, spoil)
+    if ends == "interrupt":
+        interrupt_at(monkeypatch, 5)
+    if ends == "checkpoint_minutes":
+        hurry(monkeypatch)
+    with pytest.raises(UserError, match="no longer finite numbers: lower --learning_rate") as raised:
+        train(trained, *again, "--epochs", "3")
+    assert "\n" not in str(raised.value)
+    for value in weights(tmp_path).values():
+        assert np.isfinite(value).all()
+    assert saved_progress(tmp_path).captions_done in (CAPTIONS, 16, 32)
+
+
+# --- Damage -------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_written_beside_the_checkpoints_is_a_warning_behind_them(continued, tmp_path, capsys):
+    """A spreadsheet holds history.csv open, or a folder is in its place."""
+    state, config = continued
+    for name in ("history.csv", "loss.png"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).mkdir()
+    capsys.readouterr()
+    training.save_epoch(state, ROW, config)
+    assert saved_progress(tmp_path).history[2] == ROW
+    assert list_checkpoints(tmp_path / "run" / "best")[0].name == "ckpt-3"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0].partition(": ")[::2] for line in lines] == [
+        ("warning", f"cannot write {tmp_path / 'run' / name}: {os.strerror(errno.EISDIR)}")
+        for name in ("history.csv", "loss.png")
+    ]
+
+    for name in ("history.csv", "loss.png"):
+        (tmp_path / "run" / name).rmdir()
+    training.open_run(load_prepared(config), config)  # the next start makes good for it
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3"]
+
+
+def test_the_checkpoint_comes_first(continued, monkeypatch):
+    state, config = continued
+    calls = []
+    monkeypatch.setattr(training, "save_checkpoint", lambda objects, folder, number: calls.append(folder.name))
+    monkeypatch.setattr(training, "write_csv", lambda path, history: calls.append(path.name))
+    monkeypatch.setattr(training, "plot_losses", lambda history, path: calls.append(path.name))
+    training.save_epoch(state, ROW, config)
+    assert calls == ["best", "last", "history.csv", "loss.png"]
+    training.save_epoch(state, ROW | {"epoch": 4, "validation_loss": 9.0}, config)
+    assert calls[4:] == ["last", "history.csv", "loss.png"]
+
+
+def spoil_checkpoint(root, kind, number):
+    (root / "run" / kind / f"ckpt-{number}.index").write_bytes(b"damaged")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(trained, tmp_path, capsys):
+    copy_run(trained, tmp_path)
+    config = settings_of(trained, tmp_path / "run")
+    for kind in ("last", "best"):
+        spoil_checkpoint(tmp_path, kind, 2)
+    state = training.open_run(load_prepared(config), config)
+    assert (state.progress.epoch, len(state.progress.history)) == (1, 1)
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1"]  # what the checkpoint knows
+    assert captioner.load_captioner(config).checkpoint == "best/ckpt-1"
     printed = capsys.readouterr().out
     for kind in ("last", "best"):
         assert f"{kind}/ckpt-2 cannot be read" in printed
-    assert printed.count("ckpt-1 is taken instead\n") == 2
+        assert f"{kind}/ckpt-1 is taken instead\n" in printed
 
-    for kind in ("last", "best"):
-        spoil(tmp_path / "run" / kind / f"ckpt-1{ending}")
-    for load in (lambda: train(trained, "--run_dir", config.run_dir), lambda: inference.load_captioner(config)):
-        with pytest.raises(UserError, match="ckpt-2 cannot be read .*: delete .*run and run python train_") as raised:
+    spoil_checkpoint(tmp_path, "best", 1)
+    assert captioner.load_captioner(config).checkpoint == "last/ckpt-1"
+    assert "last/ckpt-1 is taken instead" in capsys.readouterr().out
+
+    spoil_checkpoint(tmp_path, "last", 1)
+    for load in (lambda: train(trained, "--run_dir", config.run_dir), lambda: captioner.load_captioner(config)):
+        with pytest.raises(UserError, match=r"ckpt-2 cannot be read .*: give another --run_dir, or move") as raised:
             load()
-        assert "\n" not in str(raised.value)
+        assert "\n" not in str(raised.value) and "delete" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(trained, tmp_path):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    (tmp_path / "run" / "last" / "ckpt-2.index").write_bytes(b"damaged")
+    again = copy_run(trained, tmp_path)
+    spoil_checkpoint(tmp_path, "last", 2)
     (tmp_path / "run" / "last" / "ckpt-3_temp").mkdir()  # of a save that was killed
     (tmp_path / "run" / "last" / "ckpt-3.data-00000-of-00001").write_bytes(b"half")
-    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
-    for name, value in weights(trained).items():
-        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
+    train(trained, *again, "--epochs", "2")
+    check_same_end(tmp_path, trained)
     for kind in ("last", "best"):
         names = {path.name.partition(".")[0] for path in (tmp_path / "run" / kind).iterdir()}
         assert names == {"ckpt-1", "ckpt-2"}
 
 
-def test_a_run_that_has_lost_its_checkpoints_begins_anew_and_says_so(trained, tmp_path, capsys):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "last")
-    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "1")
-    assert "last: training begins anew" in capsys.readouterr().out
-    assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
-
-
-def test_captioning_needs_the_words_that_were_trained_on(trained, tmp_path):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    for text in ("", "{}", '["<pad>"]'):
-        (tmp_path / "run" / "vocabulary.json").write_text(text)
-        with pytest.raises(UserError, match="vocabulary.json .*: delete .*run and run python train_"):
-            inference.main([*options(trained), "--run_dir", str(tmp_path / "run")])
-    for name, text in (("vocabulary.json", "{}"), ("config.json", "["), ("config.json", "[]"), ("config.json", "{}")):
-        shutil.copytree(trained / "run", tmp_path / "run", dirs_exist_ok=True)
-        (tmp_path / "run" / name).write_text(text)
-        with pytest.raises(UserError, match="give another --run_dir, or delete that folder"):
-            train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "3")
-
-
-HEADER = "epoch,train_loss,captions_per_second,validation_loss\n"
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        HEADER,
-        HEADER + "1,2.0,x,3.0\n",
-        HEADER + "1,2.0\n",
-        HEADER + "1,2,3,4,5\n",
-        "epoch\n1\n",
-        "\0\0",
-        "\xff\xfe",
-    ],
-)
-def test_a_damaged_history_begins_anew_and_says_so(trained, tmp_path, capsys, text):
-    config, _ = parse_command_line([*options(trained), "--run_dir", str(tmp_path)], "")
-    (tmp_path / "history.csv").write_text(text, encoding="latin-1")
-    run = tf.train.Checkpoint(epoch=tf.Variable(2))
-    assert training.read_history(run, config) == []
-    assert "history.csv cannot be read" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("size", "name"), [(60, "config.json"), (5_000, "loss.png"), (60_000, "best/ckpt-2"), (130_000, "last/ckpt-2")]
+    ("size", "name"), [(60, "config.json"), (60_000, "best/ckpt-2"), (130_000, "last/ckpt-2"), (5_000, "best/ckpt-2")]
 )
 def test_a_full_disk_is_one_line_and_the_run_goes_on_to_the_same_end(trained, tmp_path, size, name):
-    shutil.copytree(trained / "run", tmp_path / "run")
+    again = copy_run(trained, tmp_path)
     for kind in ("last", "best"):
         for file in (tmp_path / "run" / kind).glob("ckpt-2.*"):
             file.unlink()
     with full_disk(size), pytest.raises(UserError) as raised:
-        train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
+        train(trained, *again, "--epochs", "2")
     reason = os.strerror(errno.EFBIG)
     assert f"cannot write {tmp_path / 'run' / name}: {reason} (" in str(raised.value)
     assert str(raised.value).endswith(" MB free there; make room and run the same command again)")
     for kind in ("last", "best"):
-        assert training.checkpoints(tmp_path / "run" / kind)[-1].name == "ckpt-1"
+        assert list_checkpoints(tmp_path / "run" / kind)[-1].name == "ckpt-1"
     assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name or "temp" in path.name]
-    train(trained, "--run_dir", str(tmp_path / "run"), "--epochs", "2")
-    for name, value in weights(trained).items():
-        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
+    train(trained, *again, "--epochs", "2")
+    check_same_end(tmp_path, trained)
 
 
-# --- Stopping
+def test_a_disk_that_is_full_for_the_loss_curve_alone_is_a_warning(continued, tmp_path, capsys):
+    state, config = continued
+    (tmp_path / "run" / "loss.png").unlink()
+    with full_disk(5_000):
+        training.write_history([*state.progress.history, ROW], tmp_path / "run")
+    assert f"warning: cannot write {tmp_path / 'run' / 'loss.png'}" in capsys.readouterr().out
+    assert len(rows(tmp_path)) == 3
+    assert not (tmp_path / "run" / "loss.png").exists()
+
+
+def test_a_feature_that_is_damaged_in_mid_training_is_one_line(trained, tmp_path, monkeypatch):
+    """It was whole when the training began and was checked."""
+    shutil.copytree(trained / "data" / "features", tmp_path / "features")
+    config = settings_of(trained, tmp_path / "run", "--epochs", "1", "--compile", "off")
+    prepared = load_prepared(config)
+    there = dataclasses.replace(config, features_dir=str(tmp_path / "features"))
+    path = feature_path(prepared.train[0], there)
+    path.write_bytes(path.read_bytes()[:1000])
+    monkeypatch.setattr(training, "load_prepared", lambda config: prepared)
+    with pytest.raises(UserError, match=f"{path} is damaged: run python data_utils.py") as raised:
+        training.train_captioner(there)
+    assert "\n" not in str(raised.value)
+
+
+# --- Stopping -----------------------------------------------------------------------------------------------------
 
 
 def interrupt_at(monkeypatch, batch, number=signal.SIGINT):
     """Have this process interrupted as it reads its batch of that number, training and validation counted together."""
+
+    def interrupt():
+        os.kill(os.getpid(), number)
+
+    at_batch(monkeypatch, batch, interrupt)
+
+
+def at_batch(monkeypatch, batch, action):
     real, read = training.caption_batches, []
 
     def batches(*args):
         for item in real(*args):
             read.append(1)
             if len(read) == batch:
-                os.kill(os.getpid(), number)
+                action()
             yield item
 
     monkeypatch.setattr(training, "caption_batches", batches)
 
 
+def hurry(monkeypatch):
+    """Let a minute pass whenever the training looks at the clock, so that a checkpoint is due at every batch."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: 3600.0 * next(ticks))
+
+
+@pytest.mark.slow
 def test_an_interrupted_epoch_goes_on_at_its_next_batch_and_ends_as_if_nothing_had_been(trained, tmp_path, monkeypatch):
     """Of 6 training and 2 validation batches an epoch: stopped in training, in validation, and before any batch."""
     more = ["--run_dir", str(tmp_path / "run"), "--epochs", "2"]
@@ -360,17 +486,13 @@ def test_an_interrupted_epoch_goes_on_at_its_next_batch_and_ends_as_if_nothing_h
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_at(patch, batch, number)
             train(trained, *more)
-        last = tf.train.load_checkpoint(training.checkpoints(tmp_path / "run" / "last")[0])
-        saved.append(last.get_tensor("captions_done/.ATTRIBUTES/VARIABLE_VALUE"))
+        saved.append(saved_progress(tmp_path).captions_done)
     assert saved == [48, 95, 95]
     train(trained, *more)
-    for name, value in weights(trained).items():
-        np.testing.assert_allclose(weights(tmp_path)[name], value, atol=1e-6, err_msg=name)
-    for mine, theirs in zip(rows(tmp_path), rows(trained), strict=True):
-        for name in ("epoch", "train_loss", "validation_loss"):
-            assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
+    check_same_end(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, monkeypatch):
     more = ["--run_dir", str(tmp_path / "run"), "--epochs", "1"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -379,21 +501,55 @@ def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, mo
     trained_on = []
     real = training.train_step.get_concrete_function
 
-    def counted(run, *args):
-        step = real(run, *args)
-        return lambda run, features, words, config: trained_on.append(len(words)) or step(run, features, words, config)
+    def counted(state, *args):
+        step = real(state, *args)
+        return lambda state, features, words, config: (
+            trained_on.append(len(words)) or step(state, features, words, config)
+        )
 
     monkeypatch.setattr(training.train_step, "get_concrete_function", counted)
-    train(trained, *more, "--batch_size", "1000")  # more than there are
-    assert sum(trained_on) == 95
+    train(trained, *more, "--batch_size", "1000", "--compile", "off")  # more than there are
+    assert sum(trained_on) == CAPTIONS
 
 
+class PowerCut(Exception):
+    """Nothing handles it, as nothing handles a power cut."""
+
+
+def cut_power():
+    raise PowerCut
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_mid_epoch_saves_what_came_before_a_power_cut(trained, tmp_path, monkeypatch):
+    """It is written before a batch is trained on, every --checkpoint_minutes. The rest of the epoch ends the same."""
+    more = ["--run_dir", str(tmp_path / "run"), "--epochs", "2"]
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        at_batch(patch, 5, cut_power)
+        train(trained, *more)  # 30 minutes are never over
+    assert not (tmp_path / "run" / "last").exists()
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        hurry(patch)
+        at_batch(patch, 5, cut_power)
+        train(trained, *more, "--checkpoint_minutes", "0.5")
+    progress = saved_progress(tmp_path)
+    assert (progress.epoch, progress.captions_done, progress.history) == (0, 48, [])
+
+    steps = []
+    with monkeypatch.context() as patch:
+        after_each_step(patch, lambda state, number, loss: steps.append(number) or loss)
+        train(trained, *more)
+    assert len(steps) == 3 + 6
+    check_same_end(tmp_path, trained)
+
+
+@pytest.mark.slow
 def test_an_interrupted_process_saves_and_exits_with_130(trained, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "train_image_caption_model.py", *options(trained), "--run_dir", str(run)]
     command += ["--epochs", "100000", "--patience", "100000"]
-    root = pathlib.Path(training.__file__).parent
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             while "epoch 2/" not in process.stderr.readline(50):
                 pass
@@ -405,4 +561,4 @@ def test_an_interrupted_process_saves_and_exits_with_130(trained, tmp_path):
     assert "Traceback" not in errors
     assert errors.endswith("interrupted: what was finished is kept; run the same command again to go on\n")
     assert "captions: saved" in out
-    assert training.checkpoints(run / "last")
+    assert list_checkpoints(run / "last")

@@ -3,25 +3,29 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
-
-import data_utils
-from command_line import parse_command_line
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
+from captioning.image_files import load_image
+from captioning.inception import extraction_graphs, feature_network
+from captioning.settings import make_config
+
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 WEIGHTS = SHARED / "weights" / "inception_v3_notop.weights.h5"
 
 
-def run(script, *argv):
-    done = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+def run(script, *argv, cwd=ROOT):
+    done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
@@ -56,7 +60,7 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
     assert (tmp_path / "exported" / "saved_model.pb").exists()
 
     out = run("inference_image_caption.py", *argv, "--evaluate")
-    metrics = json.loads((tmp_path / "run" / "captions" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "captions" / "metrics_validation.json").read_text())
     assert {"greedy", "beam 3", "beam 5"} <= metrics.keys()
     for name in ("BLEU-4", "CIDEr", "ROUGE-L"):
         assert name in out
@@ -65,27 +69,46 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
     assert metrics["greedy"]["attention"].keys() == {"words", "inside", "chance"}  # None where no object was named
 
 
+def test_a_run_folder_moved_alone_to_an_empty_place_captions_a_picture(tmp_path):
+    """Its network has random weights, whose statistics come from the data."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    places = ["--coco_dir", str(old / "scenes"), "--data_dir", str(old / "data"), "--run_dir", str(old / "run")]
+    argv = ["--dataset", "demo", *places, "--demo_images", "12", "--epochs", "1", "--units", "32"]
+    run("data_utils.py", *argv)
+    run("train_image_caption_model.py", *argv)
+    picture = next((old / "scenes" / "train2014").glob("*.jpg"))
+    run("inference_image_caption.py", *argv, "--image", str(picture), "--output", str(tmp_path / "before"))
+    (before,) = check_figures(tmp_path / "before", 1)
+
+    new.mkdir()
+    shutil.move(picture, new / "a.jpg")
+    shutil.move(old / "run", new / "runs" / "x")
+    shutil.rmtree(old)
+    run("inference_image_caption.py", "--run_dir", "runs/x", "--image", "a.jpg", cwd=new)
+    (after,) = check_figures(new / "runs" / "x" / "captions", 1)
+    assert after == {**before, "image": "a.jpg"}
+
+
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")
 def test_real_photographs_in_coco_2017_layout(tmp_path):
     argv = ["--coco_dir", str(SHARED / "coco_mini"), "--coco_split", "train2017", "--inception_weights", str(WEIGHTS)]
     argv += ["--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run"), "--num_examples", "none"]
-    argv += ["--units", "64", "--epochs", "2", "--plot_images", "2"]
+    argv += ["--units", "64"]
     run("data_utils.py", *argv)
-    run("train_image_caption_model.py", *argv)
-    run("inference_image_caption.py", *argv)
+    run("train_image_caption_model.py", *argv, "--epochs", "2")
+    run("inference_image_caption.py", "--run_dir", str(tmp_path / "run"), "--plot_images", "2")
     check_figures(tmp_path / "run" / "captions", 2)
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")
-def test_fast_features_are_float32s_up_to_rounding(tmp_path):
+def test_fast_features_are_float32s_up_to_rounding():
     paths = sorted((SHARED / "coco_mini" / "val2017").glob("*.jpg"))[:16]
-    pixels = tf.constant(np.stack([data_utils.load_image(path) for path in paths]))
-    argv = ["--inception_weights", str(WEIGHTS), "--features_dir", str(tmp_path)]
+    pixels = tf.constant(np.stack([load_image(path) for path in paths]))
     features = {}
     for precision in ("float32", "auto"):
-        config, _ = parse_command_line([*argv, "--extract_precision", precision], "")
-        with data_utils.extraction_graphs(config):
-            features[precision] = data_utils.feature_network(config, [])(pixels).numpy()
+        config = make_config({"inception_weights": str(WEIGHTS), "extract_precision": precision})
+        with extraction_graphs(config):
+            features[precision] = feature_network(config)(pixels).numpy()
     norms = np.linalg.norm(features["float32"], axis=-1) * np.linalg.norm(features["auto"], axis=-1)
     assert ((features["float32"] * features["auto"]).sum(-1) / norms).mean() > 0.999
     error = np.linalg.norm(features["auto"] - features["float32"]) / np.linalg.norm(features["float32"])

@@ -1,48 +1,62 @@
 """Decoding speed, cached features in, captions out: the usual script's way against ours, in alternation.
 
-PYTHONPATH=. python tests/benchmarks/decode_speed.py [--rounds N] [--prepared] [--dataset NAME] [--<field> VALUE ...]
+PYTHONPATH=. python tests/benchmarks/decode_speed.py [--rounds N] [--prepared] [--run_dir DIR] [--<setting> VALUE ...]
 
-It makes up features, and weights that never say <end>, for captions of 10 words; with --prepared it takes the data set
-and the trained run that the settings name. The usual way, written here as a short reference: one image
+It makes up features, and weights that never say <end>, for captions of 10 words; with --prepared it takes the trained
+run that the settings name and its validation images. The usual way, written here as a short reference: one image
 at a time, one word at a time in Python, keys computed anew for each. Both must give the same captions.
 """
+
+import support.before_tensorflow  # noqa: F401, I001  must come first
 
 import dataclasses
 import pathlib
 import tempfile
 import time
 
-import inference_image_caption as inference
-from command_line import parse_command_line, run_script
-from data_utils import END, PAD, START, UNK, feature_path, load_prepared
-from drawn_data import describe_machine, draw_images, print_table
-from model import build_captioner
-
 import numpy as np
 import tensorflow as tf
+from drawn_data import describe_machine, draw_images, print_table
+
+from captioning.captioner import Captioner, Picture, cached_batches, caption_batch, load_captioner
+from captioning.devices import set_up_devices
+from captioning.feature_cache import feature_path
+from captioning.prepared_data import load_prepared
+from captioning.run_folder import run_settings
+from captioning.settings import make_config
+from captioning.vocabulary import END, PAD, START, UNK
+from config import Config
+from model import build_captioner
+from support.command_line import parse_command_line
+from support.process import run_script
 
 
 def add_options(parser):
     parser.add_argument("--rounds", type=int, default=3, help="times that each way is measured (default: 3)")
-    parser.add_argument("--prepared", action="store_true", help="take the data set and run that the settings name")
+    parser.add_argument("--count", type=int, default=400, help="images that are made up (default: 400)")
+    parser.add_argument("--prepared", action="store_true", help="take the run that the settings name, and its data")
 
 
 def main(argv):
-    config, options = parse_command_line(argv, __doc__, add_options)
+    given, options = parse_command_line(argv, __doc__, Config, add_options)
+    config = make_config(given)
+    set_up_devices()
     with tempfile.TemporaryDirectory() as folder:
         if options.prepared:
+            config = run_settings(given, config.run_dir)
             images = load_prepared(config).validation
-            captioner = inference.load_captioner(config)
+            captioner = load_captioner(config)
         else:
             config = dataclasses.replace(config, features_dir=folder, max_words=10)
-            images = draw_images(pathlib.Path(folder), 400, config.vocab_size)
+            images = draw_images(pathlib.Path(folder), options.count, config.vocab_size)
             captioner = make_up_captioner(config)
-        few = images[:10]
-        compare(captioner, few, images, config)
+        paths = [feature_path(image, config) for image in images]
+        few = paths[:10]
+        compare(captioner, few, paths, config)
         rates = {"usual": [], "ours": []}
         for _ in range(options.rounds + 1):  # the first round warms up
             rates["usual"].append(rate(few, decode_the_usual_way, captioner, config))
-            rates["ours"].append(rate(images, decode_our_way, captioner, config))
+            rates["ours"].append(rate(paths, decode_our_way, captioner, config))
     print(f"{len(images)} images, {config.decode_batch} at a time, greedy")
     print(describe_machine())
     print_table("decoding", "images/s", rates)
@@ -50,14 +64,14 @@ def main(argv):
 
 def make_up_captioner(config):
     encoder, decoder = build_captioner(config, config.vocab_size)
-    decoder.make_logits.bias.assign(tf.one_hot(END, config.vocab_size, on_value=-1e6))
-    return inference.Captioner(encoder, decoder, [f"word{i}" for i in range(config.vocab_size)])
+    decoder.output_layer.bias.assign(tf.one_hot(END, config.vocab_size, on_value=-1e6))
+    return Captioner(encoder, decoder, [f"word{i}" for i in range(config.vocab_size)], "none")
 
 
-def decode_the_usual_way(captioner, images, config):
+def decode_the_usual_way(captioner, paths, config):
     captions = []
-    for image in images:
-        features = tf.constant(np.load(feature_path(image, config)).astype(np.float32)[np.newaxis])
+    for path in paths:
+        features = tf.constant(np.load(path).astype(np.float32)[np.newaxis])
         encoded_features = captioner.encoder(features)
         hidden = captioner.decoder.initial_hidden(encoded_features)
         words = [START]
@@ -76,20 +90,21 @@ def repeats(words, length):
     return [words[end] for end in ends if words[end - length + 1 : end] == words[len(words) - length + 1 :]]
 
 
-def decode_our_way(captioner, images, config):
-    batches = inference.cached_batches(images, config)
-    return [caption["caption"] for batch in batches for caption in inference.caption_batch(captioner, *batch, config)]
+def decode_our_way(captioner, paths, config):
+    pictures = [Picture(path, path.name) for path in paths]
+    batches = cached_batches(pictures, paths, config)
+    return [caption.caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
 
 
-def compare(captioner, few, images, config):
-    usual, ours = decode_the_usual_way(captioner, few, config), decode_our_way(captioner, images, config)
+def compare(captioner, few, paths, config):
+    usual, ours = decode_the_usual_way(captioner, few, config), decode_our_way(captioner, paths, config)
     assert usual == ours[: len(few)], (usual, ours[: len(few)])
 
 
-def rate(images, function, captioner, config):
+def rate(paths, function, captioner, config):
     start = time.perf_counter()
-    function(captioner, images, config)
-    return len(images) / (time.perf_counter() - start)
+    function(captioner, paths, config)
+    return len(paths) / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,76 @@
 """What the benchmarks share: made-up data for when no prepared data set is named, and the table that they print."""
 
-import os
 import pathlib
 import platform
-
-from data_utils import CHANNELS, END, LOCATIONS, START
 
 import keras
 import numpy as np
 import tensorflow as tf
+from PIL import Image
+
+from captioning.caption_files import CaptionedImage
+from captioning.devices import usable_cores
+from captioning.feature_cache import CHANNELS, LOCATIONS, write_features
+from captioning.prepared_data import Prepared, encode_images
+from captioning.vocabulary import SPECIAL_WORDS
 
 
 def draw_images(folder, count, vocab_size, seed=0):
-    """`count` images of five captions each, their features (91 % zeros, as InceptionV3's) written below `folder`."""
+    """Images of five captions each, of made-up words, and their features.
+
+    Args:
+      folder: pathlib.Path to write the features to.
+      count: int, how many images.
+      vocab_size: int, V; there are as many different words, without the special ones.
+
+    Returns:
+      list of CaptionedImage
+    """
     rng = np.random.default_rng(seed)
     images = []
     for number in range(count):
-        features = rng.standard_normal((LOCATIONS, CHANNELS), np.float32) - 1.34
-        np.save(folder / f"{number:06d}.npy", features.clip(0).astype(np.float16))
+        features = rng.standard_normal((LOCATIONS, CHANNELS), np.float32) - 1.34  # 91 % zeros, as InceptionV3's
+        write_features([folder / f"{number:06d}.npy"], features.clip(0)[np.newaxis], "float16")
         lengths = rng.lognormal(2.32, 0.34, 5).round().clip(2, 37).astype(int)  # as Flickr8k's: mean 10.8 words
-        ids = [[START, *rng.integers(END + 1, vocab_size, length).tolist(), END] for length in lengths]
-        texts = {"captions": [""] * 5, "references": []}
-        images.append({"image_id": number, "file_name": f"{number:06d}.jpg", **texts, "ids": ids})
+        drawn = [rng.integers(vocab_size - len(SPECIAL_WORDS), size=length) for length in lengths]
+        captions = [" ".join(f"w{word}" for word in words) for words in drawn]
+        images.append(CaptionedImage(number, f"{number:06d}.jpg", captions=captions, references=captions))
     return images
+
+
+def draw_prepared(folder, count, config):
+    """Prepared data of `draw_images`, all of them to train on and ten to validate."""
+    words = [f"w{word}" for word in range(config.vocab_size - len(SPECIAL_WORDS))]
+    vocabulary = [*SPECIAL_WORDS, *words]
+    images = encode_images(draw_images(folder, count, config.vocab_size), vocabulary)
+    mean = np.zeros(CHANNELS, np.float32)
+    return Prepared(images, images[:10], [], vocabulary, mean, feature_std=1.0, network="made up")
+
+
+def draw_photographs(folder, count):
+    """JPEG files of 640x480 with smooth noise of many scales, which compresses about as well as photographs.
+
+    Returns:
+      list of pathlib.Path
+    """
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(count):
+        pixels = np.zeros((480, 640, 3), np.float32)
+        for scale in (4, 16, 60, 120):
+            noise = rng.integers(0, 256, (480 // scale, 640 // scale, 3), np.uint8)
+            pixels += np.asarray(Image.fromarray(noise).resize((640, 480)), np.float32) / 4
+        paths.append(folder / f"{number:06d}.jpg")
+        Image.fromarray(pixels.astype(np.uint8)).save(paths[-1], quality=90)
+    return paths
 
 
 def describe_machine():
     names = pathlib.Path("/proc/cpuinfo")
     lines = names.read_text().splitlines() if names.exists() else []
-    processor = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{processor}, {os.cpu_count()} cores; TensorFlow {tf.__version__}, Keras {keras.__version__}"
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.machine()
+    return f"{processor}, {usable_cores()} cores; TensorFlow {tf.__version__}, Keras {keras.__version__}"
 
 
 def print_table(stage, unit, rates):

@@ -1,25 +1,40 @@
 """Extraction speed, image files in, .npy files out: the usual script's way against ours, in alternation.
 
-PYTHONPATH=. python tests/benchmarks/extract_speed.py [--rounds N] [--count N] [--folder DIR] [--<field> VALUE ...]
+PYTHONPATH=. python tests/benchmarks/extract_speed.py [--rounds N] [--count N] [--folder DIR] [--<setting> VALUE ...]
 
 It draws photograph-like noise as JPEG files of 640x480; --folder takes the images of a folder instead. The usual way,
-written here as a short reference: tf.data reads, decodes and resizes; Keras's model is called eagerly in float32.
-The two ways' features are compared first.
+written here as a short reference, is that of TensorFlow's tutorial on image captioning: tf.data reads, decodes and
+resizes; Keras's model is called eagerly in float32; each image's features are a .npy file. The two networks' features
+of the same pixels are compared first.
 """
+
+import support.before_tensorflow  # noqa: F401, I001  must come first
 
 import dataclasses
 import pathlib
 import tempfile
 import time
 
-import data_utils
-from command_line import UserError, parse_command_line, run_script
-from drawn_data import describe_machine, print_table
-
 import keras
 import numpy as np
 import tensorflow as tf
-from PIL import Image
+from drawn_data import describe_machine, draw_photographs, print_table
+
+from captioning.devices import set_up_devices
+from captioning.extraction import extract_features
+from captioning.feature_cache import write_features
+from captioning.image_files import load_image
+from captioning.inception import (
+    extraction_graphs,
+    feature_network,
+    load_inception,
+    network_identity,
+    set_random_weights,
+    set_statistics,
+)
+from captioning.settings import read_settings
+from support.errors import UserError
+from support.process import run_script
 
 
 def add_options(parser):
@@ -29,7 +44,8 @@ def add_options(parser):
 
 
 def main(argv):
-    config, options = parse_command_line(["--inception_weights", "random", *argv], __doc__, add_options)
+    config, options = read_settings(["--inception_weights", "random", *argv], __doc__, add_options)
+    set_up_devices()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         config = dataclasses.replace(config, features_dir=str(folder / "features"))
@@ -37,19 +53,21 @@ def main(argv):
         paths = paths[: options.count]
         if not paths:
             raise UserError(f"no .jpg file is in {options.folder}: give another --folder")
-        with data_utils.extraction_graphs(config):  # a rewriting of graphs, which leaves eager calls as they are
+        with extraction_graphs(config):  # a rewriting of graphs, which leaves eager calls as they are
             similarity, rates = measure(paths, folder, options.rounds, config)
     print(f"{len(paths)} images, batch {config.extract_batch}, precision {config.extract_precision}")
-    print(f"mean cosine between the two ways' features, per location: {similarity:.5f}")
+    print(f"mean cosine between the two networks' features, per location: {similarity:.5f}")
     print(describe_machine())
     print_table("extraction", "images/s", rates)
 
 
 def measure(paths, folder, rounds, config):
-    network = data_utils.feature_network(config, paths)
-    inception = usual_network(config, paths)
+    """The similarity of `compare`, and a dict of each way's images/s in each round."""
+    statistics = folder / "random_statistics.npz"
+    network = feature_network(config, statistics, paths[:64])
+    inception = usual_network(config, statistics)
     similarity = compare(network, inception, paths[:32])
-    ready = tf.constant(np.stack([data_utils.load_image(path) for path in paths[: config.extract_batch]]))
+    ready = tf.constant(np.stack([load_image(path) for path in paths[: config.extract_batch]]))
     rates = {"usual": [], "ours": [], "InceptionV3 alone, our graph": []}
     for _ in range(rounds + 1):  # the first round warms up
         rates["usual"].append(rate(len(paths), extract_the_usual_way, inception, paths, folder))
@@ -58,48 +76,33 @@ def measure(paths, folder, rounds, config):
     return similarity, rates
 
 
-def draw_photographs(folder, count):
-    """Smooth noise of many scales, which JPEG compresses about as well as photographs."""
-    rng = np.random.default_rng(0)
-    paths = []
-    for number in range(count):
-        pixels = sum(
-            np.asarray(
-                Image.fromarray(rng.integers(0, 256, (480 // scale, 640 // scale, 3), np.uint8)).resize((640, 480)),
-                np.float32,
-            )
-            for scale in (4, 16, 60, 120)
-        )
-        paths.append(folder / f"{number:06d}.jpg")
-        Image.fromarray((pixels / 4).astype(np.uint8)).save(paths[-1], quality=90)
-    return paths
-
-
-def usual_network(config, paths):
-    weights = config.inception_weights
-    model = keras.applications.InceptionV3(
-        include_top=False, weights=None if weights == "random" else weights, input_shape=(299, 299, 3)
-    )
-    if weights == "random":
-        data_utils.set_random_weights(model, config, paths)
+def usual_network(config, statistics):
+    model = load_inception(config.inception_weights, "float32")
+    if config.inception_weights == "random":
+        set_random_weights(model, config.seed)
+        set_statistics(model, statistics, network_identity(config))
     return model
 
 
 def usual_pixels(path):
     pixels = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
-    return tf.image.resize(pixels, (299, 299), antialias=True) / 127.5 - 1, path
+    pixels = tf.image.resize(pixels, (299, 299))
+    return keras.applications.inception_v3.preprocess_input(pixels), path
 
 
 def extract_the_usual_way(inception, paths, folder):
-    for pixels, names in data_utils.parallel_map(usual_pixels, [str(path) for path in paths]).batch(16):
-        features = inception(pixels, training=False)
-        for name, feature in zip(names.numpy(), tf.reshape(features, (-1, 64, 2048)).numpy(), strict=True):
-            np.save(folder / (pathlib.Path(name.decode()).stem + ".usual.npy"), feature)
+    dataset = tf.data.Dataset.from_tensor_slices([str(path) for path in paths])
+    dataset = dataset.map(usual_pixels, num_parallel_calls=tf.data.AUTOTUNE).batch(16)
+    for pixels, names in dataset:
+        features = inception(pixels)
+        features = tf.reshape(features, (features.shape[0], -1, features.shape[3]))
+        for feature, name in zip(features, names, strict=True):
+            np.save(folder / (pathlib.Path(name.numpy().decode()).stem + ".usual.npy"), feature.numpy())
 
 
 def extract_our_way(network, paths, folder, config):
-    for done, features, _ in data_utils.extract_features(network, paths, config.extract_batch):
-        data_utils.write_features([folder / (path.stem + ".npy") for path in done], features, config)
+    for done, features, _ in extract_features(network, paths, config.extract_batch):
+        write_features([folder / (path.stem + ".npy") for path in done], features, config.feature_dtype)
 
 
 def call_often(network, ready, times):
@@ -114,7 +117,8 @@ def rate(count, function, *args):
 
 
 def compare(network, inception, paths):
-    pixels = np.stack([data_utils.load_image(path) for path in paths])
+    """The mean cosine between the two networks' features of the same pixels."""
+    pixels = np.stack([load_image(path) for path in paths])
     ours = network(tf.constant(pixels)).numpy()
     theirs = tf.reshape(inception(pixels / np.float32(127.5) - 1, training=False), ours.shape).numpy()
     norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)

@@ -1,10 +1,12 @@
 """How training scales: 1 and 2 worker processes of TF_CONFIG on this machine, pinned to a core each, in alternation.
 
-PYTHONPATH=. python tests/benchmarks/scaling.py [--rounds N] [--count N] [--<field> VALUE ...]
+PYTHONPATH=. python tests/benchmarks/scaling.py [--rounds N] [--count N] [--<setting> VALUE ...]
 
 It makes up captions as long as people's, and features, and trains two epochs; the second one's captions/s are printed.
 Both take the same steps of `batch_size` captions, of which each of 2 workers computes half.
 """
+
+import support.before_tensorflow  # noqa: F401, I001  must come first
 
 import csv
 import dataclasses
@@ -16,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 
-from command_line import parse_command_line, run_script
-from data_utils import CHANNELS, PREPARED_SETTINGS, SPECIAL_WORDS
-from drawn_data import describe_machine, draw_images
-from files import write_json
-from model import build_captioner
-
 import numpy as np
+from drawn_data import describe_machine, draw_images
+
+from captioning.extraction import find_missing
+from captioning.prepared_data import save_prepared
+from captioning.settings import read_settings
+from model import build_captioner
+from support.process import run_script
 
 
 def add_options(parser):
@@ -31,14 +34,15 @@ def add_options(parser):
 
 
 def main(argv):
-    config, options = parse_command_line(argv, __doc__, add_options)
+    config, options = read_settings(argv, __doc__, add_options)
     cores = sorted(os.sched_getaffinity(0))[:2]
     rates = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
-        images = prepare(pathlib.Path(folder), options.count, dataclasses.replace(config, features_dir=folder))
+        config = dataclasses.replace(config, data_dir=folder, features_dir=f"{folder}/features", num_examples=None)
+        images = prepare(pathlib.Path(folder), options.count, config)
         for number in range(options.rounds):
             for workers, measured in rates.items():
-                measured.append(train(config, folder, f"{folder}/run-{workers}-{number}", cores[:workers]))
+                measured.append(train(config, f"{folder}/run-{workers}-{number}", cores[:workers]))
     print(f"{5 * len(images)} captions, batch {config.batch_size}, precision {config.precision}; {describe_machine()}")
     print_reduced(images, config)
     print("\n| workers | captions/s, median (min-max) |\n|---|---|")
@@ -48,20 +52,16 @@ def main(argv):
 
 
 def prepare(folder, count, config):
-    """Write what data_utils.py would leave for training. Returns the training images."""
-    images = draw_images(folder, count, config.vocab_size)
-    write_json(folder / "train.json", images)
-    write_json(folder / "validation.json", images[:20])
-    write_json(folder / "vocabulary.json", [*SPECIAL_WORDS, *map(str, range(len(SPECIAL_WORDS), config.vocab_size))])
-    np.savez(folder / "feature_statistics.npz", mean=np.zeros(CHANNELS, np.float32), std=1.0)
-    write_json(folder / "settings.json", {name: getattr(config, name) for name in PREPARED_SETTINGS})
+    """Write what data_utils.py would leave for training. Returns the training images, list of CaptionedImage."""
+    images = draw_images(folder / "features", count, config.vocab_size)
+    find_missing(images, config)  # writes down that the features were made elsewhere
+    save_prepared({"train": images, "validation": images[:20]}, {}, config)
     return images
 
 
-def train(config, folder, run_dir, cores):
+def train(config, run_dir, cores):
     """Captions/s of one worker on each of `cores`, together."""
-    settings = {**dataclasses.asdict(config), "data_dir": folder, "features_dir": folder, "run_dir": run_dir}
-    settings |= {"strategy": "multiworker", "epochs": 2}
+    settings = dataclasses.asdict(config) | {"run_dir": run_dir, "strategy": "multiworker", "epochs": 2}
     argv = [part for name, value in settings.items() if value != "" for part in (f"--{name}", str(value))]
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in cores]
     cluster = {"worker": [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]}
@@ -88,7 +88,8 @@ def print_reduced(images, config):
     encoder, decoder = build_captioner(config, config.vocab_size)
     weights = sum(int(np.prod(weight.shape)) for weight in encoder.trainable_variables + decoder.trainable_variables)
     embedding = int(np.prod(decoder.embedding.embeddings.shape))
-    words = np.mean([len(ids) - 1 for image in images for ids in image["ids"]]) * config.batch_size
+    lengths = [len(caption.split()) + 1 for image in images for caption in image.captions]  # with <end>
+    words = np.mean(lengths) * config.batch_size
     print(
         f"per step: {4e-6 * (weights - embedding):.1f} MB of gradients all-reduced, and the word embeddings' rows "
         f"gathered, {4e-6 * words * config.embedding_dim:.2f} MB ({weights / 1e6:.2f} million weights in all)"

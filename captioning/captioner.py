@@ -1,0 +1,175 @@
+"""The trained captioner: restored from its run, it turns features into predicted captions."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+
+from captioning.beam_search import beam_search
+from captioning.caption_files import image_path
+from captioning.checkpoints import captioner_checkpoint, checkpoint_digest, restore_newest
+from captioning.decoding_rules import DecodedCaptions, has_ended
+from captioning.feature_cache import feature_path, parallel_map, read_feature, reading_features
+from captioning.predictions import PredictedCaption
+from captioning.run_folder import check_model_settings, nothing_trained, other_folder
+from captioning.settings import prepare_command
+from captioning.vocabulary import END, PAD, read_vocabulary
+from model import CNN_Encoder, RNN_Decoder, build_captioner, greedy_decode
+from support.errors import UserError
+
+MOST_CAPTIONS = 20  # words, within which most captions end
+
+greedy_graph = tf.function(greedy_decode, reduce_retracing=True)
+beam_graph = tf.function(beam_search, reduce_retracing=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioner:
+    """A trained model and its words.
+
+    Attributes:
+      encoder, decoder: as model.build_captioner returns them.
+      vocabulary: list of V words.
+      checkpoint: str, which checkpoint the weights are from, such as best/ckpt-5.
+      identity: str, a digest that no other checkpoint has; "" where nobody asks for it.
+    """
+
+    encoder: CNN_Encoder
+    decoder: RNN_Decoder
+    vocabulary: list[str]
+    checkpoint: str
+    identity: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image to caption.
+
+    Attributes:
+      path: pathlib.Path of the image file.
+      name: str, the image as the user knows it: a path or an address.
+      image_id, references: as in PredictedCaption.
+      feature_path: pathlib.Path of its cached features, or None.
+    """
+
+    path: pathlib.Path
+    name: str
+    image_id: int | None = None
+    references: list[str] = ()
+    feature_path: pathlib.Path | None = None
+
+
+def dataset_pictures(images, config):
+    """The Pictures of a data set's images, with their cached features. list of CaptionedImages -> list of Pictures."""
+    pictures = []
+    for image in images:
+        path = image_path(image, config)
+        pictures.append(Picture(path, str(path), image.image_id, image.references, feature_path(image, config)))
+    return pictures
+
+
+def load_captioner(config):
+    """Restore the best checkpoint of `run_dir`, or the last one where none of the best can be read.
+
+    Raises:
+      UserError: nothing was trained there, or with other sizes than `config` has, or no checkpoint can be read.
+    """
+    folder = pathlib.Path(config.run_dir)
+    check_model_settings(folder, config)
+    vocabulary = read_vocabulary(folder / "vocabulary.json", other_folder(config))
+    encoder, decoder = build_captioner(config, len(vocabulary))
+    folders = [folder / "best", folder / "last"]
+    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, other_folder(config))
+    if checkpoint is None:
+        raise UserError(nothing_trained(config))
+    name = f"{checkpoint.parent.name}/{checkpoint.name}"
+    return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint))
+
+
+def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(greedy_decode, beam_search)):
+    """Greedy decoding or beam search, as the settings say.
+
+    Args:
+      features: float (B, P, F)
+      config: Config; its max_words, beam_width, length_penalty and repeat_block.
+      max_words: int, instead of the config's.
+      graphs: the two functions, or what compiles them.
+
+    Returns:
+      DecodedCaptions
+    """
+    greedy, beams = graphs
+    most = max_words or config.max_words
+    if config.beam_width == 1:
+        return greedy(encoder, decoder, features, most, config.repeat_block)
+    return beams(encoder, decoder, features, most, config.beam_width, config.length_penalty, config.repeat_block)
+
+
+def cached_batches(pictures, config):
+    """The pictures with their cached features, `decode_batch` at a time.
+
+    Args:
+      pictures: list of Pictures with a `feature_path`.
+
+    Yields:
+      (list of B Pictures, features float32 (B, P, F))
+
+    Raises:
+      UserError: a feature file is missing or damaged.
+    """
+    size = config.decode_batch
+    if not pictures:
+        return
+    paths = [str(picture.feature_path) for picture in pictures]
+    dataset = parallel_map(read_feature, paths).batch(size).prefetch(1)
+    with reading_features(prepare_command(config)):
+        for number, batch in enumerate(dataset):
+            yield pictures[number * size : (number + 1) * size], batch  # (B, P, F)
+
+
+def caption_batch(captioner, pictures, features, config):
+    """Caption pictures from their features.
+
+    Args:
+      captioner: Captioner
+      pictures: list of B Pictures.
+      features: float (B, P, F)
+
+    Returns:
+      list of B PredictedCaptions
+    """
+    features = tf.convert_to_tensor(features)
+    # Greedily, few captions are long, and the others need not wait for them. With beams a longer one may yet win.
+    most = min(MOST_CAPTIONS, config.max_words) if config.beam_width == 1 else config.max_words
+    decoded = decode_rows(captioner, features, most, config)
+    unfinished = [i for i, row in enumerate(decoded) if not has_ended(row.words)]
+    if unfinished and most < config.max_words:
+        longer = decode_rows(captioner, tf.gather(features, unfinished), config.max_words, config)
+        for i, row in zip(unfinished, longer, strict=True):
+            decoded[i] = row
+    return [
+        predicted_caption(picture, row, captioner.vocabulary) for picture, row in zip(pictures, decoded, strict=True)
+    ]
+
+
+def decode_rows(captioner, features, max_words, config):
+    """list of B DecodedCaptions of NumPy arrays, one for each image: (L,), (L,) and (L, P)."""
+    graphs = greedy_graph, beam_graph
+    decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, max_words, graphs)
+    return [DecodedCaptions(*row) for row in zip(*(part.numpy() for part in decoded), strict=True)]
+
+
+def predicted_caption(picture, row, vocabulary):
+    """The PredictedCaption of one image's decoded words."""
+    words = [vocabulary[i] for i in row.words if i not in (PAD, END)]
+    count = int(np.count_nonzero(row.words != PAD))  # with <end>
+    return PredictedCaption(
+        path=picture.path,
+        name=picture.name,
+        words=words,
+        log_probs=row.log_probs[:count],
+        attention_weights=row.attention_weights[: len(words)],
+        image_id=picture.image_id,
+        references=picture.references,
+    )

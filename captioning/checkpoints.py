@@ -1,0 +1,157 @@
+"""The state of a training and its checkpoints: written whole, tested before they count as good, newest first."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+
+import tensorflow as tf
+
+from captioning.distribution import is_chief
+from support.errors import UserError
+from support.files import free_space
+
+
+@dataclasses.dataclass(eq=False)
+class Progress(tf.train.experimental.PythonState):
+    """How far a training has come. A checkpoint holds it as JSON.
+
+    The random state needs no place: every shuffle is drawn from (seed, epoch), every dropout mask from (seed, step).
+
+    Attributes:
+      epoch: epochs finished.
+      best_epoch, best_loss: the epoch of the lowest validation loss, and that loss in nats per word.
+      order: checksum of the order of the epoch begun last.
+      captions_done: captions of that epoch that were trained on.
+      nats, words, seconds: sums over these captions.
+      saves: checkpoints written; it numbers them.
+      history: list of dicts, a row of history.csv for each epoch.
+    """
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_loss: float = float("inf")
+    order: int = 0
+    captions_done: int = 0
+    nats: float = 0.0
+    words: float = 0.0
+    seconds: float = 0.0
+    saves: int = 0
+    history: list = dataclasses.field(default_factory=list)
+
+    def serialize(self):
+        return json.dumps(dataclasses.asdict(self))
+
+    def deserialize(self, text):
+        for name, value in json.loads(text).items():
+            setattr(self, name, value)
+
+
+class TrainingState(tf.train.Checkpoint):
+    """All that a training must not lose: encoder, decoder, optimizer and progress.
+
+    With loss scaling `loss_scale` is the Keras optimizer that wraps the other one. Checkpoints of another precision
+    have none, so it is set after restoring.
+    """
+
+    def __init__(self, encoder, decoder, optimizer):
+        super().__init__(encoder=encoder, decoder=decoder, optimizer=optimizer, progress=Progress())
+        self.loss_scale = None
+
+    @property
+    def scaled_optimizer(self):
+        return self.loss_scale or self.optimizer
+
+    @property
+    def trainable_variables(self):
+        return self.encoder.trainable_variables + self.decoder.trainable_variables
+
+    def captioner(self):
+        """The part of the state that captioning needs, as a tf.train.Checkpoint."""
+        return captioner_checkpoint(self.encoder, self.decoder)
+
+
+def captioner_checkpoint(encoder, decoder):
+    """What `best` holds: encoder and decoder, without the optimizer."""
+    return tf.train.Checkpoint(encoder=encoder, decoder=decoder)
+
+
+def check_finite(state, remedy):
+    """Raise UserError where a weight is not a finite number: such a state must not be saved as a good one."""
+    if not all(bool(tf.reduce_all(tf.math.is_finite(weight))) for weight in state.trainable_variables):
+        raise UserError(f"the model's weights are no longer finite numbers: {remedy}")
+
+
+def save_checkpoint(objects, folder, number):
+    """Write a tf.train.Checkpoint as `folder`/ckpt-`number`, and keep the one before it and no others.
+
+    Of several workers only the chief writes.
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written.
+    """
+    if not is_chief():
+        return
+    path = folder / f"ckpt-{number}"
+    try:
+        objects.write(path)
+    except tf.errors.OpError as error:
+        reason = error.message.rpartition("; ")[2].partition(" [Op")[0]
+        raise UserError(f"cannot write {path}: {reason} ({free_space(folder)})") from error
+    finally:
+        kept = [path.name for path in list_checkpoints(folder) if checkpoint_number(path) <= number][:2]
+        for file in folder.glob("ckpt-*"):
+            name = file.name.partition(".")[0]
+            if file.is_dir() and is_checkpoint_name(name.removesuffix("_temp")):  # of a save that was killed or failed
+                shutil.rmtree(file)
+            elif is_checkpoint_name(name) and name not in kept:
+                file.unlink()
+
+
+def restore_newest(objects, folders, remedy):
+    """Restore a tf.train.Checkpoint's objects from the newest checkpoint that can be read.
+
+    Args:
+      folders: list of pathlib.Path; one is tried when nothing in those before it can be read.
+      remedy: str, what the user can do where no checkpoint can be read.
+
+    Returns:
+      pathlib.Path of the checkpoint without its ending, or None where there is none.
+
+    Raises:
+      UserError: there are some, and none can be read.
+    """
+    damaged = []
+    for path in (path for folder in folders for path in list_checkpoints(folder)):
+        try:
+            objects.read(path).assert_existing_objects_matched().expect_partial()
+        except Exception as error:  # TensorFlow raises many kinds for damaged files
+            reason = str(error).partition("\n")[0]
+            damaged.append(f"{path} cannot be read ({reason})")
+            continue
+        for problem in damaged:
+            print(f"{problem}: {path.parent.name}/{path.name} is taken instead")
+        return path
+    if damaged:
+        raise UserError(f"{damaged[0]}: {remedy}")
+    return None
+
+
+def list_checkpoints(folder):
+    """The paths of the checkpoints in a folder, without endings, the newest first."""
+    paths = (path.with_suffix("") for path in folder.glob("ckpt-*.index"))
+    return sorted((path for path in paths if is_checkpoint_name(path.name)), key=checkpoint_number, reverse=True)
+
+
+def is_checkpoint_name(name):
+    return re.fullmatch("ckpt-[0-9]+", name) is not None
+
+
+def checkpoint_digest(path):
+    """A digest of a checkpoint's index file, which holds a checksum of every tensor: no other weights have the same."""
+    return hashlib.sha256(path.with_name(f"{path.name}.index").read_bytes()).hexdigest()[:16]
+
+
+def checkpoint_number(path):
+    return int(path.name.removeprefix("ckpt-"))

@@ -1,0 +1,148 @@
+"""Caption files and images that are missing, fetched from MS-COCO's server: one by one, or as an archive."""
+
+import pathlib
+
+from captioning.caption_files import image_path
+from support.downloads import download, download_all, unpack
+from support.errors import UserError
+from support.files import locked
+
+COCO_URL = "http://images.cocodataset.org"
+COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists them in url_checksums/coco.txt
+    "annotations/annotations_trainval2014.zip": (
+        252_872_794,
+        "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
+    ),
+    "annotations/annotations_trainval2017.zip": (
+        252_907_541,
+        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+    ),
+    "zips/train2014.zip": (
+        13_510_573_713,
+        "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
+    ),
+    "zips/val2014.zip": (
+        6_645_013_297,
+        "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
+    ),
+    "zips/train2017.zip": (
+        19_336_861_798,
+        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+    ),
+    "zips/val2017.zip": (
+        815_585_330,
+        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+    ),
+}
+SPLITS = ("train2014", "val2014", "train2017", "val2017")  # those with captions
+
+
+def find_annotations(config, shard=None):
+    """Find the caption file of COCO's split, and download it if it is missing.
+
+    Args:
+      shard: (number, count) of a shard, or None.
+
+    Returns:
+      pathlib.Path
+
+    Raises:
+      UserError: the file is missing and COCO has none for this split, or the download failed.
+    """
+    split = config.coco_split
+    path = pathlib.Path(config.coco_dir, "annotations", f"captions_{split}.json")
+    if not path.is_file():
+        if split not in SPLITS:
+            raise UserError(
+                f"{path} is missing, and COCO has no captions for --coco_split {split}, only for {', '.join(SPLITS)}: "
+                "give one of these, or set --coco_dir and --coco_split to where the captions are"
+            )
+        name = f"annotations/annotations_trainval{split[-4:]}.zip"
+        fetch_archive(name, config.coco_dir, wanted=lambda name: name.endswith(".json"), shard=shard)
+    return path
+
+
+def fetch_archive(name, folder, wanted=None, shard=None):
+    """Download one of COCO_ARCHIVES and unpack it.
+
+    Args:
+      name: str, key of COCO_ARCHIVES.
+      folder: path of the folder to unpack into. The archive stays there too.
+      wanted: function of a member's name, whether to unpack it. None stands for all.
+      shard: (number, count) of a shard, or None. A shard downloads to a file of its own, which it deletes afterwards.
+    """
+    size, sha256 = COCO_ARCHIVES[name]
+    archive = pathlib.Path(folder, pathlib.PurePosixPath(name).name)
+    is_own = shard is not None and not archive.is_file()
+    if is_own:
+        archive = archive.with_stem("{}_shard_{}_of_{}".format(archive.stem, *shard))
+    with locked(folder, "download", shared=shard is not None):
+        download(f"{COCO_URL}/{name}", archive, size=size, sha256=sha256)
+        unpack(archive, folder, wanted)
+    if is_own:
+        archive.unlink()
+
+
+def fetch_images(images, config, shared=False):
+    """Download those of the images whose files are missing.
+
+    Args:
+      images: list of CaptionedImage.
+      shared: bool, whether other processes may be downloading other images to the same folder.
+
+    Returns:
+      dict of file name to reason, for the images that could not be had
+
+    Raises:
+      UserError: there is no archive of this split, the network fails, or the disk is full.
+    """
+    missing = [image for image in images if not image_path(image, config).is_file()]
+    if not missing:
+        return {}
+    if config.image_source == "zip":
+        return fetch_images_by_archive(missing, config)
+    return fetch_images_one_by_one(missing, config, shared)
+
+
+def fetch_images_by_archive(missing, config):
+    """Take missing images out of COCO's archives. Arguments and result are those of `fetch_images`."""
+    skipped, wanted = {}, {}  # wanted: dict of split to the set of its members' names
+    for image in missing:
+        split = coco_split(image, config)
+        if config.dataset == "karpathy" and split not in SPLITS:  # Flickr's
+            skipped[image.file_name] = no_address(image, config)
+        else:
+            wanted.setdefault(split, set()).add(f"{split}/{image.file_name}")
+    for split, names in wanted.items():
+        if f"zips/{split}.zip" not in COCO_ARCHIVES:
+            raise UserError(
+                f"{len(names)} images of {split} are missing, and there are archives only of {', '.join(SPLITS)}: "
+                "give --image_source each"
+            )
+        fetch_archive(f"zips/{split}.zip", root_folder(config), names.__contains__)
+    absent = {image.file_name for image in missing if not image_path(image, config).is_file()}
+    return skipped | {name: "not in the zip file" for name in sorted(absent - skipped.keys())}
+
+
+def fetch_images_one_by_one(missing, config, shared):
+    """Download missing images from the addresses in the captions file. The rest is as in `fetch_images`."""
+    skipped = {image.file_name: no_address(image, config) for image in missing if image.url is None}
+    jobs = [(image.url, image_path(image, config)) for image in missing if image.url is not None]
+    if not jobs:
+        return skipped
+    with locked(root_folder(config), "download", shared):
+        failed = download_all(jobs, config.download_workers)
+    return skipped | {pathlib.Path(path).name: reason for path, reason in failed}
+
+
+def root_folder(config):
+    """The folder that holds the folders of COCO's splits, such as train2014."""
+    return pathlib.Path(config.images if config.dataset == "karpathy" else config.coco_dir)
+
+
+def coco_split(image, config):
+    return image.folder if config.dataset == "karpathy" else config.coco_split
+
+
+def no_address(image, config):
+    return f"{image_path(image, config)} is missing, and the captions file gives no address for it"

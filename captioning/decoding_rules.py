@@ -1,0 +1,65 @@
+"""What every way of decoding keeps to: words that are never said, repeats that are blocked, and when a caption ends.
+
+Letters of shapes as in model.py; L is the length of decoded captions.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from captioning.vocabulary import END, PAD, START, UNK
+
+BANNED_WORDS = (PAD, UNK, START)
+BANNED_LOG_PROB = -1e9
+
+
+class DecodedCaptions(NamedTuple):
+    """B captions as the decoder said them."""
+
+    words: tf.Tensor  # int (B, L), word ids with <end>, then <pad>
+    log_probs: tf.Tensor  # float (B, L), natural logarithm of each word's probability, 0 for <pad>
+    attention_weights: tf.Tensor  # float (B, L, P)
+
+
+def has_ended(words):
+    """Whether each caption's last word is <end> or comes after it. int (..., T) -> bool (...)."""
+    return (words[..., -1] == END) | (words[..., -1] == PAD)
+
+
+def next_word_log_probs(logits, words, repeat_block):
+    """Log-probabilities of the next word, very low for words that may not be said.
+
+    Args:
+      logits: float (B, V)
+      words: int (B, T), what has been said, from <start> on.
+      repeat_block: int, no sequence of so many words is said twice; 0 for no such rule.
+
+    Returns:
+      float (B, V)
+    """
+    banned = tf.reduce_sum(tf.one_hot(BANNED_WORDS, logits.shape[-1], on_value=BANNED_LOG_PROB), 0)  # (V,)
+    log_probs = tf.nn.log_softmax(logits) + banned  # (B, V)
+    return block_repeated_ngrams(log_probs, words, repeat_block) if repeat_block else log_probs
+
+
+def block_repeated_ngrams(log_probs, words, length):
+    """Make each word very unlikely that would repeat a sequence of `length` words.
+
+    Args:
+      log_probs: float (B, V), of the next word.
+      words: int (B, T), what has been said.
+      length: int, 1 or more.
+
+    Returns:
+      float (B, V)
+    """
+    words = tf.pad(words, ((0, 0), (length, 0)))  # (B, length + T), long enough for what follows
+    count = tf.shape(words)[1] - length + 1
+    # Where the words before position i are the last words said, the word at i would complete a repeat.
+    same = tf.ones_like(words[:, :count], tf.bool)  # (B, count)
+    for i in range(length - 1):
+        same &= words[:, i : i + count] == words[:, i - length + 1, tf.newaxis]  # (B, count)
+    blocked = tf.where(same, words[:, length - 1 :], PAD)  # (B, count); <pad> is banned anyway
+    rows = tf.repeat(tf.range(tf.shape(words)[0])[:, tf.newaxis], count, 1)  # (B, count)
+    positions = tf.stack((rows, blocked), -1)  # (B, count, 2)
+    return tf.tensor_scatter_nd_min(log_probs, positions, tf.fill(tf.shape(rows), BANNED_LOG_PROB))

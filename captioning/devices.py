@@ -1,0 +1,58 @@
+"""What the scripts compute on: GPUs or the CPU, said in one line, and the number types that are fast there."""
+
+import os
+import pathlib
+import shutil
+
+import tensorflow as tf
+
+
+def set_up_devices():
+    """Let TensorFlow take GPU memory as it needs it, and print one line that says what this script computes on.
+
+    Without the first, a training would hold all memory of a GPU, and captioning beside it would fail. Must come before
+    anything that TensorFlow computes.
+    """
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    print(describe_devices())
+
+
+def describe_devices():
+    """One line: what TensorFlow computes on, and how to mend it where a GPU of this machine is left idle."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
+        return f"computing on {len(gpus)} GPU{'s' * (len(gpus) > 1)}: {', '.join(names)}"
+    line = f"computing on the CPU, {usable_cores()} cores" + (", with bfloat16" if has_fast_bfloat16() else "")
+    if has_idle_gpu():
+        line += "; TensorFlow cannot use the GPU of this machine: pip install 'tensorflow[and-cuda]' mends that"
+    return line
+
+
+def has_idle_gpu():
+    """Whether the machine has an NVIDIA GPU that TensorFlow does not find, though nobody hid it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and (pathlib.Path("/proc/driver/nvidia/gpus").is_dir() or shutil.which("nvidia-smi") is not None)
+
+
+def has_fast_bfloat16():
+    """Whether the device that TensorFlow computes on multiplies bfloat16 faster than float32."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
+    try:
+        flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # not Linux; float32 is right everywhere
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def usable_cores():
+    """The cores that this process may use: a container's share, where there is one, not the machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(min(cores, round(int(quota) / int(period))), 1)
+    except (OSError, ValueError):  # no such limit
+        return cores

@@ -1,0 +1,216 @@
+"""The feature cache: a folder with one .npy file for each image, named after the image file's stem.
+
+A feature file holds (P, F) numbers, float16 or float32. The manifest beside the files tells which network made them
+from which pictures (see feature_manifest.py). random_statistics.npz belongs to a network of random weights.
+"""
+
+import collections
+import contextlib
+import io
+import pathlib
+import re
+import zlib
+
+import numpy as np
+import tensorflow as tf
+
+from captioning.devices import usable_cores
+from captioning.feature_manifest import Entry, read_live_manifest, read_manifest, scan_features
+from captioning.file_states import make_state
+from support.errors import UserError
+from support.files import replacing
+
+LOCATIONS, CHANNELS = 64, 2048  # P and F: InceptionV3's last grid, 8x8 locations, row by row
+
+
+# --- Places -----------------------------------------------------------------------------------------------------
+
+
+def features_folder(config):
+    return pathlib.Path(config.features_dir or pathlib.Path(config.data_dir, "features"))
+
+
+def feature_path(image, config):
+    """Where an image's features are. CaptionedImage, Config -> pathlib.Path."""
+    return features_folder(config) / f"{feature_stem(image)}.npy"
+
+
+def feature_stem(image):
+    return pathlib.PurePath(image.file_name).stem
+
+
+def random_statistics(config):
+    """Where the batch-norm statistics of random weights are. Config -> pathlib.Path."""
+    return features_folder(config) / "random_statistics.npz"
+
+
+# --- Feature files ----------------------------------------------------------------------------------------------
+
+
+def write_features(paths, features, dtype, journal=None, pictures=None):
+    """Write each image's features as a .npy file of its own.
+
+    Args:
+      paths: list of B paths.
+      features: (B, P, F).
+      dtype: "float16" or "float32", the number type on disk.
+      journal: Journal, or None to write no lines of a manifest.
+      pictures: list of B FileState, needed for a journal.
+
+    Raises:
+      UserError: a number is not finite in this type, or a file cannot be written.
+    """
+    stored = tf.cast(features, dtype)  # (B, P, F); TensorFlow casts several times faster than NumPy
+    finite = tf.reduce_all(tf.math.is_finite(stored), axis=(1, 2)).numpy()  # (B,)
+    if not finite.all():
+        raise UserError(
+            f"the network's features of {paths[finite.argmin()].stem} are not finite numbers in {dtype}: "
+            "give --feature_dtype float32 --extract_precision float32, or other --inception_weights"
+        )
+    for path, feature, picture in zip(paths, stored.numpy(), pictures or [None] * len(paths), strict=True):
+        data = io.BytesIO()
+        np.save(data, feature, allow_pickle=False)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data.getbuffer())
+            if journal:
+                state = make_state(temporary.stat(), zlib.crc32(data.getbuffer()))
+                journal.add(path.stem, Entry(state, picture))
+
+
+def read_feature(path, dtype="float32"):
+    """Read one cached feature inside a TensorFlow graph, whichever of the two number types it has on disk.
+
+    A file that cannot be one ends the pipeline with an error. `reading_features` turns that into one line.
+
+    Args:
+      path: string ().
+      dtype: number type of the result.
+
+    Returns:
+      (P, F)
+    """
+    data = tf.io.read_file(path)
+    header = npy_header_length(data)
+    length = tf.strings.length(data) - header
+    is_float16 = tf.equal(length, 2 * LOCATIONS * CHANNELS)
+    is_whole = is_float16 | tf.equal(length, 4 * LOCATIONS * CHANNELS)
+    with tf.control_dependencies([tf.debugging.Assert(is_whole, ["damaged feature file:", path])]):
+        numbers = tf.strings.substr(data, header, length)
+    features = tf.cond(
+        is_float16,
+        lambda: tf.cast(tf.io.decode_raw(numbers, tf.float16), dtype),
+        lambda: tf.cast(tf.io.decode_raw(numbers, tf.float32), dtype),
+    )
+    return tf.reshape(features, (LOCATIONS, CHANNELS))  # (P, F)
+
+
+def npy_header_length(data):
+    """The bytes before the numbers of a .npy file, whose format has three versions. string () -> int32 ()."""
+    start = tf.strings.join([tf.strings.substr(data, 0, 12), b"\0" * 12])  # an empty file has a start too
+    start = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int32)  # (12 or more,)
+    version, length = start[6], start[8] + 256 * start[9]
+    return tf.where(version == 1, 10 + length, 12 + length + 65_536 * start[10] + 16_777_216 * start[11])
+
+
+@contextlib.contextmanager
+def reading_features(remedy="run python data_utils.py"):
+    """Turn TensorFlow's errors about a feature file that cannot be read in the block into a UserError."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        damaged = re.search(r"damaged feature file:\] \[(.*?\.npy)\]", error.message)
+        absent = re.search(r"(?:.*(?:: |}} ))?(.*?\.npy); (.*?)\s*(?:\n|\[\[|$)", error.message)
+        if damaged:
+            raise UserError(f"{damaged[1]} is damaged: {remedy}") from None
+        if absent:
+            raise UserError(f"{absent[1]} cannot be read ({absent[2]}): {remedy}") from None
+        raise
+
+
+def parallel_map(function, inputs, workers=None):
+    """Apply a function to many inputs on many cores.
+
+    Args:
+      function: function of one row of `inputs`, in a graph.
+      inputs: tensor or tuple of tensors with the same number of rows.
+      workers: int, rows at work at a time, or None for one on each core.
+
+    Returns:
+      tf.data.Dataset of the results, in the order of the rows.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False  # TensorFlow's tuning thread can hold up a pipeline's end by a second or more
+    dataset = tf.data.Dataset.from_tensor_slices(inputs)
+    return dataset.map(function, num_parallel_calls=workers or usable_cores()).with_options(options)
+
+
+def check_feature_file(path):
+    """Read a feature file that another program made, and check it.
+
+    Returns:
+      FileState, or None if it is not (64, 2048) of finite float16 or float32 numbers that `read_feature` can read.
+    """
+    path = pathlib.Path(path)
+    try:
+        stat, data = path.stat(), path.read_bytes()
+        features = load_npy(data)
+    except (OSError, ValueError, EOFError):
+        return None
+    is_whole = (
+        features.shape == (LOCATIONS, CHANNELS)
+        and features.dtype in (np.float16, np.float32)
+        and features.flags.c_contiguous
+        and len(data) == int(npy_header_length(data[:12])) + features.nbytes
+        and bool(np.isfinite(features).all())
+    )
+    return make_state(stat, zlib.crc32(data)) if is_whole else None
+
+
+def load_npy(data):
+    """The array of a .npy file's bytes. Raises ValueError or EOFError where they are damaged."""
+    while True:
+        try:
+            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except SystemError:  # Python 3.11's parser, which NumPy reads headers with, sometimes fails in threads
+            continue
+        except (TypeError, SyntaxError, OverflowError, MemoryError, RecursionError) as error:  # of a damaged header
+            raise ValueError(str(error)) from error
+
+
+# --- Features of prepared images ----------------------------------------------------------------------------------
+
+
+def read_network(config):
+    """The identity of the network that made the cached features, MADE_ELSEWHERE, or None. Config -> str or None."""
+    return read_manifest(features_folder(config), {}).network
+
+
+def check_features(images, config, network, remedy):
+    """Check that the features of prepared images are there, unchanged, and of the network that they were prepared with.
+
+    Args:
+      images: list of CaptionedImage.
+      network: str, identity of the network, or MADE_ELSEWHERE.
+      remedy: str, which command mends what is wrong.
+
+    Raises:
+      UserError: a feature is missing, damaged or changed, or is another network's.
+    """
+    folder = features_folder(config)
+    files = scan_features(folder)
+    manifest = read_live_manifest(folder, files)
+    problems = collections.defaultdict(list)
+    for image in images:
+        stem = feature_stem(image)
+        if stem not in files:
+            problems["missing from the feature cache"].append(feature_path(image, config))
+        elif stem not in manifest.entries:
+            problems["damaged, or changed since it was prepared"].append(feature_path(image, config))
+    for problem, paths in problems.items():
+        others = f", and {len(paths) - 1} others are too" if len(paths) > 1 else ""
+        raise UserError(f"{paths[0]} is {problem}{others}: {remedy}")
+    if manifest.network != network:
+        raise UserError(
+            f"the features in {folder} are another network's ({manifest.network}) than those that were prepared "
+            f"({network}): {remedy}"
+        )

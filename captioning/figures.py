@@ -1,0 +1,95 @@
+"""Pictures of a training and of attention, drawn as PNG files without a display."""
+
+import textwrap
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from captioning.attention_maps import upsample
+from captioning.image_files import upright_rgb
+from support.files import replacing
+
+PANEL_WIDTH, GAP, LINE, LETTER = 190, 6, 24, 8  # pixels of a figure: of a panel, between panels, of text
+DPI = 80
+
+
+def plot_losses(history, path):
+    """Draw training and validation loss by epoch.
+
+    Args:
+      history: list of dicts with epoch, train_loss and validation_loss (nats per word).
+      path: path of the PNG file.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="loss (nats per word)")
+    epochs = [row["epoch"] for row in history]
+    for name, label in (("train_loss", "training"), ("validation_loss", "validation")):
+        axes.plot(epochs, [row[name] for row in history], marker=".", label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")  # losses fall, so nothing is there
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_attention(caption, path):
+    """Draw the image, and for each word the image lit where the model looked.
+
+    Args:
+      caption: PredictedCaption
+      path: path of the PNG file.
+
+    Raises:
+      ValueError: the image file is gone or damaged.
+      UserError: the disk is full or the folder cannot be written.
+    """
+    image = read_panel(caption.path)
+    pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)
+    panels = [("", pixels)]
+    for word, weights in zip(caption.words, caption.attention_weights, strict=True):
+        light = upsample(weights, image.size)  # (height, width)
+        panels.append((word, pixels * (0.2 + 0.8 * light[..., np.newaxis])))
+    figure = lay_out_panels(panels, image.size, caption.caption or "(no words)")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # the usual 6 takes a fifth of a second
+
+
+def read_panel(path):
+    """An image file as RGB, as large as a panel: PANEL_WIDTH wide and at most three times as high."""
+    try:
+        with Image.open(path) as opened:
+            image = upright_rgb(opened, PANEL_WIDTH)
+            scale = min(PANEL_WIDTH / image.width, 3 * PANEL_WIDTH / image.height)
+            return image.resize([max(round(side * scale), 1) for side in image.size], reducing_gap=2.0)
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise ValueError(f"{path} cannot be drawn ({error})") from error
+
+
+def lay_out_panels(panels, image_size, title):
+    """A figure of panels in rows, each with its word above, and the caption on top.
+
+    It has no axes: their layout takes longer than all the rest.
+
+    Args:
+      panels: list of (word, pixels (height, width, 3) in 0..1).
+      image_size: (width, height) of each panel's pixels.
+      title: str, the caption.
+
+    Returns:
+      matplotlib Figure
+    """
+    image_width, image_height = image_size
+    rows = -(-len(panels) // (5 if image_width > 1.2 * image_height else 6))
+    columns = -(-len(panels) // rows)
+    width, height = PANEL_WIDTH + GAP, image_height + LINE + GAP
+    lines = textwrap.wrap(title, columns * width // LETTER)
+    size = np.array([columns * width, rows * height + len(lines) * LINE])
+    figure = Figure(size / DPI, DPI)
+    figure.text(0.5, 1 - GAP / size[1], "\n".join(lines), ha="center", va="top", fontsize=12)
+    for number, (word, pixels) in enumerate(panels):
+        corner = np.array([number % columns * width, (rows - 1 - number // columns) * height])  # from the lower left
+        figure.figimage(pixels, *(corner + (width - image_width) // 2 * np.array([1, 0])))
+        figure.text(*(corner + (width / 2, image_height + 6)) / size, word, ha="center", fontsize=12)
+    return figure

@@ -1,0 +1,246 @@
+"""InceptionV3 without its top, from pixels to features, as one TensorFlow graph (Szegedy et al., arXiv 1512.00567)."""
+
+import contextlib
+import hashlib
+import pathlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from captioning.devices import has_fast_bfloat16
+from captioning.feature_cache import CHANNELS, LOCATIONS
+from captioning.feature_manifest import MADE_ELSEWHERE
+from captioning.image_files import IMAGE_SIZE, load_image
+from captioning.rounding import round_weights
+from support.errors import UserError
+from support.files import replacing
+
+
+def network_identity(config):
+    """Name the network in one line, so that other weights have another name. Looks at no feature and no picture.
+
+    Args:
+      config: Config. `inception_weights` is "imagenet", "random" or the path of a weights file.
+
+    Returns:
+      str
+
+    Raises:
+      UserError: the weights file is missing.
+    """
+    weights = config.inception_weights
+    if weights == "imagenet":
+        return "InceptionV3, weights imagenet"
+    if weights == "random":
+        return f"InceptionV3, random weights of seed {config.seed}"
+    try:
+        with open(weights, "rb") as file:
+            return f"InceptionV3, weights of SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError:
+        raise UserError(f"--inception_weights {weights} is not a file: name one, or take imagenet or random") from None
+
+
+def feature_network(config, statistics=None, calibration_paths=None, expected_identity=None):
+    """Make the network that computes features.
+
+    Args:
+      config: Config. `inception_weights` is "imagenet", "random" or the path of a weights file.
+      statistics: path of the batch-norm statistics of random weights. Other weights do not need it.
+      calibration_paths: list of training images. If there is no file `statistics`, it is made from them.
+      expected_identity: str, what `network_identity` said of the network whose features a model was trained on. None
+        stands for any.
+
+    Returns:
+      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+
+    Raises:
+      UserError: the weights or their statistics are missing or damaged, or the network is not the one expected.
+    """
+    identity = network_identity(config)
+    check_identity(identity, expected_identity)
+    precision = extraction_precision(config)
+    inception = load_inception(config.inception_weights, precision)
+    if config.inception_weights == "random":
+        set_random_weights(inception, config.seed)
+        if calibration_paths is not None and not pathlib.Path(statistics).exists():
+            write_statistics(statistics, calibrate(inception, calibration_paths), identity)
+        set_statistics(inception, statistics, identity)
+    rounded = precision == "bfloat16"
+    factors = round_weights(inception) if rounded else 1.0  # (F,)
+
+    # TensorFlow folds batch norm into the convolutions if the weights are constants. It cannot do so with variables.
+    trainable = [variable.numpy() for variable in inception.trainable_variables]
+    others = [variable.numpy() for variable in inception.non_trainable_variables]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)])
+    def network(pixels):
+        values = tf.cast(pixels, tf.float32)
+        scaled = 2.0 * values - 255.0 if rounded else values / 127.5 - 1.0
+        constants = [tf.constant(value) for value in trainable], [tf.constant(value) for value in others]
+        grid, _ = inception.stateless_call(*constants, scaled, training=False)  # (B, 8, 8, F)
+        return tf.cast(tf.reshape(grid, (-1, LOCATIONS, CHANNELS)), tf.float32) / factors  # (B, P, F)
+
+    return network
+
+
+def check_identity(identity, expected):
+    """Raise UserError if the network is not the one that made the features which a model was trained on."""
+    if expected == MADE_ELSEWHERE:
+        raise UserError(
+            "this model was trained on features made by another program, and only that program's network can read new "
+            "pictures for it: train a model on features that python data_utils.py made"
+        )
+    if expected not in (None, identity):
+        raise UserError(
+            f"this model was trained on features of another network ({expected}) than the settings name ({identity}): "
+            "give the --inception_weights and --seed that it was trained with"
+        )
+
+
+# --- Number types -----------------------------------------------------------------------------------------------
+
+
+def extraction_precision(config):
+    """The number type that InceptionV3 computes in: "float32", "bfloat16" or "float16". "auto" is the fastest here."""
+    if config.extract_precision != "auto":
+        return config.extract_precision
+    if has_fast_bfloat16():
+        return "bfloat16"
+    gpus = tf.config.list_physical_devices("GPU")
+    return "float16" if gpus and compute_capability(gpus[0]) >= (7, 0) else "float32"
+
+
+def compute_capability(gpu):
+    return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
+
+
+@contextlib.contextmanager
+def extraction_graphs(config):
+    """Let TensorFlow rewrite the graphs of this block so that extraction is fast.
+
+    On a CPU this brings bfloat16 into the graph, where `extraction_precision` chooses it. A GPU's number type is part
+    of the Keras model. The options hold for the whole process. Decoding stays out of the block: captions are computed
+    in float32.
+    """
+    on_cpu = not tf.config.list_physical_devices("GPU")
+    # The arithmetic optimizer moves ReLU behind pooling and concatenation, where no convolution can absorb it.
+    set_rewriting(bfloat16=on_cpu and extraction_precision(config) == "bfloat16", arithmetic=False)
+    try:
+        yield
+    finally:
+        set_rewriting(bfloat16=False, arithmetic=True)
+
+
+def set_rewriting(bfloat16, arithmetic):
+    tf.config.optimizer.set_experimental_options(
+        {"auto_mixed_precision_onednn_bfloat16": bfloat16, "arithmetic_optimization": arithmetic}
+    )
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------
+
+
+def load_inception(weights, precision):
+    """Build Keras's InceptionV3.
+
+    Args:
+      weights: "imagenet", "random" or the path of a weights file.
+      precision: "float32", "bfloat16" or "float16". The last two are for GPUs. On a CPU the model itself is float32.
+
+    Raises:
+      UserError: the weights cannot be downloaded, or the file is damaged or another network's.
+    """
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy(f"mixed_{precision}" if on_gpu and precision != "float32" else "float32")
+        return keras.applications.InceptionV3(
+            include_top=False,
+            weights=None if weights == "random" else weights,
+            input_shape=(IMAGE_SIZE, IMAGE_SIZE, 3),
+        )
+    except Exception as error:  # a download or an HDF5 file raises errors of many classes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"InceptionV3 cannot take the weights {weights} ({reason}): "
+            "name a weights file without the top by --inception_weights"
+        ) from error
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
+def batch_norms(inception):
+    return [layer for layer in inception.layers if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def set_random_weights(inception, seed):
+    """Draw He-normal kernels from a seed (He et al., arXiv 1502.01852)."""
+    rng = np.random.default_rng(seed)
+    for layer in inception.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            fan_in = np.prod(layer.kernel.shape[:3])
+            layer.kernel.assign(rng.standard_normal(layer.kernel.shape, np.float32) * np.sqrt(2.0 / fan_in))
+
+
+def calibrate(inception, image_paths):
+    """Measure the batch-norm statistics of random weights in one pass over images. Without them activations vanish.
+
+    Args:
+      inception: Keras model. Its own statistics change.
+      image_paths: list of image files. Those that cannot be read are left out: they are reported elsewhere.
+
+    Returns:
+      list of arrays: of each batch norm the mean, then the variance
+
+    Raises:
+      UserError: no image can be read.
+    """
+    pixels = []
+    for path in image_paths:
+        with contextlib.suppress(ValueError):
+            pixels.append(load_image(path))
+    if not pixels:
+        raise UserError("no training image can be read, and random weights need some: check the image folder")
+    norms = batch_norms(inception)
+    for norm in norms:
+        norm.momentum = 0.0
+    inception(np.stack(pixels) / np.float32(127.5) - 1, training=True)
+    return [variable.numpy() for norm in norms for variable in (norm.moving_mean, norm.moving_variance)]
+
+
+def write_statistics(path, values, identity):
+    with replacing(path) as temporary:
+        np.savez(temporary, *values, identity=identity)
+
+
+def set_statistics(inception, path, identity):
+    """Set the batch-norm statistics to what `write_statistics` wrote.
+
+    Args:
+      inception: Keras model.
+      path: path of the file.
+      identity: str, `network_identity` of the network that they must belong to.
+
+    Raises:
+      UserError: the file is missing or damaged, or belongs to another network.
+    """
+    remedy = (
+        "without this file the same network cannot be made again, so copy it from the folder of the features, "
+        "or delete the features and run python data_utils.py to make them anew"
+    )
+    variables = [variable for norm in batch_norms(inception) for variable in (norm.moving_mean, norm.moving_variance)]
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            owner = str(saved["identity"])
+            values = [saved[name] for name in saved.files if name != "identity"]
+        if [value.shape for value in values] != [tuple(variable.shape) for variable in variables]:
+            raise ValueError("these are not the statistics of InceptionV3")
+        if not all(np.isfinite(value).all() for value in values):
+            raise ValueError("a number is not finite")
+    except Exception as error:  # a zip file and its arrays raise errors of many classes
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {remedy}") from error
+    if owner != identity:
+        raise UserError(f"{path} belongs to another network ({owner}) than the settings name ({identity}): {remedy}")
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

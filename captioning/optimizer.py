@@ -1,0 +1,53 @@
+"""Adam in one pass over the weights, and its learning rate."""
+
+import math
+
+import keras
+import tensorflow as tf
+
+
+def scheduled_rate(config, epochs_done):
+    """The learning rate after some epochs, which need not be a whole number.
+
+    It depends on the share of `config.epochs` that is done and on nothing else. So a run that is continued with another
+    batch size goes on where it was, and one that gets more epochs goes on at the rate that the longer schedule has there.
+    """
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * (1 + math.cos(math.pi * min(epochs_done / config.epochs, 1))) / 2
+
+
+class SummedAdam(keras.optimizers.Adam):
+    """Adam for gradients that are summed over the replicas already. Keras would clip each replica's, then sum them.
+
+    Its arithmetic is Keras's, in one pass over each weight where Keras makes a dozen. Gradients whose norm is within
+    `global_clipnorm` are not touched. Keras has no public way to either, so this class overrides and reads private
+    names. tests/test_optimizer.py guards them, and requirements.txt keeps Keras below the next minor release.
+    """
+
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        return grads_and_vars
+
+    def _clip_gradients(self, gradients):
+        # As in Keras, the parts of the embedding's gradient, one for each word said, count one by one.
+        norm, limit = tf.linalg.global_norm(gradients), self.global_clipnorm
+        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        return tf.cond(
+            norm <= limit, lambda: gradients, lambda: tf.clip_by_global_norm(gradients, limit, use_norm=norm)[0]
+        )
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        step = tf.cast(self.iterations + 1, variable.dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=self.beta_1**step,
+            beta2_power=self.beta_2**step,
+            lr=tf.cast(learning_rate, variable.dtype),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )

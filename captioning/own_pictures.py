@@ -1,0 +1,138 @@
+"""The user's own pictures: files, folders and addresses to Pictures, and Pictures to features."""
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import os
+import pathlib
+import re
+
+import numpy as np
+from PIL import Image
+
+from captioning.captioner import Picture
+from captioning.extraction import extract_features
+from captioning.inception import extraction_graphs
+from support.downloads import download_all
+from support.errors import UserError
+
+EXTRACTED = 300  # pictures whose features are held in memory before they are captioned
+LARGEST = 50_000_000  # bytes of a picture fetched from an address
+
+# Of the many formats that Pillow registers, those that hold pictures: not PDF, not video, not HDF5.
+PICTURE_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA"}
+PICTURE_FORMATS |= {"QOI", "SGI", "TIFF", "WEBP"}
+
+
+def find_pictures(names, output):
+    """The picture files that are named, those in the folders that are named, at any depth, and those of addresses.
+
+    Files in folders that are no pictures are left out, and a line counts them by kind.
+
+    Args:
+      names: list of str, files, folders and http or https addresses.
+      output: pathlib.Path of the folder that captions go to. What is in it is left out of a folder that holds it.
+        Pictures of addresses are to be downloaded to `output`/downloads, see `fetch_pictures`.
+
+    Returns:
+      list of Pictures, each file once
+
+    Raises:
+      UserError: there is none.
+    """
+    pictures, left_out = [], collections.Counter()
+    for name in names:
+        path = pathlib.Path(name)
+        if is_address(name):
+            pictures.append(Picture(output / "downloads" / local_name(name), name))
+        elif path.is_dir():
+            pictures += [Picture(file, str(file)) for file in walk_folder(path, output.resolve(), left_out)]
+        else:
+            pictures.append(Picture(path, str(path)))
+    if left_out:
+        print("left out of the folders: " + ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items())))
+    if not pictures:
+        raise UserError(f"no image file is in {', '.join(names)}: name image files or folders behind --image")
+    return list({picture.path: picture for picture in pictures}.values())
+
+
+def walk_folder(folder, output, left_out):
+    """The picture files in a folder, at any depth, in order of their names.
+
+    Args:
+      folder: pathlib.Path
+      output: pathlib.Path, resolved; this folder is not entered.
+      left_out: Counter of the kinds of files that are no pictures; it is added to.
+
+    Returns:
+      list of pathlib.Path
+    """
+    endings = picture_endings()
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if pathlib.Path(place, name).resolve() != output]
+        for name in files:
+            ending = pathlib.PurePath(name).suffix.lower()
+            if name.startswith("._"):
+                left_out["macOS side files (._*)"] += 1
+            elif ending in endings:
+                found.append(pathlib.Path(place, name))
+            else:
+                left_out[f"*{ending}" if ending else "files without an ending"] += 1
+    return sorted(found)
+
+
+def picture_endings():
+    """The endings of file names, in lower case, that stand for pictures."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in PICTURE_FORMATS}
+
+
+def is_address(name):
+    return re.match("[a-z][a-z0-9+.-]*://", name, re.IGNORECASE) is not None
+
+
+def local_name(address):
+    """A file name for an address: letters and digits of its last part, and a digest that no other address has."""
+    last = re.sub("[^A-Za-z0-9]+", "_", address.split("?")[0].rsplit("/", 1)[-1])
+    return f"{last[-40:]}_{hashlib.sha256(os.fsencode(address)).hexdigest()[:16]}"
+
+
+def fetch_pictures(pictures, workers):
+    """Download the pictures of addresses, anew in each run. Those that cannot be had are named and left out."""
+    jobs = [(picture.name, picture.path) for picture in pictures if is_address(picture.name)]
+    for _, path in jobs:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    limits = {"attempts": 2, "timeout": 10.0, "limit": LARGEST, "give_up": None}
+    failed = dict(download_all(jobs, workers, progress=False, **limits))
+    for picture in pictures:
+        if picture.path in failed:
+            print(f"{picture.name} cannot be fetched ({failed[picture.path]})")
+    return [picture for picture in pictures if picture.path not in failed]
+
+
+def extract_batches(network, pictures, config):
+    """Features of picture files, about `decode_batch` at a time, but whole batches of extraction.
+
+    Pictures that cannot be read are named and left out.
+
+    Args:
+      network: function, as feature_network returns.
+
+    Yields:
+      (list of B Pictures, features float32 (B, P, F))
+    """
+    together = max(config.decode_batch // config.extract_batch, 1)
+    for start in range(0, len(pictures), EXTRACTED):
+        by_path = {picture.path: picture for picture in pictures[start : start + EXTRACTED]}
+        # Decoding, whose captions are to be float32's, stays outside of the block.
+        with extraction_graphs(config):
+            extracted = list(extract_features(network, list(by_path), config.extract_batch))
+        for i in range(0, len(extracted), together):
+            done, features, failed = zip(*extracted[i : i + together], strict=True)
+            for path, reason in itertools.chain(*failed):
+                print(f"{by_path[path].name}: {reason}" if is_address(by_path[path].name) else reason)
+            readable = [by_path[path] for path in itertools.chain(*done)]
+            if readable:
+                yield readable, np.concatenate(features)  # (B, P, F)

@@ -1,0 +1,132 @@
+"""From config.py, its presets, the command line, prepared data and trained runs to the one Config of a script.
+
+A setting is taken from the first of these that has it: the command line; what the data were prepared with, or the run
+was trained with; the data set's preset; config.py.
+"""
+
+import dataclasses
+import shlex
+
+from config import PRESETS, Config
+from support.command_line import check_value, make_settings, parse_command_line
+from support.errors import UserError
+
+# What the prepared files depend on. The later scripts take these from the folder of prepared data.
+DATA_SETTINGS = (
+    "dataset",
+    "coco_dir",
+    "coco_split",
+    "karpathy_json",
+    "images",
+    "demo_images",
+    "num_examples",
+    "val_fraction",
+    "vocab_size",
+    "max_words",
+    "seed",
+    "inception_weights",
+    "features_dir",
+)
+
+# What the shapes of the weights depend on, besides the vocabulary. Script 3 takes these from the run.
+MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units")
+
+# What training depends on, besides the data and the model.
+TRAINING_SETTINGS = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "clip_norm",
+    "dropout",
+    "doubly_stochastic",
+    "precision",
+    "schedule",
+    "patience",
+)
+
+
+def read_settings(argv, description, add_options=None):
+    """The settings of script 1: command line over preset over config.py.
+
+    Args:
+      argv: list of str, the command line without the script's name.
+      description: str, the first lines of `--help`.
+      add_options: function that adds the script's own options to the parser that it is given.
+
+    Returns:
+      (Config, argparse.Namespace of the script's own options)
+
+    Raises:
+      UserError: an unknown option, or a value of the wrong type or range, on the command line or in config.py.
+    """
+    given, options = parse_command_line(argv, description, Config, add_options)
+    return make_config(given), options
+
+
+def make_config(*layers):
+    """A Config of config.py's defaults, the preset of the data set that the layers name, and then the layers.
+
+    Args:
+      *layers: dicts of setting to value; a later one wins.
+
+    Raises:
+      UserError: a name that is no setting, or a value of the wrong type or range.
+    """
+    dataset = make_settings(Config, *layers).dataset
+    return make_settings(Config, PRESETS[dataset], *layers)
+
+
+def adopt_settings(given, saved, names, source):
+    """A Config that takes some settings from prepared data or a trained run, and says so where config.py differs.
+
+    Args:
+      given: dict of setting to value, from the command line; these win.
+      saved: dict of setting to value, from a settings.json or config.json.
+      names: the settings to take from `saved`.
+      source: str, the folder they come from, for the message.
+
+    Returns:
+      Config
+
+    Raises:
+      UserError: a saved value is no such setting's.
+    """
+    taken = {name: saved[name] for name in names if name in saved and name not in given}
+    for name, value in taken.items():
+        check_saved(name, value, source)
+    config = make_config(taken, given)
+    # Presets are no surprise. What a user wrote into config.py, and is not followed, must be said.
+    expected = make_config({"dataset": config.dataset}, given)
+    differing = [name for name in taken if getattr(config, name) != getattr(expected, name)]
+    if differing:
+        print(f"taken from {source}: " + ", ".join(f"{name} {quote(getattr(config, name))}" for name in differing))
+    return config
+
+
+def check_saved(name, value, source):
+    """Raise UserError if a setting saved in the folder `source` is none, as somebody has changed the file."""
+    try:
+        check_value(Config, name, value)
+    except UserError as error:
+        raise UserError(f"the settings in {source} are damaged ({error}): give --{name} on the command line") from None
+
+
+def differing_settings(config, saved, names):
+    """The settings among `names` that a saved dict has with another value. Returns [(name, saved value, value)]."""
+    values = dataclasses.asdict(config)
+    return [(name, saved[name], values[name]) for name in names if name in saved and saved[name] != values[name]]
+
+
+def dataset_option(config):
+    """The option that chooses the data set, for messages that name a command; empty for COCO."""
+    return "" if config.dataset == "coco" else f"--dataset {config.dataset}"
+
+
+def prepare_command(config):
+    """What makes the prepared data anew, for messages: `run python data_utils.py` and the data set's option."""
+    return f"run python data_utils.py {dataset_option(config)}".rstrip()
+
+
+def quote(value):
+    """A setting's value as the shell takes it."""
+    return shlex.quote(str(value))

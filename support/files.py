@@ -1,0 +1,195 @@
+"""Files that are either whole or not there.
+
+Each file is written beside its target and then renamed, so that a killed process or a full disk leaves no half file.
+"""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import time
+
+import numpy as np
+
+from support.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+TEMPORARY = ".tmp-"  # temporary files' names begin with this
+STALE = 3600.0  # seconds: no process writes one temporary file for so long
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems without locks answer
+
+
+def read_json(path, remedy, kind=object):
+    """Read a JSON file.
+
+    Args:
+      remedy: str, what the user can do if the file is missing or damaged.
+      kind: class that the value must be an instance of.
+
+    Raises:
+      UserError: the file is missing, damaged or holds another kind of value; the message ends in `remedy`.
+    """
+    try:
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged (it holds no {kind.__name__}): {remedy}")
+    return value
+
+
+def write_json(path, value, indent=None):
+    write_bytes(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
+
+
+def write_npy(path, array):
+    data = io.BytesIO()
+    np.save(data, array, allow_pickle=False)
+    write_bytes(path, data.getbuffer())
+
+
+def write_csv(path, rows):
+    """Write a list of dicts of the same keys. The first line holds the keys."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, fieldnames=list(rows[0]))
+    table.writeheader()
+    table.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def write_bytes(path, data):
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give the block a temporary path beside `path`, with the same ending, and rename it to `path` when the block ends.
+
+    If the block raises an error, the temporary file is deleted and `path` stays as it was.
+
+    Raises:
+      UserError: the file cannot be written, say because the disk is full.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason_and_remedy(error, path.parent)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def reason_and_remedy(error, folder):
+    """Why nothing could be written to `folder`, as an OSError says, and what the user can do about it."""
+    folder = pathlib.Path(folder)
+    if error.errno in NO_SPACE:
+        remedy = free_space(folder)
+    else:
+        usable = f"see that you may write to the folder {folder} and that no other program has the file open"
+        remedy = f"{usable}, or choose another folder with the options in --help"
+    return f"{error.strerror or error} ({remedy})"
+
+
+def free_space(folder):
+    """How much space is free in a folder, or where the folder would be, and what to do if that is too little."""
+    folder = pathlib.Path(folder)
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free there; make room and run the same command again"
+
+
+def remove_leftovers(folder, age=0.0):
+    """Delete the temporary files that killed processes left in `folder`.
+
+    A file that cannot be deleted stays, as it does no harm.
+
+    Args:
+      age: float, seconds; younger files stay. STALE where other processes may be writing to the same folder.
+    """
+    for path in pathlib.Path(folder).glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder, name="run", shared=False):
+    """Keep other processes out of blocks for the same folder and name, until the block or this process ends.
+
+    On a file system without locks the block runs all the same. One printed line then tells the user.
+
+    Args:
+      name: str, which of the folder's locks to take.
+      shared: bool, let in other processes whose lock is `shared` too.
+
+    Raises:
+      UserError: another process holds the lock, or the folder cannot be written.
+    """
+    path = pathlib.Path(folder, f".{name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)  # without a buffer, closing the file writes nothing and cannot fail
+    except OSError as error:
+        raise UserError(f"cannot lock {path}: {reason_and_remedy(error, path.parent)}") from error
+    with file:
+        take_lock(file, path, shared)
+        yield
+
+
+def take_lock(file, path, shared):
+    """Lock the open file `path` and write this process's number into it; UserError where another has locked it."""
+    try:
+        lock_file(file, shared)
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+    except BlockingIOError:
+        raise UserError(
+            f"{lock_holder(file)} is at work on {path.parent}: wait until it has ended, or stop it"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"cannot lock {path}: {reason_and_remedy(error, path.parent)}") from error
+        others = "only processes that may share it" if shared else "only one process at a time"
+        print(f"the file system of {path.parent} has no locks ({error.strerror}): let {others} work on that folder")
+
+
+def lock_file(file, shared):
+    """Lock an open file until it is closed; BlockingIOError where another process has locked it."""
+    if fcntl:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return
+    if shared:
+        return  # msvcrt has no shared locks
+    file.seek(1 << 20)  # far behind the process number, because Windows lets nobody read locked bytes
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError from error
+
+
+def lock_holder(file):
+    """`process 123`, as the process that holds the lock wrote into the file; some file systems let nobody read it."""
+    with contextlib.suppress(OSError):
+        file.seek(0)
+        if number := file.read(20).decode(errors="replace"):
+            return f"process {number}"
+    return "another process"

@@ -1,0 +1,87 @@
+"""How a script starts and ends: its exit status, Ctrl-C, SIGTERM and standard error."""
+
+import contextlib
+import os
+import signal
+import sys
+
+from support.errors import UserError
+
+
+def run_script(main):
+    """Call `main(argv)` as a script.
+
+    A UserError is printed as one line and ends the process with exit status 2. SIGTERM has the effect of Ctrl-C.
+
+    Args:
+      main: function of a list of str, the command line without the script's name.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal cannot show must not end the script
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def end_process(kind, error, trace):
+    """End the process after Ctrl-C with one line and exit status 130; to be used as `sys.excepthook`.
+
+    Every other error is printed as Python does. The function waits for no thread and takes no lock, as the interrupted
+    code may hold one. No file is damaged by that, because files are written aside and then renamed.
+
+    Args:
+      kind, error, trace: class, instance and traceback of the error, as Python passes them.
+    """
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def interrupts_held_back():
+    """Delay Ctrl-C and SIGTERM inside the block until the program asks for them.
+
+    The block is given a function, `stop_if_asked`. It raises KeyboardInterrupt once a signal has come. A second signal
+    ends the process at once.
+    """
+    received = []
+
+    def remember(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        # Not print: the signal may have come in the middle of a print.
+        os.write(2, b"\nstopping after this batch; once more to stop without saving\n")
+
+    def stop_if_asked():
+        if received:
+            raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop_if_asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def silenced_stderr():
+    """Discard what C++ code writes to standard error inside the block.
+
+    Notices of libraries such as TensorFlow would hide the lines that the script itself prints.
+    """
+    sys.stderr.flush()
+    original = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(original, 2)
+        os.close(original)

@@ -1,0 +1,131 @@
+import re
+import socket
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from captioning import own_pictures
+from captioning.captioner import Picture
+from captioning.own_pictures import extract_batches, fetch_pictures, find_pictures
+from captioning.settings import make_config
+from support.errors import UserError
+
+
+def red_network(pixels):
+    """A stand-in for InceptionV3: the first pixel's red in every feature."""
+    return tf.fill((len(pixels), 64, 2048), 1.0) * tf.cast(pixels[:, :1, :1, 0], "float32")
+
+
+def test_files_folders_and_addresses_are_found_each_once(tmp_path):
+    deep = tmp_path / "pictures" / "deep" / "deeper"
+    deep.mkdir(parents=True)
+    for path in (deep / "b.png", deep / "a.JPG", tmp_path / "c.webp"):
+        Image.new("RGB", (8, 8)).save(path, "png")
+    (deep / "notes.txt").write_text("not a picture, and not taken for one")
+    address = "https://example.org/red.png"
+    names = [str(tmp_path / "c.webp"), address, str(tmp_path / "pictures"), str(deep / "a.JPG"), address, "gone.jpg"]
+    found = find_pictures(names, tmp_path / "downloads")
+    assert [picture.name for picture in found] == [
+        names[0],
+        address,
+        str(deep / "a.JPG"),
+        str(deep / "b.png"),
+        names[5],
+    ]
+    assert [picture.path.parent for picture in found][1] == tmp_path / "downloads"
+    assert all(picture.image_id is None and not picture.references for picture in found)
+
+
+def test_a_folder_without_pictures_is_one_line(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="no image file.*--image"):
+        find_pictures([str(tmp_path)], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://a/../../x.jpg", "http://a/", "http://a/" + "x" * 5000, "http://a/é\\..\\b"]
+)
+def test_no_address_leads_out_of_the_folder_or_to_anothers_file(tmp_path, address):
+    first, second = (find_pictures([name], tmp_path)[0].path for name in (address, address + "?"))
+    assert first.parent == second.parent == tmp_path and first != second
+    assert re.fullmatch("[A-Za-z0-9_]{1,80}", first.name)
+
+
+def test_pictures_from_the_web_among_files_and_bad_ones(tmp_path, server, monkeypatch, capsys):
+    Image.new("RGB", (80, 200), "red").save(server.folder / "red.png")
+    Image.new("RGB", (80, 200), "blue").save(tmp_path / "blue.png")
+    (server.folder / "huge.jpg").write_bytes(bytes(20_000))
+    monkeypatch.setattr(own_pictures, "LARGEST", 10_000)
+    (tmp_path / "secret").write_text("of this machine")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        refused = f"http://127.0.0.1:{closed.getsockname()[1]}/a.jpg"
+    red = f"{server.url}/red.png?size=../../large"
+    bad = {
+        f"{server.url}/missing.jpg": "404",
+        f"{server.url}/huge.jpg": "longer than 10,000 bytes",
+        refused: "refused",
+        f"file://{tmp_path / 'secret'}": "only http and https",
+        "http://[half": "Invalid",
+    }
+    pictures = find_pictures([red, *bad, red, str(tmp_path / "blue.png")], tmp_path / "downloads")
+    fetched = fetch_pictures(pictures, 4)
+    assert [picture.name for picture in fetched] == [red, str(tmp_path / "blue.png")]
+    assert [path.name.rsplit("_", 1)[0] for path in (tmp_path / "downloads").iterdir()] == ["red_png"]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(bad)
+    for address, reason in bad.items():
+        (line,) = [line for line in printed if line.startswith(address)]
+        assert reason in line
+
+
+def test_a_picture_from_the_web_is_fetched_anew(tmp_path, server):
+    pictures = find_pictures([f"{server.url}/webcam.png"], tmp_path)
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        Image.new("RGB", (30, 30), colour).save(server.folder / "webcam.png")
+        (fetched,) = fetch_pictures(pictures, 1)
+        with Image.open(fetched.path) as image:
+            assert image.getpixel((0, 0)) == colour
+
+
+@pytest.mark.parametrize(("extract_batch", "sizes"), [(2, [4, 3, 4]), (8, [7, 4])])
+def test_each_picture_of_many_gets_its_own_features(tmp_path, monkeypatch, capsys, extract_batch, sizes):
+    """However the batches of extraction and of decoding lie."""
+    for number in range(14):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02d}.png")
+    (tmp_path / "05.png").write_bytes(b"broken")
+    for number in (8, 9):  # a whole batch of extraction
+        (tmp_path / f"{number:02d}.png").write_bytes(b"broken")
+    monkeypatch.setattr(own_pictures, "EXTRACTED", 10)
+    config = make_config({"extract_batch": extract_batch, "decode_batch": 4})
+    batches = list(extract_batches(red_network, find_pictures([str(tmp_path)], tmp_path), config))
+    assert [len(pictures) for pictures, _ in batches] == sizes
+    numbers = [[int(picture.path.stem) for picture in pictures] for pictures, _ in batches]
+    assert sum(numbers, []) == [0, 1, 2, 3, 4, 6, 7, 10, 11, 12, 13]
+    assert numbers == [features[:, 0, 0].tolist() for _, features in batches]
+    assert capsys.readouterr().out.count("cannot be read") == 3
+
+
+def test_a_bad_picture_is_called_by_the_name_that_the_user_gave(tmp_path, capsys):
+    for name in ("bad", "local.jpg"):
+        (tmp_path / name).write_text("no picture")
+    pictures = [
+        Picture(tmp_path / "bad", "http://a/b.jpg"),
+        Picture(tmp_path / "local.jpg", str(tmp_path / "local.jpg")),
+    ]
+    assert list(extract_batches(red_network, pictures, make_config())) == []
+    web, other = capsys.readouterr().out.splitlines()
+    assert web.startswith("http://a/b.jpg: ") and "cannot be read as an image" in web
+    assert other.startswith(f"{tmp_path / 'local.jpg'} cannot be read as an image")
+
+
+def test_nothing_is_left_of_the_extractions_graphs(tmp_path):
+    """Decoding, between batches, computes in float32."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    pictures = find_pictures([str(tmp_path / "a.png")], tmp_path)
+    for _, features in extract_batches(red_network, pictures, make_config({"extract_precision": "bfloat16"})):
+        rewriting = tf.config.optimizer.get_experimental_options()
+        assert not rewriting.get("auto_mixed_precision_onednn_bfloat16")
+        assert features.dtype == np.float32

@@ -1,0 +1,108 @@
+"""How scripts end, and what importing the modules of support/ does to the process."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from support.errors import UserError
+from support.process import end_process, interrupts_held_back, silenced_stderr
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(code, *arguments):
+    """The ended process of a second Python in the project's folder."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=hear_interrupts)
+
+
+def hear_interrupts():
+    """A shell makes the tests ignore Ctrl-C if it starts them in the background. The new process must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_a_user_error_is_one_line_whatever_it_quotes():
+    assert str(UserError("no file a\nb: run\r\nthis")) == "no file a b: run this"
+
+
+@pytest.mark.slow
+def test_a_script_is_given_its_arguments_and_ends_with_0():
+    ended = run("from support.process import run_script; run_script(print)", "--units", "3")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "['--units', '3']\n", "")
+
+
+@pytest.mark.slow
+def test_a_user_error_ends_a_script_with_one_line_and_2():
+    ended = run(
+        "from support.errors import UserError; from support.process import run_script\n"
+        "def main(argv): print('\\udc80'); raise UserError('no a\\nb')\n"
+        "run_script(main)"
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "\\udc80\n", "error: no a b\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_a_script_with_one_line_and_130(number):
+    ended = run(
+        "import os, sys; from support.process import end_process, run_script; sys.excepthook = end_process\n"
+        f"def main(argv): print('begun', end=''); os.kill(os.getpid(), {number:d})\n"
+        "run_script(main)"
+    )
+    assert (ended.returncode, ended.stdout) == (130, "begun")
+    assert ended.stderr == "interrupted: what was finished is kept; run the same command again to go on\n"
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    end_process(ValueError, ValueError("a fault of the program"), None)
+    assert "ValueError: a fault of the program" in capsys.readouterr().err
+
+
+def test_interrupts_wait_until_they_are_asked_for(capfd):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_held_back() as stop_if_asked:
+            stop_if_asked()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "once more to stop without saving" in capfd.readouterr().err
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+            stop_if_asked()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_standard_error_is_silent_inside_the_block_only(capfd):
+    with pytest.raises(ValueError):
+        with silenced_stderr():
+            os.write(2, b"notice\n")
+            raise ValueError
+    os.write(2, b"heard\n")
+    assert capfd.readouterr().err == "heard\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["errors", "process", "command_line", "files", "downloads"])
+def test_importing_a_module_changes_nothing_and_loads_no_tensorflow(module):
+    code = (
+        "import os, signal, sys\n"
+        "def state(): return (sys.excepthook, dict(os.environ), os.fstat(2), *map(signal.getsignal, (2, 15)))\n"
+        f"before = state(); import support.{module}; assert state() == before\n"
+        "print(*{'tensorflow', 'keras', 'requests', 'tqdm', 'PIL'} & set(sys.modules))"
+    )
+    ended = run(code)
+    assert ended.returncode == 0, ended.stderr
+    assert set(ended.stdout.split()) == ({"requests", "tqdm"} if module == "downloads" else set())
+
+
+@pytest.mark.slow
+def test_before_tensorflow_sets_up_the_process_and_says_nothing():
+    code = (
+        "import os, sys; os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
+        "import support.before_tensorflow\n"
+        "print(sys.excepthook.__name__, os.environ['TF_CPP_MIN_LOG_LEVEL'], 'tensorflow' in sys.modules)"
+    )
+    ended = run(code)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "end_process 3 True\n", "")
