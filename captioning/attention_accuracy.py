@@ -57,11 +57,15 @@ class Grounding:
       attention_weights: (P,).
       size: (width, height) of the image in pixels.
       boxes: list of [x, y, w, h] in pixels from the upper left corner, as in COCO.
+      image_id: int
+      positions: range, the positions in the caption of the word, or words, that name the object.
     """
 
     attention_weights: np.ndarray
     size: tuple[int, int]
     boxes: list[list[float]]
+    image_id: int | None = None
+    positions: range = range(0)
 
 
 # --- Accuracy -----------------------------------------------------------------------------------------------------
@@ -153,7 +157,8 @@ def demo_groundings(predictions, scenes):
             )
         for position, box in locate_nouns(predicted.caption, scene):
             weights = predicted.attention_weights[position]  # (P,)
-            groundings.append(Grounding(weights, (scene.width, scene.height), [box]))
+            size, positions = (scene.width, scene.height), range(position, position + 1)
+            groundings.append(Grounding(weights, size, [box], predicted.image_id, positions))
     return groundings
 
 
@@ -185,7 +190,8 @@ def coco_groundings(predictions, instances_path):
             found = boxes.get((predicted.image_id, name))
             if found:
                 weights = np.mean(predicted.attention_weights[start:end], axis=0)  # (P,)
-                groundings.append(Grounding(weights, sizes[predicted.image_id], found))
+                image_id, positions = predicted.image_id, range(start, end)
+                groundings.append(Grounding(weights, sizes[image_id], found, image_id, positions))
             else:
                 num_absent += 1
     return groundings, num_absent

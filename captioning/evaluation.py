@@ -5,15 +5,34 @@ import pathlib
 
 from captioning import demo_scores
 from captioning.attention_accuracy import attention_accuracy, coco_groundings, demo_groundings
+from captioning.attention_page import PageCaption, PagePicture, write_pages
 from captioning.captioner import cached_batches, caption_batch
 from captioning.demo_scenes import read_scenes
-from captioning.metrics import format_table, score_captions, write_metrics
+from captioning.metrics import METRICS, cider_by_image, format_score, format_table, score_captions, write_metrics
 
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
+SHOWN = 12  # pictures of the best, of the middle and of the worst score on the page
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """The captions of a split by one way of decoding.
+
+    Attributes:
+      captions: list of PredictedCaptions.
+      groundings: list of Groundings, empty where no boxes are known.
+      ciders: dict of image id to CIDEr, on the project's own tokens.
+      metrics: dict of scores, as they go into the metrics file.
+    """
+
+    captions: list
+    groundings: list
+    ciders: dict
+    metrics: dict
 
 
 def evaluate(captioner, pictures, split, output, config):
-    """Caption every picture greedily and with beams, and print and write the scores of each run.
+    """Caption every picture greedily and with beams, and print and write the scores of each run, and a page.
 
     Args:
       captioner: Captioner
@@ -21,44 +40,115 @@ def evaluate(captioner, pictures, split, output, config):
       split: str, the name of the split, which goes into the names of the files.
       output: pathlib.Path of the folder to write to.
     """
-    references = {picture.image_id: picture.references for picture in pictures}
-    texts, metrics = {}, {}
+    runs = {}
     for width in sorted({*EVALUATED_WIDTHS, config.beam_width}):
-        run = "greedy" if width == 1 else f"beam {width}"
         settings = dataclasses.replace(config, beam_width=width)
         batches = cached_batches(pictures, settings)
         captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, settings)]
-        texts[run] = {caption.image_id: caption.caption for caption in captions}
-        metrics[run] = score_captions(texts[run], references) | score_attention(captions, config)
+        runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, config)
     scored = {"dataset": config.dataset, "split": split, "images": len(pictures)}
     scored["checkpoint"] = str(pathlib.Path(config.run_dir, captioner.checkpoint))
+    metrics = {name: run.metrics for name, run in runs.items()}
+    texts = {name: texts_by_image(run.captions) for name, run in runs.items()}
     write_metrics(output, split, texts, scored | metrics)
+    pages = write_pages(
+        output,
+        f"Best, middle and worst captions of the {split} split",
+        score_pages(runs, pictures),
+        tables=[score_table(metrics)],
+        file_name=f"evaluation_{split}.html",
+    )
     print(format_table(metrics))
-    for run, values in metrics.items():
-        for kind in ("scenes", "attention"):
-            if kind in values:
-                known = ((name, value) for name, value in values[kind].items() if value is not None)
-                print(f"{run}, {kind}: " + ", ".join(f"{name} {value:.3g}" for name, value in known))
+    print_known(metrics)
     print(f"metrics_{split}.json and the captions in COCO's results format are in {output}")
+    print(f"open {pages[0]} to look at the best, the middle and the worst captions")
 
 
-def score_attention(captions, config):
-    """Scores that need to know where things are.
-
-    Args:
-      captions: list of PredictedCaptions.
-
-    Returns:
-      dict, empty where nothing is known. "attention": the share of object words whose attention peaks inside the
-      object's box, see attention_accuracy. "scenes", for the demo: how far captions are true, see demo_scores.
-    """
+def score_run(captions, pictures, config):
+    """Score the captions of one way of decoding. Returns Evaluated."""
+    references = {picture.image_id: picture.references for picture in pictures}
+    texts = texts_by_image(captions)
+    metrics = score_captions(texts, references)
+    groundings, known = find_groundings(captions, config)
     if config.dataset == "demo":
         scenes = read_scenes(config.coco_dir)
         theirs = [scenes[caption.image_id] for caption in captions]
-        scores = demo_scores.score_captions([caption.caption for caption in captions], theirs)
-        return {"scenes": scores, "attention": attention_accuracy(demo_groundings(captions, scenes))}
+        metrics["scenes"] = demo_scores.score_captions([caption.caption for caption in captions], theirs)
+    if groundings is not None:
+        metrics["attention"] = attention_accuracy(groundings) | known
+    return Evaluated(captions, groundings or [], cider_by_image(texts, references), metrics)
+
+
+def texts_by_image(captions):
+    return {caption.image_id: caption.caption for caption in captions}
+
+
+def find_groundings(captions, config):
+    """The words that name objects with known boxes, in the demo's scenes or in COCO's instances.
+
+    Returns:
+      (list of Groundings, or None where no boxes are known; dict of what else is to be reported)
+    """
+    if config.dataset == "demo":
+        return demo_groundings(captions, read_scenes(config.coco_dir)), {}
     instances = pathlib.Path(config.coco_dir, "annotations", f"instances_{config.coco_split}.json")
     if config.dataset != "coco" or not instances.exists():
-        return {}
+        return None, {}
     groundings, absent = coco_groundings(captions, instances)
-    return {"attention": attention_accuracy(groundings) | {"absent": absent}}
+    return groundings, {"absent": absent}
+
+
+# --- The page ---------------------------------------------------------------------------------------------------
+
+
+def score_table(metrics):
+    """The scores of all runs as rows of text, the first one the column names."""
+    rows = [["", *METRICS]]
+    rows += [
+        [name, *(format_score(metric, scores.get(metric)) for metric in METRICS)] for name, scores in metrics.items()
+    ]
+    return rows
+
+
+def score_pages(runs, pictures):
+    """PagePictures of the best, the middle and the worst score of the first run, all runs' captions side by side."""
+    first = next(iter(runs.values()))
+    by_score = sorted(pictures, key=lambda picture: -first.ciders[picture.image_id])
+    middle = max((len(by_score) - SHOWN) // 2, 0)
+    groups = {"best": by_score[:SHOWN], "middle": by_score[middle : middle + SHOWN], "worst": by_score[-SHOWN:]}
+    captions = {name: {caption.image_id: caption for caption in run.captions} for name, run in runs.items()}
+    boxes = {name: boxes_by_position(run.groundings) for name, run in runs.items()}
+    shown = set()
+    for group, members in groups.items():
+        for picture in members:
+            if picture.name in shown:  # a small split has the same pictures in several groups
+                continue
+            shown.add(picture.name)
+            page_captions = [
+                PageCaption(
+                    captions[name][picture.image_id],
+                    name,
+                    f"CIDEr {run.ciders[picture.image_id]:.2f}",
+                    boxes[name].get(picture.image_id, {}),
+                )
+                for name, run in runs.items()
+            ]
+            yield PagePicture(f"{group}: {picture.path.name}", picture.path, page_captions)
+
+
+def boxes_by_position(groundings):
+    """dict of image id to dict of a word's position in the caption to the boxes of what it names."""
+    boxes = {}
+    for grounding in groundings:
+        for position in grounding.positions:
+            boxes.setdefault(grounding.image_id, {})[position] = grounding.boxes
+    return boxes
+
+
+def print_known(metrics):
+    """A line for each run and kind of score that needs to know where things are."""
+    for run, values in metrics.items():
+        for kind in ("scenes", "attention"):
+            known = ((name, value) for name, value in values.get(kind, {}).items() if value is not None)
+            if text := ", ".join(f"{name} {value:.3g}" for name, value in known):
+                print(f"{run}, {kind}: {text}")

@@ -87,7 +87,7 @@ def find_missing(images, config, shared=False):
     missing = [image for image in images if feature_stem(image) not in usable]
     print(f"features: {len(images) - len(missing)} of {len(images)} are in {folder} already")
     if changed:
-        print(f"{len(changed)} pictures have changed since their features were made, which are extracted again")
+        print(f"pictures that have changed since: {len(changed)}; their features are extracted again")
     return missing
 
 
@@ -129,8 +129,9 @@ def check_foreign(images, manifest, files, config):
         foreign = [path for path, state in zip(paths, pool.map(check_feature_file, paths), strict=True) if state]
     if foreign:
         raise UserError(
-            f"{len(foreign)} feature files, such as {foreign[0]}, are not those that python data_utils.py wrote there "
-            f"with {manifest.network}: delete them, or move features made elsewhere to a --features_dir of their own"
+            f"{foreign[0]} is not the feature file that python data_utils.py wrote there ({manifest.network}), "
+            f"nor are {len(foreign) - 1} others what it wrote: move features made elsewhere to a --features_dir of "
+            "their own, or delete them"
         )
 
 
@@ -161,6 +162,8 @@ def check_pictures(images, manifest, config):
 
 def settle(manifest, usable, identity, config):
     """Bring the manifest up to date. If none of the features is usable, the cache begins anew with this network.
+
+    No other process may be writing features.
 
     Args:
       manifest: Manifest of the features that are known and unchanged.

@@ -36,9 +36,10 @@ def network_identity(config):
         return f"InceptionV3, random weights of seed {config.seed}"
     try:
         with open(weights, "rb") as file:
-            return f"InceptionV3, weights of SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         raise UserError(f"--inception_weights {weights} is not a file: name one, or take imagenet or random") from None
+    return f"InceptionV3, weights of SHA-256 {digest[:16]}"
 
 
 def feature_network(config, statistics=None, calibration_paths=None, expected_identity=None):

@@ -68,6 +68,19 @@ def quick_score(predicted, references):
     return {**score_ngrams(predicted, references), "tokens": "project"}
 
 
+def cider_by_image(predicted, references):
+    """CIDEr of each image, on the project's own tokens.
+
+    Args, Raises: as for `score_captions`.
+
+    Returns:
+      dict of image id to float
+    """
+    predicted, references = map(project_tokens, pair_by_image(predicted, references))
+    _, scores = Cider().compute_score(references, predicted)
+    return dict(zip(references, map(float, scores), strict=True))
+
+
 def pair_by_image(predicted, references):
     """Bring captions and references into the same order.
 

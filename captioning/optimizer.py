@@ -10,7 +10,7 @@ def scheduled_rate(config, epochs_done):
     """The learning rate after some epochs, which need not be a whole number.
 
     It depends on the share of `config.epochs` that is done and on nothing else. So a run that is continued with another
-    batch size goes on where it was, and one that gets more epochs goes on at the rate that the longer schedule has there.
+    batch size goes on where it was. One that gets more epochs goes on at the rate that the longer schedule has there.
     """
     if config.schedule == "constant":
         return config.learning_rate

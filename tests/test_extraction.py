@@ -107,7 +107,7 @@ def test_a_picture_that_changed_is_extracted_again_and_no_other(config, images, 
     assert run(images, config) == 1
     assert network == [200]
     assert brightness_of(images[2], config) == 200
-    assert "1 pictures have changed since their features were made" in capsys.readouterr().out
+    assert "pictures that have changed since: 1; their features are extracted again" in capsys.readouterr().out
     assert run(images, config) == 0
 
 
@@ -253,7 +253,7 @@ def test_whole_features_that_this_program_did_not_write_are_refused(config, imag
     run(images, config)
     path = feature_path(images[4], config)
     np.save(path, np.ones((64, 2048), np.float16))
-    with pytest.raises(UserError, match=rf"1 feature files, such as {path}, are not those that python data_utils.py"):
+    with pytest.raises(UserError, match=rf"{path} is not the feature file that python data_utils.py wrote there"):
         find_missing(images, config)
     path.unlink()
     assert run(images, config) == 1

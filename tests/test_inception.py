@@ -78,7 +78,7 @@ def test_networks_of_other_weights_have_other_names(tmp_path):
         network_identity(random_config(seed=1)),
     ]
     assert len(set(names)) == 4
-    assert hashlib.sha256(b"weights").hexdigest() in names[1]
+    assert hashlib.sha256(b"weights").hexdigest()[:16] in names[1]
     assert names[3] == "InceptionV3, random weights of seed 1"
 
     moved = file.rename(tmp_path / "b.h5")
