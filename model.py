@@ -3,8 +3,7 @@
 Letters of every shape in this project:
   B batch              D encoded feature     V vocabulary
   T caption length     E word embedding      K beam width
-  P locations (64)     U GRU and attention units
-  F feature (2048)
+  P locations (64)     U GRU, attention      F feature (2048)
 
 `python model.py` prints the shapes at the defaults.
 """
@@ -287,15 +286,13 @@ def greedy_decode(encoder, decoder, features, max_words, repeat_block=0):
 
 def print_shapes(batch=16):
     """Print what goes in and comes out at the defaults, read off the tensors themselves."""
-    config = Config()
-    encoder, decoder = build_captioner(config, config.vocab_size)
+    encoder, decoder = build_captioner(Config(), Config().vocab_size)
     features = tf.zeros((batch, LOCATIONS, CHANNELS))
     encoded_features, words = encoder(features), tf.fill((batch, 1), START)
     hidden = decoder.initial_hidden(encoded_features)
     logits, new_hidden, attention_weights = decoder(words, encoded_features, hidden)
     print(f"CNN_Encoder\n  in   features {features.shape}\n  out  encoded_features {encoded_features.shape}")
-    print("RNN_Decoder, one step")
-    print(f"  in   words {words.shape}, encoded_features {encoded_features.shape}, hidden {hidden.shape}")
+    print(f"RNN_Decoder\n  in   words {words.shape}, encoded_features {encoded_features.shape}, hidden {hidden.shape}")
     print(f"  out  logits {logits.shape}, hidden {new_hidden.shape}, attention_weights {attention_weights.shape}")
 
 

@@ -154,7 +154,7 @@ def check_feature_file(path):
     try:
         stat, data = path.stat(), path.read_bytes()
         features = load_npy(data)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError):
         return None
     is_whole = (
         features.shape == (LOCATIONS, CHANNELS)
@@ -167,13 +167,13 @@ def check_feature_file(path):
 
 
 def load_npy(data):
-    """The array of a .npy file's bytes. Raises ValueError or EOFError where they are damaged."""
+    """The array of a .npy file's bytes. Raises ValueError where they are damaged."""
     while True:
         try:
             return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         except SystemError:  # Python 3.11's parser, which NumPy reads headers with, sometimes fails in threads
             continue
-        except (TypeError, SyntaxError, OverflowError, MemoryError, RecursionError) as error:  # of a damaged header
+        except Exception as error:  # a damaged header raises errors of many classes
             raise ValueError(str(error)) from error
 
 

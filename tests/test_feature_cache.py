@@ -1,10 +1,15 @@
 import dataclasses
+import io
 import pathlib
+import tempfile
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 
+import strategies  # noqa: F401  draws the same examples in every run
 from captioning import feature_cache
 from captioning.caption_files import CaptionedImage
 from captioning.feature_cache import (
@@ -118,16 +123,26 @@ def read_all(paths):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("kept", [0, 3, 128, 128 + 4096, 100_000, 262_143, 262_144, -4096, -1])
-def test_a_truncated_feature_is_one_line_while_training_reads(tmp_path, dtype, kept):
+def test_a_truncated_feature_is_one_line_while_training_reads(tmp_path, dtype):
     paths = [tmp_path / f"{name} (1) [x].npy" for name in "abc"]
     for path in paths:
         np.save(path, noise()[0].astype(dtype))
     assert read_all(paths) == 3
-    paths[1].write_bytes(paths[1].read_bytes()[:kept])
+    paths[1].write_bytes(paths[1].read_bytes()[:-4096])
     with pytest.raises(UserError) as raised:
         read_all(paths)
     assert str(raised.value) == f"{paths[1]} is damaged: run the first script"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_no_truncated_feature_passes_for_a_whole_one(tmp_path, dtype):
+    path = tmp_path / "a.npy"
+    np.save(path, noise()[0].astype(dtype))
+    read, data = tf.function(read_feature), path.read_bytes()
+    for kept in (0, 3, 9, 128, 128 + 4096, 100_000, 262_143, 262_144, 262_272 - 16, -4096, -16, -1):
+        path.write_bytes(data[:kept])
+        with pytest.raises(UserError, match=rf"^{path} is damaged: do this$"), reading_features("do this"):
+            read(tf.constant(str(path)))
 
 
 def test_a_feature_that_is_gone_is_one_line_while_training_reads(tmp_path):
@@ -211,6 +226,35 @@ def test_a_file_that_is_not_whole_features_is_found(tmp_path, write):
 def test_pickles_are_not_loaded(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
     assert check_feature_file(tmp_path / "a.npy") is None
+
+
+HEADER = len(b"\x93NUMPY\x01\x00vv") + 118  # of a .npy file that NumPy writes
+
+
+@st.composite
+def damaged_headers(draw):
+    """The header of a feature file in which some bytes were overwritten, cut out or put in."""
+    data = io.BytesIO()
+    np.save(data, np.zeros((64, 2048), draw(st.sampled_from([np.float16, np.float32]))))
+    header = bytearray(data.getvalue()[:HEADER])
+    for _ in range(draw(st.integers(0, 3))):
+        start = draw(st.integers(0, len(header)))
+        header[start : start + draw(st.integers(0, 3))] = draw(st.binary(max_size=3) | st.sampled_from(SNIPPETS))
+    return bytes(header)
+
+
+SNIPPETS = [b"4", b"8", b"(", b"'", b"\\", b"\n", b"True", b"64L", b"\x02", b"\x03"]
+
+
+@pytest.mark.slow
+@given(damaged_headers(), st.sampled_from([2, 4]))
+def test_a_feature_file_that_passes_is_read_as_numpy_reads_it(header, itemsize):
+    numbers = noise()[0].astype(f"<f{itemsize}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "a.npy")
+        path.write_bytes(header + numbers.tobytes())
+        if check_feature_file(path):
+            np.testing.assert_array_equal(read_feature(str(path)), np.load(path).astype(np.float32))
 
 
 # --- Features of prepared images

@@ -94,12 +94,21 @@ def test_missing_weights_are_one_line(weights):
         feature_network(make_config({"inception_weights": weights}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89HDF\r\n\x1a\n broken"])
 def test_unfit_weights_are_one_line(tmp_path, content):
     path = tmp_path / "bad.weights.h5"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"^InceptionV3 cannot take the weights .*--inception_weights$"):
         feature_network(make_config({"inception_weights": str(path)}))
+
+
+def test_weights_that_keras_refuses_are_one_line(tiny, tmp_path):
+    path = tmp_path / "bad.weights.h5"
+    path.touch()
+    with pytest.raises(UserError, match=rf"^InceptionV3 cannot take the weights {path} \(no weights\): .*_weights$"):
+        feature_network(make_config({"inception_weights": str(path)}))
+    assert keras.config.dtype_policy().name == "float32"
 
 
 def test_a_model_is_not_used_with_another_network_than_its_own(tiny):

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioning.caption_files import draw_examples, read_coco_captions, split_by_image
+from captioning.caption_files import read_coco_captions
 from captioning.extraction import find_missing
 from captioning.feature_cache import CHANNELS, feature_path
 from captioning.feature_manifest import MADE_ELSEWHERE, MANIFEST
 from captioning.prepared_data import load_prepared, read_prepared_settings, retract_prepared, save_prepared
 from captioning.settings import DATA_SETTINGS, make_config
+from captioning.splits import draw_examples, split_by_image
 from captioning.vocabulary import END, SPECIAL_WORDS, START
 from conftest import write_coco, write_features
 from strategies import JSON, NAMES, NUMBERS, SENTENCES, check_one_line, files_of, records

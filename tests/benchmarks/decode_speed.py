@@ -18,9 +18,8 @@ import numpy as np
 import tensorflow as tf
 from drawn_data import describe_machine, draw_images, print_table
 
-from captioning.captioner import Captioner, Picture, cached_batches, caption_batch, load_captioner
+from captioning.captioner import Captioner, cached_batches, caption_batch, dataset_pictures, load_captioner
 from captioning.devices import set_up_devices
-from captioning.feature_cache import feature_path
 from captioning.prepared_data import load_prepared
 from captioning.run_folder import run_settings
 from captioning.settings import make_config
@@ -50,13 +49,13 @@ def main(argv):
             config = dataclasses.replace(config, features_dir=folder, max_words=10)
             images = draw_images(pathlib.Path(folder), options.count, config.vocab_size)
             captioner = make_up_captioner(config)
-        paths = [feature_path(image, config) for image in images]
-        few = paths[:10]
-        compare(captioner, few, paths, config)
+        pictures = dataset_pictures(images, config)
+        few = pictures[:10]
+        compare(captioner, few, pictures, config)
         rates = {"usual": [], "ours": []}
         for _ in range(options.rounds + 1):  # the first round warms up
             rates["usual"].append(rate(few, decode_the_usual_way, captioner, config))
-            rates["ours"].append(rate(paths, decode_our_way, captioner, config))
+            rates["ours"].append(rate(pictures, decode_our_way, captioner, config))
     print(f"{len(images)} images, {config.decode_batch} at a time, greedy")
     print(describe_machine())
     print_table("decoding", "images/s", rates)
@@ -68,10 +67,10 @@ def make_up_captioner(config):
     return Captioner(encoder, decoder, [f"word{i}" for i in range(config.vocab_size)], "none")
 
 
-def decode_the_usual_way(captioner, paths, config):
+def decode_the_usual_way(captioner, pictures, config):
     captions = []
-    for path in paths:
-        features = tf.constant(np.load(path).astype(np.float32)[np.newaxis])
+    for picture in pictures:
+        features = tf.constant(np.load(picture.feature_path).astype(np.float32)[np.newaxis])
         encoded_features = captioner.encoder(features)
         hidden = captioner.decoder.initial_hidden(encoded_features)
         words = [START]
@@ -90,21 +89,20 @@ def repeats(words, length):
     return [words[end] for end in ends if words[end - length + 1 : end] == words[len(words) - length + 1 :]]
 
 
-def decode_our_way(captioner, paths, config):
-    pictures = [Picture(path, path.name) for path in paths]
-    batches = cached_batches(pictures, paths, config)
+def decode_our_way(captioner, pictures, config):
+    batches = cached_batches(pictures, config)
     return [caption.caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
 
 
-def compare(captioner, few, paths, config):
-    usual, ours = decode_the_usual_way(captioner, few, config), decode_our_way(captioner, paths, config)
+def compare(captioner, few, pictures, config):
+    usual, ours = decode_the_usual_way(captioner, few, config), decode_our_way(captioner, pictures, config)
     assert usual == ours[: len(few)], (usual, ours[: len(few)])
 
 
-def rate(paths, function, captioner, config):
+def rate(pictures, function, captioner, config):
     start = time.perf_counter()
-    function(captioner, paths, config)
-    return len(paths) / (time.perf_counter() - start)
+    function(captioner, pictures, config)
+    return len(pictures) / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":
