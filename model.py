@@ -136,13 +136,17 @@ class RNN_Decoder(keras.Model):
         return self.output_layer(hidden), hidden, attention_weights  # (B, V), (B, U), (B, P, 1)
 
     def step(self, word_gates, hidden, encoded_features, keys):
-        """Attention, then the GRU as Keras has it (reset_after). Returns hidden (B, U), attention_weights (B, P, 1)."""
+        """Attention, then the GRU. Returns the new hidden (B, U), attention_weights (B, P, 1)."""
         context_vector, attention_weights = self.attention(encoded_features, keys, hidden)
+        return self.gru(word_gates, context_vector, hidden), attention_weights
+
+    def gru(self, word_gates, context_vector, hidden):
+        """The GRU as Keras has it (reset_after). float (B, 3U), (B, D), (B, U) -> new hidden (B, U)."""
         x_update, x_reset, x_new = tf.split(word_gates + self.context_gates(context_vector), 3, axis=1)  # (B, U) each
         h_update, h_reset, h_new = tf.split(self.hidden_gates(hidden), 3, axis=1)  # (B, U) each
         update = tf.sigmoid(x_update + h_update)
         new = tf.tanh(x_new + tf.sigmoid(x_reset + h_reset) * h_new)
-        return update * hidden + (1 - update) * new, attention_weights
+        return update * hidden + (1 - update) * new
 
     def unroll(self, word_gates, lengths, hidden, encoded_features, keys):
         """One step after the other over given words. `captioning.recurrence.compiled_unroll` computes the same.

@@ -154,14 +154,19 @@ def write_history(history, folder):
     """Write history.csv and loss.png, from a list of a dict for each epoch. Only the checkpoints must not fail."""
     if not history or not is_chief():
         return
-    for write in (
-        lambda: write_csv(folder / "history.csv", history),
-        lambda: plot_losses(history, folder / "loss.png"),
-    ):
-        try:
-            write()
-        except UserError as error:  # another program may hold the file open
-            print(f"warning: {error}")
+    with warning_only():
+        write_csv(folder / "history.csv", history)
+    with warning_only():
+        plot_losses(history, folder / "loss.png")
+
+
+@contextlib.contextmanager
+def warning_only():
+    """Print a UserError of the block as a warning: another program may hold a file open, and training goes on."""
+    try:
+        yield
+    except UserError as error:
+        print(f"warning: {error}")
 
 
 def save_last(state, config):
@@ -191,7 +196,8 @@ def train_epochs(state, train, validation, samples, stop_if_asked, config):
         row["validation_loss"] = validate(state, validation, config, stop_if_asked)
         save_epoch(state, row, config)
         if is_chief():
-            show_samples(samples, state, row, config)
+            with warning_only():
+                show_samples(samples, state, row, config)
 
 
 def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 
 import numpy as np
+from PIL import Image
 
 from captioning.attention_maps import upsample
 from captioning.caption_files import RejectedRecords
@@ -59,6 +60,8 @@ class Grounding:
       boxes: list of [x, y, w, h] in pixels from the upper left corner, as in COCO.
       image_id: int
       positions: range, the positions in the caption of the word, or words, that name the object.
+      evidence: (P,), or None where it is not known, see captioning/evidence.py.
+      feature_norms: (P,), length of the feature at each location, or None where it is not known.
     """
 
     attention_weights: np.ndarray
@@ -66,35 +69,101 @@ class Grounding:
     boxes: list[list[float]]
     image_id: int | None = None
     positions: range = range(0)
+    evidence: np.ndarray | None = None
+    feature_norms: np.ndarray | None = None
 
 
 # --- Accuracy -----------------------------------------------------------------------------------------------------
 
 
 def attention_accuracy(groundings):
-    """Measure how often the attention's peak lies in a box of what its word names.
+    """Measure whether maps point at what the words name, beside the guesses that a reader must know.
 
-    A pixel belongs to a box if its middle is inside. If several pixels share the peak, as where all weights are equal,
-    the share of them that lies inside counts.
+    Maps: the evidence; the attention weights; the weights for a word of another picture; the length of the feature at
+    each location, whatever the word; the middle of the picture; a level map, which is chance. Things "off the middle"
+    are those of which no box covers the picture's middle.
 
     Args:
       groundings: list of Grounding, one for each word that names an object.
 
     Returns:
-      dict of "words", how many there are; "inside", the share of words whose peak is in one of the boxes; "chance", the
-      mean share of the image that the boxes cover, which is what random peaks would reach. Shares are in 0..1, and None
-      if there are no words.
+      dict of "words" and "words_off_middle", how many there are, and of "maps": for each map a dict of shares in 0..1,
+      or None where there are no words. "inside": the map's peak is in one of the boxes; "mass_inside": the mean share
+      of the map's sum in them (attention correctness, Liu et al., 2017, arXiv 1605.09553); and both again with
+      "_off_middle".
     """
-    inside, chance = [], []
-    for grounding in groundings:
-        covered = cover(grounding.size, grounding.boxes)  # (height, width)
-        inside.append(covered[find_peak(grounding.attention_weights, grounding.size)].mean())
-        chance.append(covered.mean())
-    return {
-        "words": len(inside),
-        "inside": float(np.mean(inside)) if inside else None,
-        "chance": float(np.mean(chance)) if chance else None,
-    }
+    scores = {}
+    off_middle = [not covers_middle(grounding) for grounding in groundings]
+    covered = [cover(grounding.size, grounding.boxes) for grounding in groundings]
+    for name, maps in maps_to_compare(groundings).items():
+        rows = np.array([score_map(*pair) for pair in zip(maps, covered, strict=True)]).reshape(-1, 2)  # (words, 2)
+        scores[name] = named_means(rows, "") | named_means(rows[off_middle], "_off_middle")
+    return {"words": len(groundings), "words_off_middle": sum(off_middle), "maps": scores}
+
+
+def named_means(rows, ending):
+    """The means of (words, 2) shares as a dict, None where there are no words."""
+    means = rows.mean(axis=0).tolist() if len(rows) else (None, None)
+    return {f"inside{ending}": means[0], f"mass_inside{ending}": means[1]}
+
+
+def covers_middle(grounding):
+    """Whether the pixel in the picture's middle lies in one of the boxes."""
+    width, height = grounding.size
+    return bool(cover(grounding.size, grounding.boxes)[height // 2, width // 2])
+
+
+def maps_to_compare(groundings):
+    """The maps that are measured: dict of name to list of (P,) arrays, one for each grounding.
+
+    Evidence and feature lengths are left out where they are not known.
+    """
+    level = [
+        np.full_like(grounding.attention_weights, 1 / len(grounding.attention_weights)) for grounding in groundings
+    ]
+    maps = {"evidence": [grounding.evidence for grounding in groundings]}
+    maps["attention weights"] = [grounding.attention_weights for grounding in groundings]
+    maps["weights of another picture"] = [other.attention_weights for other in others(groundings)]
+    maps["feature length"] = [grounding.feature_norms for grounding in groundings]
+    maps["middle"] = [middle_map(len(weights)) for weights in level]
+    maps["level (chance)"] = level
+    return {name: values for name, values in maps.items() if not any(value is None for value in values)}
+
+
+def others(groundings):
+    """For each grounding one of another picture: the next in the list, from halfway round it."""
+    count = len(groundings)
+    found = []
+    for number, grounding in enumerate(groundings):
+        candidates = (groundings[(number + count // 2 + step) % count] for step in range(count))
+        found.append(next((other for other in candidates if other.image_id != grounding.image_id), grounding))
+    return found
+
+
+def middle_map(locations):
+    """A map of the four locations around the middle of the grid."""
+    side = round(locations**0.5)
+    grid = np.zeros((side, side), np.float32)
+    grid[(side - 1) // 2 : side // 2 + 1, (side - 1) // 2 : side // 2 + 1] = 1
+    return grid.ravel() / grid.sum()
+
+
+def score_map(weights, covered):
+    """Measure one map.
+
+    Args:
+      weights: (P,)
+      covered: bool (height, width), the pixels in the boxes. A pixel belongs to a box if its middle is inside.
+
+    Returns:
+      (share of the map's peak that lies inside: 0 or 1, or between where several pixels share the peak; share of the
+      map's sum that lies inside)
+    """
+    height, width = covered.shape
+    side = round(len(weights) ** 0.5)
+    cells = Image.fromarray(covered.astype(np.float32)).resize((side, side), Image.Resampling.BOX)  # share of each cell
+    mass = float(np.asarray(cells).ravel() @ weights / max(np.sum(weights), 1e-12))
+    return float(covered[find_peak(weights, (width, height))].mean()), mass
 
 
 def find_peak(weights, size):
@@ -132,6 +201,14 @@ def cover(size, boxes):
     return covered
 
 
+def make_grounding(predicted, positions, size, boxes):
+    """The Grounding of the words of a PredictedCaption at `positions`. Maps of several words are averaged."""
+    words = slice(positions.start, positions.stop)
+    evidence = None if predicted.evidence is None else np.mean(predicted.evidence[words], axis=0)  # (P,)
+    weights = np.mean(predicted.attention_weights[words], axis=0)  # (P,)
+    return Grounding(weights, size, boxes, predicted.image_id, positions, evidence, predicted.feature_norms)
+
+
 # --- Demo ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +233,8 @@ def demo_groundings(predictions, scenes):
                 f"no scene is known for image {predicted.image_id}: run python data_utils.py --dataset demo again"
             )
         for position, box in locate_nouns(predicted.caption, scene):
-            weights = predicted.attention_weights[position]  # (P,)
             size, positions = (scene.width, scene.height), range(position, position + 1)
-            groundings.append(Grounding(weights, size, [box], predicted.image_id, positions))
+            groundings.append(make_grounding(predicted, positions, size, [box]))
     return groundings
 
 
@@ -189,9 +265,7 @@ def coco_groundings(predictions, instances_path):
         for start, end, name in find_mentions(predicted.words, phrases):
             found = boxes.get((predicted.image_id, name))
             if found:
-                weights = np.mean(predicted.attention_weights[start:end], axis=0)  # (P,)
-                image_id, positions = predicted.image_id, range(start, end)
-                groundings.append(Grounding(weights, sizes[image_id], found, image_id, positions))
+                groundings.append(make_grounding(predicted, range(start, end), sizes[predicted.image_id], found))
             else:
                 num_absent += 1
     return groundings, num_absent

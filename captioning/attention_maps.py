@@ -1,25 +1,47 @@
-"""Attention weights as smooth maps over an image."""
+"""Attention over the grid of locations as smooth light over an image."""
 
 import numpy as np
 from PIL import Image
 
 
-def upsample(weights, size, border="edge"):
-    """Turn attention weights into a map of the image's size.
+def scale_light(maps):
+    """Scale the maps of a caption together, from the least of all words and locations to the most.
+
+    So a word at which the model looks at nothing in particular gets level, middling light.
 
     Args:
-      weights: (P,), the weights of a square grid of locations, row by row.
-      size: (width, height) of the image in pixels.
-      border: what surrounds the grid, a mode of `np.pad`. "edge" repeats the outermost weights, so that a peak among
-        them is drawn towards the image's border. "constant" is zeros, and such a peak stays in its location's middle.
+      maps: (words, P).
 
     Returns:
-      float32 (height, width), its largest value 1, none below 0.
+      float64 (words, P) in 0..1; 0.5 where all values are equal.
+    """
+    maps = np.asarray(maps, np.float64)
+    if maps.size == 0:
+        return maps
+    span = np.ptp(maps)
+    return np.full_like(maps, 0.5) if span < 1e-12 else (maps - maps.min()) / span
+
+
+def times_level(weights):
+    """How many times a level map's value the peak of a map is. (P,) -> float; 1.0 for a level map."""
+    return float(np.max(weights) / max(np.mean(weights), 1e-12))
+
+
+def upsample(weights, size, border="edge"):
+    """Spread values on a square grid of locations smoothly over an image.
+
+    Args:
+      weights: (P,), row by row, not negative.
+      size: (width, height) of the image in pixels.
+      border: what surrounds the grid, a mode of `np.pad`. "edge" repeats the outermost values: a peak among them then
+        moves to the image's border. With "constant", which is zeros, the peak stays near the middle of its location.
+
+    Returns:
+      float32 (height, width), in the range of the weights
     """
     weights = np.asarray(weights, np.float32)
     side = round(weights.size**0.5)
     grid = np.pad(weights.reshape(side, side), 2, border)  # (side + 4, side + 4)
     inside = (2, 2, 2 + side, 2 + side)
     resized = Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC, box=inside)
-    smooth = np.asarray(resized).clip(0)  # (height, width)
-    return smooth / max(smooth.max(), 1e-12)
+    return np.asarray(resized).clip(0, weights.max())  # (height, width); bicubic curves swing a little over and under

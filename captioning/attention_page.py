@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import ExifTags, Image
 
+from captioning.attention_maps import scale_light, times_level
 from captioning.image_files import upright_rgb
 from captioning.predictions import PredictedCaption
 from support.files import replacing
@@ -360,19 +361,18 @@ def caption_html(caption, size):
 def word_html(caption, position, size):
     """A word as a button. Its attributes hold what the page's script needs.
 
-    data-weights: the attention weights, a byte each, in base64. The largest weight is 255.
-    data-peak: the largest weight divided by the mean.
+    data-weights: the word's light, a byte each, in base64. 0 is the caption's least weight, 255 its largest.
+    data-peak: the word's largest weight, as a multiple of what a level map has.
     data-boxes: JSON of boxes [x, y, width, height] in shares of the picture's width and height.
     data-sure: see `shade`.
     """
     predicted = caption.predicted
     word = show(predicted.words[position])
-    weights = np.nan_to_num(np.asarray(predicted.attention_weights[position], np.float64)).clip(0)  # (P,)
-    peak, mean = float(weights.max()), float(weights.mean())
-    levels = np.rint(weights / max(peak, 1e-12) * 255).astype(np.uint8)  # (P,)
+    maps = np.nan_to_num(np.asarray(predicted.shown_maps(), np.float64)).clip(0)  # (words, P)
+    levels = np.rint(scale_light(maps)[position] * 255).astype(np.uint8)  # (P,)
     data = f'data-weights="{base64.b64encode(levels.tobytes()).decode()}"'
-    if mean > 0:
-        data += f' data-peak="{peak / mean:.1f}"'
+    if maps[position].any():
+        data += f' data-peak="{times_level(maps[position]):.1f}"'
     boxes = relative_boxes(caption.boxes.get(position, ()), size)
     if boxes:
         data += f' data-boxes="{json.dumps(boxes)}"'

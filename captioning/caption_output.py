@@ -3,20 +3,27 @@
 Captions stream: none but a batch's are in memory, so a million pictures need no more of it than a hundred.
 """
 
+import contextlib
+
 from tqdm import tqdm
 
-from captioning.attention_page import PageCaption, PagePicture, write_pages
+from captioning.attention_page import PageCaption, PagePicture, is_page, remove_further_pages, write_pages
 from captioning.caption_records import (
     appending,
     describe_maker,
+    figure_name,
+    find_records,
     keep_finished,
     make_record,
-    read_records,
+    read_record,
     restore_prediction,
     write_table,
 )
 from captioning.captioner import caption_batch
 from captioning.figures import plot_attention
+from support.errors import UserError
+
+PRINTED = 100  # pictures up to which each caption is printed; for more a bar tells how far it is
 
 
 def write_captions(captioner, pictures, make_batches, output, options, config):
@@ -36,44 +43,49 @@ def write_captions(captioner, pictures, make_batches, output, options, config):
       int, how many of the pictures have a caption
     """
     path = output / "captions.jsonl"
-    keeps_attention = lambda number: options.attention == "all" or number < config.figures  # noqa: E731
+    all_attention = options.attention == "all"
     maker = describe_maker(config, captioner.identity)
-    finished = keep_finished(path, [] if options.anew else pictures, maker, keeps_attention)
+    finished = keep_finished(path, [] if options.anew else pictures, maker, config.figures, all_attention)
     positions = {picture.name: number for number, picture in enumerate(pictures)}
     missing = [picture for picture in pictures if picture.name not in finished]
     if finished:
         print(f"{len(finished)} of {len(pictures)} pictures were captioned before: --anew captions all")
-    few = len(pictures) <= config.figures
+    few = len(pictures) <= PRINTED
     bar = tqdm(total=len(pictures), initial=len(finished), desc="captioning", unit=" pictures", disable=few)
     done = len(finished)
     with bar, appending(path) as add:
         for batch, features in make_batches(missing):
-            records = []
-            for prediction in caption_batch(captioner, batch, features, config):
+            drawn = any(positions[picture.name] < config.figures for picture in batch)
+            with_evidence = config.attention_map == "evidence" and (drawn or all_attention)
+            for prediction in caption_batch(captioner, batch, features, config, with_evidence):
                 number = positions[prediction.name]
-                figure = draw_figure(prediction, number, output) if number < config.figures else ""
-                records.append(make_record(prediction, figure, keeps_attention(number)))
+                drawn = number < config.figures
+                figure = draw_figure(prediction, number, output) if drawn else ""
+                add(make_record(prediction, figure, drawn or all_attention))
                 if few:
                     print_caption(prediction)
-            add(records)
-            done += len(records)
-            bar.update(len(records))
+            done += len(batch)
+            bar.update(len(batch))
     write_table(output / "captions.csv", path)
     page = write_attention_pages(pictures[: config.figures], path, output)
-    print(f"captions.jsonl, captions.csv and attention figures are in {output}")
+    figures = ", captions.csv and attention figures" if config.figures else " and captions.csv"
+    print(f"captions.jsonl{figures} are in {output}")
     if done > config.figures:
         print(f"{done} pictures are captioned: --figures {done} draws all of them")
-    print(f"open {page} to look at the attention" if page else "no page of attention was asked for")
+    print(f"open {page} to look at the attention" if page else "no page of attention is written: it has no pictures")
     return done
 
 
 def draw_figure(prediction, number, output):
     """Draw the figure of a picture. Returns its file name, or "" where it cannot be drawn, which is printed."""
-    name = f"{number + 1:03d}_{prediction.path.stem}.png"
+    name = figure_name(number, prediction)
     try:
         plot_attention(prediction, output / name)
-    except ValueError as error:
-        print(f"warning: no figure, {error}")
+    except UserError:  # the disk is full
+        raise
+    except Exception as error:  # the others are as good without it
+        reason = " ".join(str(error).split())
+        tqdm.write(f"warning: no figure of {prediction.name}: {reason}")
         return ""
     return name
 
@@ -86,14 +98,26 @@ def print_caption(prediction):
 
 
 def write_attention_pages(pictures, records_path, output):
-    """Write the pages of the pictures whose attention is kept. Returns the path of the first, None without pictures."""
-    if not pictures:
+    """Write the pages of the pictures whose attention is kept, or delete those of an earlier run if there is none.
+
+    Returns:
+      pathlib.Path of the first page, or None
+    """
+    places = find_records(records_path, {picture.name for picture in pictures})
+    shown = [picture for picture in pictures if picture.name in places]
+    if not shown:
+        remove_pages(output / "index.html")
         return None
-    wanted = {picture.name for picture in pictures}
-    records = {record.image: record for record in read_records(records_path) if record.image in wanted}
-    pages = (
-        PagePicture(picture.path.name, picture.path, [PageCaption(restore_prediction(records[picture.name], picture))])
-        for picture in pictures
-        if picture.name in records
-    )
-    return write_pages(output, "Where the model looked", pages)[0]
+    predictions = (restore_prediction(read_record(records_path, places[picture.name]), picture) for picture in shown)
+    pages = (PagePicture(caption.path.name, caption.path, [PageCaption(caption)]) for caption in predictions)
+    first = restore_prediction(read_record(records_path, places[shown[0].name]), shown[0])
+    intro = f"The light shows the {first.map_name()}, from the least to the most of each caption."
+    return write_pages(output, "Where the model looked", pages, intro=intro)[0]
+
+
+def remove_pages(first):
+    """Delete the pages that an earlier call wrote. Files of such names that are no pages of ours stay."""
+    remove_further_pages(first, 0)
+    if is_page(first):
+        with contextlib.suppress(OSError):
+            first.unlink()

@@ -10,11 +10,12 @@ from captioning.beam_search import beam_search
 from captioning.caption_files import image_path
 from captioning.checkpoints import captioner_checkpoint, checkpoint_digest, restore_newest
 from captioning.decoding_rules import DecodedCaptions, has_ended
+from captioning.evidence import explain_captions
 from captioning.feature_cache import feature_path, parallel_map, read_feature, reading_features
 from captioning.predictions import PredictedCaption
 from captioning.run_folder import check_model_settings, nothing_trained, other_folder
 from captioning.settings import prepare_command
-from captioning.vocabulary import END, PAD, read_vocabulary
+from captioning.vocabulary import END, PAD, encode_captions, read_vocabulary, standardize
 from model import CNN_Encoder, RNN_Decoder, build_captioner, greedy_decode
 from support.errors import UserError
 
@@ -128,13 +129,14 @@ def cached_batches(pictures, config):
             yield pictures[number * size : (number + 1) * size], batch  # (B, P, F)
 
 
-def caption_batch(captioner, pictures, features, config):
+def caption_batch(captioner, pictures, features, config, with_evidence=False):
     """Caption pictures from their features.
 
     Args:
       captioner: Captioner
       pictures: list of B Pictures.
       features: float (B, P, F)
+      with_evidence: bool, whether the predictions get their evidence, which takes about as long as the captions.
 
     Returns:
       list of B PredictedCaptions
@@ -148,9 +150,58 @@ def caption_batch(captioner, pictures, features, config):
         longer = decode_rows(captioner, tf.gather(features, unfinished), config.max_words, config)
         for i, row in zip(unfinished, longer, strict=True):
             decoded[i] = row
-    return [
-        predicted_caption(picture, row, captioner.vocabulary) for picture, row in zip(pictures, decoded, strict=True)
-    ]
+    predictions = [predicted_caption(*pair, captioner.vocabulary) for pair in zip(pictures, decoded, strict=True)]
+    if with_evidence:
+        return add_evidence(captioner, predictions, features, [row.words for row in decoded])
+    return predictions
+
+
+def add_evidence(captioner, predictions, features, words):
+    """Predictions with attention weights, evidence and the lengths of features, from making the model say the words.
+
+    Args:
+      predictions: list of B PredictedCaptions.
+      features: float (B, P, F)
+      words: list of B arrays of word ids, with <end> and maybe <pad>.
+    """
+    longest = max(len(row) for row in words)
+    padded = np.stack([np.pad(row, (0, longest - len(row)), constant_values=PAD) for row in words])  # (B, L)
+    encoder, decoder = captioner.encoder, captioner.decoder
+    explained = explain_captions(encoder, decoder, features, tf.constant(padded, tf.int32))
+    found = []
+    for prediction, *maps, norms in zip(predictions, *(part.numpy() for part in explained), strict=True):
+        weights, evidence = (part[: len(prediction.words)] for part in maps)  # (words, P)
+        changes = {"attention_weights": weights, "evidence": evidence, "feature_norms": norms}
+        found.append(dataclasses.replace(prediction, **changes))
+    return found
+
+
+def explain_references(captioner, pictures, config):
+    """What the model looks at while it is made to say the pictures' reference captions.
+
+    Returns:
+      list of PredictedCaptions with evidence, one for each reference; words that the model does not know are <unk>.
+      They have no log_probs.
+    """
+    predictions = []
+    for batch, features in cached_batches(pictures, config):
+        for number in range(max(len(picture.references) for picture in batch)):
+            rows = [i for i, picture in enumerate(batch) if number < len(picture.references)]
+            encoded = encode_captions([batch[i].references[number] for i in rows], captioner.vocabulary)
+            blank = [
+                PredictedCaption(
+                    path=batch[i].path,
+                    name=batch[i].name,
+                    words=standardize([batch[i].references[number]]).numpy()[0].decode().split(),
+                    log_probs=np.zeros(0),
+                    attention_weights=np.zeros(0),
+                    image_id=batch[i].image_id,
+                )
+                for i in rows
+            ]
+            words = [np.array(token_ids[1:], np.int32) for token_ids in encoded]  # without <start>
+            predictions += add_evidence(captioner, blank, tf.gather(features, rows), words)
+    return predictions
 
 
 def decode_rows(captioner, features, max_words, config):

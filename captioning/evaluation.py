@@ -1,12 +1,13 @@
 """Captions of a whole split, scored by the field's metrics and, where boxes are known, by where the model looked."""
 
 import dataclasses
+import math
 import pathlib
 
 from captioning import demo_scores
 from captioning.attention_accuracy import attention_accuracy, coco_groundings, demo_groundings
 from captioning.attention_page import PageCaption, PagePicture, write_pages
-from captioning.captioner import cached_batches, caption_batch
+from captioning.captioner import cached_batches, caption_batch, explain_references
 from captioning.demo_scenes import read_scenes
 from captioning.metrics import METRICS, cider_by_image, format_score, format_table, score_captions, write_metrics
 
@@ -44,13 +45,14 @@ def evaluate(captioner, pictures, split, output, config):
     for width in sorted({*EVALUATED_WIDTHS, config.beam_width}):
         settings = dataclasses.replace(config, beam_width=width)
         batches = cached_batches(pictures, settings)
-        captions = [caption for batch in batches for caption in caption_batch(captioner, *batch, settings)]
+        captions = [c for batch in batches for c in caption_batch(captioner, *batch, settings, with_evidence=True)]
         runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, config)
+    taught = score_references(captioner, pictures, config)
     scored = {"dataset": config.dataset, "split": split, "images": len(pictures)}
     scored["checkpoint"] = str(pathlib.Path(config.run_dir, captioner.checkpoint))
     metrics = {name: run.metrics for name, run in runs.items()}
     texts = {name: texts_by_image(run.captions) for name, run in runs.items()}
-    write_metrics(output, split, texts, scored | metrics)
+    write_metrics(output, split, texts, scored | metrics | taught)
     pages = write_pages(
         output,
         f"Best, middle and worst captions of the {split} split",
@@ -59,7 +61,9 @@ def evaluate(captioner, pictures, split, output, config):
         file_name=f"evaluation_{split}.html",
     )
     print(format_table(metrics))
-    print_known(metrics)
+    print_scenes(metrics)
+    for name, values in (metrics | taught).items():
+        print_attention(name, values.get("attention"))
     print(f"metrics_{split}.json and the captions in COCO's results format are in {output}")
     print(f"open {pages[0]} to look at the best, the middle and the worst captions")
 
@@ -77,6 +81,18 @@ def score_run(captions, pictures, config):
     if groundings is not None:
         metrics["attention"] = attention_accuracy(groundings) | known
     return Evaluated(captions, groundings or [], cider_by_image(texts, references), metrics)
+
+
+def score_references(captioner, pictures, config):
+    """Where the model looks while it is made to say the reference captions.
+
+    Returns:
+      {"references": {"attention": scores}}, or an empty dict where no boxes are known
+    """
+    if find_groundings([], config)[0] is None:
+        return {}
+    groundings, known = find_groundings(explain_references(captioner, pictures, config), config)
+    return {"references": {"attention": attention_accuracy(groundings) | known}}
 
 
 def texts_by_image(captions):
@@ -114,14 +130,15 @@ def score_pages(runs, pictures):
     """PagePictures of the best, the middle and the worst score of the first run, all runs' captions side by side."""
     first = next(iter(runs.values()))
     by_score = sorted(pictures, key=lambda picture: -first.ciders[picture.image_id])
-    middle = max((len(by_score) - SHOWN) // 2, 0)
-    groups = {"best": by_score[:SHOWN], "middle": by_score[middle : middle + SHOWN], "worst": by_score[-SHOWN:]}
+    size = min(SHOWN, math.ceil(len(by_score) / 3))
+    middle = (len(by_score) - size) // 2
+    groups = {"best": by_score[:size], "middle": by_score[middle : middle + size], "worst": by_score[-size:]}
     captions = {name: {caption.image_id: caption for caption in run.captions} for name, run in runs.items()}
     boxes = {name: boxes_by_position(run.groundings) for name, run in runs.items()}
     shown = set()
     for group, members in groups.items():
         for picture in members:
-            if picture.name in shown:  # a small split has the same pictures in several groups
+            if picture.name in shown:  # the groups of a small split overlap
                 continue
             shown.add(picture.name)
             page_captions = [
@@ -145,10 +162,24 @@ def boxes_by_position(groundings):
     return boxes
 
 
-def print_known(metrics):
-    """A line for each run and kind of score that needs to know where things are."""
+def print_scenes(metrics):
+    """A line for each run of the demo: how far its captions are true."""
     for run, values in metrics.items():
-        for kind in ("scenes", "attention"):
-            known = ((name, value) for name, value in values.get(kind, {}).items() if value is not None)
-            if text := ", ".join(f"{name} {value:.3g}" for name, value in known):
-                print(f"{run}, {kind}: {text}")
+        known = ((name, value) for name, value in values.get("scenes", {}).items() if value is not None)
+        if text := ", ".join(f"{name} {value:.3g}" for name, value in known):
+            print(f"{run}, scenes: {text}")
+
+
+def print_attention(name, scores):
+    """A table of where the maps of a run point, in per cent, beside the guesses that a reader must know."""
+    if not scores or not scores["words"]:
+        return
+    print(
+        f"{name}: {scores['words']} words name a thing with a box, {scores['words_off_middle']} a thing off the middle"
+    )
+    columns = ("inside", "inside_off_middle", "mass_inside", "mass_inside_off_middle")
+    print(f"| {'map':24} | peak inside | off the middle | mass inside | off the middle |")
+    print(f"| {'-' * 24} | ----------: | -------------: | ----------: | -------------: |")
+    for map_name, values in scores["maps"].items():
+        cells = ["-" if values[column] is None else f"{100 * values[column]:.1f}" for column in columns]
+        print(f"| {map_name:24} | {cells[0]:>11} | {cells[1]:>14} | {cells[2]:>11} | {cells[3]:>14} |")

@@ -1,10 +1,11 @@
-"""The trained captioner as one TensorFlow SavedModel, from the bytes of image files to captions, without this code.
+"""The trained captioner in a folder of its own, that other programs use without this code.
 
-caption = tensorflow.saved_model.load(folder).signatures["serving_default"]
-caption(images=tensorflow.constant([open("image.jpg", "rb").read()]))["captions"]
+--format savedmodel  a TensorFlow SavedModel, from the bytes of image files to captions
+--format litert      two LiteRT files and a program that runs them without TensorFlow (see litert_export.py)
+--format onnx        the same for ONNX Runtime
 """
 
-import functools
+import contextlib
 import os
 import pathlib
 import shutil
@@ -12,78 +13,133 @@ import shutil
 import tensorflow as tf
 
 from captioning.captioner import decode_captions
-from captioning.image_files import IMAGE_SIZE
+from captioning.graph_images import OK, read_images
+from captioning.litert_export import DEFAULT_WEIGHTS, WEIGHTS, write_bundle
 from captioning.vocabulary import END, PAD
 from support.errors import UserError
 from support.files import free_space
 
+FORMATS = ("savedmodel", "litert", "onnx")
 
-def export_captioner(captioner, network, config, folder):
-    """Write decoding of images, InceptionV3, encoder, decoder and vocabulary as a SavedModel.
 
-    Its signature `serving_default` takes
-      images: string (B,), B at least 1, files as bytes: JPEG, PNG, WebP, BMP without a palette, or a GIF's first frame
-    and returns
-      captions: string (B,)
-      log_probabilities: float32 (B,), natural
-      attention_weights: float32 (B, L, P), of a caption's words, then of <end> and of padding to the longest's
+def add_export_options(parser):
+    """Add the options of `--export` to a script's parser."""
+    parser.add_argument("--export", metavar="DIR", help="write the captioner to a new folder, and no captions")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="savedmodel",
+        help="of --export: for TensorFlow, LiteRT or ONNX Runtime (default: savedmodel)",
+    )
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help=f"of --format litert or onnx: number type (default: {DEFAULT_WEIGHTS})"
+    )
 
-    TensorFlow does not read EXIF, so a photograph is captioned as it is stored, not as a viewer would turn it. All is
-    computed in float32, so a caption may differ where the scripts use bfloat16. One damaged file fails the whole batch.
+
+def check_export(folder, export_format, weights):
+    """Raise UserError where `export_captioner` could not begin.
+
+    Args:
+      folder, export_format, weights: as `export_captioner` takes them.
+    """
+    if weights and export_format == "savedmodel":
+        raise UserError(f"a SavedModel has float32 weights: leave out --weights {weights}, or add --format litert")
+    if weights == "int8" and export_format == "onnx":
+        raise UserError("--weights int8 is for --format litert: give --weights float32 or float16")
+    folder = pathlib.Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
+
+
+def export_captioner(captioner, network, config, folder, export_format="savedmodel", weights=None):
+    """Write the captioner to a folder, which is whole afterwards or not there.
 
     Args:
       captioner: Captioner
       network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
-      config: Config; its max_words, beam_width, length_penalty and repeat_block are the exported model's.
+      config: Config; its max_words, beam_width, length_penalty and repeat_block are the export's.
       folder: where to; may be there if it is empty.
+      export_format: one of FORMATS.
+      weights: one of WEIGHTS, or None for the format's default.
 
     Raises:
-      UserError: the folder holds something, or cannot be written.
+      UserError: the folder holds something or cannot be written, or what `write_bundle` raises.
     """
-    words = ["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)]  # (V,)
+    check_export(folder, export_format, weights)
+    with new_folder(folder) as temporary:
+        if export_format == "savedmodel":
+            write_saved_model(captioner, network, config, temporary)
+        else:
+            write_bundle(captioner, network, config, temporary, export_format, weights or DEFAULT_WEIGHTS)
 
-    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="images")])
-    def caption(images):
-        pixels = tf.map_fn(decode_image, images, fn_output_signature=tf.uint8)  # (B, 299, 299, 3)
-        decoded = decode_captions(captioner.encoder, captioner.decoder, network(pixels), config)
-        return {
-            "captions": tf.strings.strip(
-                tf.strings.reduce_join(tf.gather(words, decoded.words), axis=1, separator=" ")
-            ),
-            "log_probabilities": tf.reduce_sum(decoded.log_probs, axis=1),  # (B,)
-            "attention_weights": decoded.attention_weights,
-        }
 
-    model = tf.Module()
-    model.weights = [weight.value for weight in captioner.encoder.weights + captioner.decoder.weights]
+@contextlib.contextmanager
+def new_folder(folder):
+    """Give the block a temporary folder beside `folder`, and rename it to `folder` when the block ends.
+
+    If the block raises an error, nothing is left.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
     target = pathlib.Path(folder).resolve()
     temporary = target.with_name(f".{target.name}.export")
     try:
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
-        tf.saved_model.save(model, str(temporary), signatures=caption)
+        yield temporary
         os.replace(temporary, target)
     except (OSError, tf.errors.OpError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot write {folder}: {reason} ({free_space(target.parent)})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def decode_image(data):
-    """What image_files.load_image does, EXIF apart, inside a graph. string () -> uint8 (299, 299, 3)."""
-    if tf.strings.substr(data, 0, 2) == b"\xff\xd8":  # JPEG
-        decode = functools.partial(tf.io.decode_jpeg, data, 3, dct_method="INTEGER_ACCURATE")  # as Pillow does
-        excess = tf.reduce_min(tf.io.extract_jpeg_shape(data)[:2]) // IMAGE_SIZE  # a large one at 1/2, 1/4 or 1/8
-        smaller = tf.reduce_sum(tf.cast(excess >= (2, 4, 8), tf.int32))
-        rgb = tf.switch_case(smaller, [functools.partial(decode, ratio=ratio) for ratio in (1, 2, 4, 8)])
-    elif tf.strings.substr(data, 0, 4) == b"\x89PNG":
-        rgba = tf.cast(tf.io.decode_png(data, 4), tf.float32)
-        opaque = rgba[:, :, 3:] / 255  # (height, width, 1)
-        rgb = tf.cast(tf.round(opaque * rgba[:, :, :3] + (1 - opaque) * 255), tf.uint8)
-    else:
-        rgb = tf.io.decode_image(data, 3, expand_animations=False)
-    resized = tf.image.resize(rgb, (IMAGE_SIZE, IMAGE_SIZE), antialias=True)
-    return tf.cast(tf.round(resized), tf.uint8)
+def write_saved_model(captioner, network, config, folder):
+    """Write decoding of images, InceptionV3, encoder, decoder and vocabulary as a SavedModel.
+
+    Its signature `serving_default` takes
+      images: string (B,), files as bytes: JPEG, PNG, WebP, GIF (of which the first picture counts) or BMP
+    and returns
+      captions: string (B,)
+      log_probabilities: float32 (B,), natural
+      attention_weights: float32 (B, L, P), of a caption's words, then of <end> and of padding to the longest's
+      statuses: string (B,), "ok", "unreadable" or "too large"; where it is not "ok" the others are empty or 0
+    The signature `one` takes `image`, string (), and returns caption (), log_probability (), attention_weights (L, P)
+    and status ().
+
+    All is computed in float32, so a caption may differ where the scripts use bfloat16.
+
+    Args:
+      captioner, network, config: as `export_captioner` takes them.
+      folder: pathlib.Path, which is there.
+    """
+    words = ["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)]  # (V,)
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="images")])
+    def caption_many(images):
+        pixels, statuses = read_images(images)  # (B, 299, 299, 3), (B,)
+        decoded = decode_captions(captioner.encoder, captioner.decoder, network(pixels), config)
+        captions = tf.strings.reduce_join(tf.gather(words, decoded.words), axis=1, separator=" ")  # (B,)
+        usable = statuses == OK  # (B,)
+        return {
+            "captions": tf.where(usable, tf.strings.strip(captions), ""),
+            "log_probabilities": tf.where(usable, tf.reduce_sum(decoded.log_probs, axis=1), 0.0),  # (B,)
+            "attention_weights": tf.where(usable[:, tf.newaxis, tf.newaxis], decoded.attention_weights, 0.0),
+            "statuses": statuses,
+        }
+
+    @tf.function(input_signature=[tf.TensorSpec((), tf.string, name="image")])
+    def caption_one(image):
+        answers = {name: values[0] for name, values in caption_many(image[tf.newaxis]).items()}
+        return {
+            "caption": answers["captions"],
+            "log_probability": answers["log_probabilities"],
+            "attention_weights": answers["attention_weights"],  # (L, P)
+            "status": answers["statuses"],
+        }
+
+    model = tf.Module()
+    model.weights = [weight.value for weight in captioner.encoder.weights + captioner.decoder.weights]
+    tf.saved_model.save(model, str(folder), signatures={"serving_default": caption_many, "one": caption_one})

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from captioning.attention_maps import upsample
+from captioning.attention_maps import scale_light, times_level, upsample
 from captioning.image_files import upright_rgb
 from support.files import replacing
 
@@ -35,7 +35,9 @@ def plot_losses(history, path):
 
 
 def plot_attention(caption, path):
-    """Draw the image, and for each word the image lit where the model looked.
+    """Draw the image, and for each word the image lit where its map is high.
+
+    The light is scaled from the least to the most of all the caption's maps, so a level map looks level.
 
     Args:
       caption: PredictedCaption
@@ -48,10 +50,12 @@ def plot_attention(caption, path):
     image = read_panel(caption.path)
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)
     panels = [("", pixels)]
-    for word, weights in zip(caption.words, caption.attention_weights, strict=True):
-        light = upsample(weights, image.size)  # (height, width)
-        panels.append((word, pixels * (0.2 + 0.8 * light[..., np.newaxis])))
-    figure = lay_out_panels(panels, image.size, caption.caption or "(no words)")
+    maps = caption.shown_maps()  # (words, P)
+    for word, weights, light in zip(caption.words, maps, scale_light(maps), strict=True):
+        smooth = upsample(light, image.size)  # (height, width)
+        panels.append((f"{word} {times_level(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
+    title = f"{caption.caption or '(no words)'} ({caption.map_name()}; its peak in multiples of a level map)"
+    figure = lay_out_panels(panels, image.size, title)
     with replacing(path) as temporary:
         figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # the usual 6 takes a fifth of a second
 

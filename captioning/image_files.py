@@ -1,5 +1,7 @@
 """Image files of any kind, read as the pixels that InceptionV3 takes."""
 
+import warnings
+
 import numpy as np
 import pillow_heif
 from PIL import Image, ImageOps
@@ -8,13 +10,17 @@ IMAGE_SIZE = 299  # pixels: InceptionV3 takes squares with sides of this length
 MOST_PIXELS = (
     100_000_000  # of an image as it is decoded; a larger one may be a bomb, a small file that fills the memory
 )
-MOST_JPEG_PIXELS = 1_000_000_000  # of a JPEG file, which is decoded at a fraction of its size
+MOST_FILE_PIXELS = (
+    250_000_000  # of any file; a JPEG file is decoded at a fraction of its size, but may need 6 bytes each
+)
 
 
 def set_up_pillow():
-    """Let Pillow read the HEIC files of phones, and leave the limit on pixels to `upright_rgb`. For the scripts."""
+    """Let Pillow read the HEIC files of phones, and refuse no file that `upright_rgb` takes. For the scripts."""
     pillow_heif.register_heif_opener()
-    Image.MAX_IMAGE_PIXELS = None
+    # Not None: a GIF file of 50 bytes could let Pillow fill the memory as it is opened.
+    Image.MAX_IMAGE_PIXELS = MOST_FILE_PIXELS
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses twice as many pixels only
 
 
 def load_image(path):
@@ -53,9 +59,11 @@ def upright_rgb(image, smallest=IMAGE_SIZE):
     if image.format == "EPS":
         raise OSError("PostScript is a program, and programs in pictures are not run")  # Pillow would call Ghostscript
     whole = image.width * image.height
+    if whole > MOST_FILE_PIXELS:
+        raise OSError(f"{whole} pixels are more than {MOST_FILE_PIXELS}")
     image.draft("RGB", (smallest, smallest))  # a JPEG file is now decoded at 1/2, 1/4 or 1/8 of its size
-    if image.width * image.height > MOST_PIXELS or whole > MOST_JPEG_PIXELS:
-        raise OSError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+    if image.width * image.height > MOST_PIXELS:
+        raise OSError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would cut all values above 255
         image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))

@@ -19,6 +19,7 @@ from support.errors import UserError
 
 EXTRACTED = 300  # pictures whose features are held in memory before they are captioned
 LARGEST = 50_000_000  # bytes of a picture fetched from an address
+SHOWN_KINDS = 8  # kinds of files left out that are counted each
 
 # Of the many formats that Pillow registers, those that hold pictures: not PDF, not video, not HDF5.
 PICTURE_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA"}
@@ -47,14 +48,35 @@ def find_pictures(names, output):
         if is_address(name):
             pictures.append(Picture(output / "downloads" / local_name(name), name))
         elif path.is_dir():
+            check_output(path, output)
             pictures += [Picture(file, str(file)) for file in walk_folder(path, output.resolve(), left_out)]
         else:
             pictures.append(Picture(path, str(path)))
     if left_out:
-        print("left out of the folders: " + ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items())))
+        print(f"left out of the folders: {describe_kinds(left_out)}")
     if not pictures:
         raise UserError(f"no image file is in {', '.join(names)}: name image files or folders behind --image")
-    return list({picture.path: picture for picture in pictures}.values())
+    different = {}
+    for picture in pictures:
+        different.setdefault(os.path.abspath(picture.path), picture)
+    return list(different.values())
+
+
+def check_output(folder, output):
+    """UserError where captions and figures would go among the pictures: the next run would take figures for pictures.
+
+    Folders below `folder` are no problem, see `walk_folder`.
+    """
+    if folder.resolve() == output.resolve():
+        raise UserError(f"{folder} holds the pictures: give another folder by --output, such as {folder / 'captions'}")
+
+
+def describe_kinds(left_out):
+    """The most frequent kinds of files that were left out, and how many are of other kinds. Counter -> str."""
+    shown = {kind: count for kind, count in left_out.most_common(SHOWN_KINDS) if kind.isprintable()}
+    parts = [f"{count} {kind}" for kind, count in sorted(shown.items())]
+    others = left_out.total() - sum(shown.values())
+    return ", ".join([*parts, f"{others} others"] if others else parts)
 
 
 def walk_folder(folder, output, left_out):
@@ -70,7 +92,8 @@ def walk_folder(folder, output, left_out):
     """
     endings = picture_endings()
     found = []
-    for place, folders, files in os.walk(folder):
+    unreadable = lambda error: left_out.update(["folders that cannot be read"])  # noqa: E731
+    for place, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if pathlib.Path(place, name).resolve() != output]
         for name in files:
             ending = pathlib.PurePath(name).suffix.lower()

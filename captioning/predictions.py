@@ -18,6 +18,8 @@ class PredictedCaption:
       attention_weights: (len(words), P).
       image_id: int, or None for an image that is not of the data set.
       references: list of str, what people wrote about the image.
+      evidence: (len(words), P), see captioning/evidence.py, or None where it was not asked for.
+      feature_norms: (P,), length of the image's feature at each location, or None.
     """
 
     path: pathlib.Path
@@ -27,6 +29,8 @@ class PredictedCaption:
     attention_weights: np.ndarray
     image_id: int | None = None
     references: list[str] = ()
+    evidence: np.ndarray | None = None
+    feature_norms: np.ndarray | None = None
 
     @property
     def caption(self):
@@ -36,3 +40,11 @@ class PredictedCaption:
     def log_probability(self):
         """Natural logarithm of the whole caption's probability."""
         return float(np.sum(self.log_probs))
+
+    def shown_maps(self):
+        """What figures and pages show: the evidence where it is known, else the attention weights. (len(words), P)."""
+        return self.attention_weights if self.evidence is None else self.evidence
+
+    def map_name(self):
+        """The name of what `shown_maps` returns, for figures and pages."""
+        return "attention weights" if self.evidence is None else "evidence: what was seen there for the word"

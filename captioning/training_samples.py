@@ -59,7 +59,7 @@ def show_samples(samples, state, row, config):
     write_json(folder / "samples.json", epochs)
     shown = epochs if len(epochs) <= SHOWN_EPOCHS else [epochs[0], *epochs[1 - SHOWN_EPOCHS :]]
     write_pages(folder, "What the training learns", sample_pages(pictures, shown), file_name="samples.html")
-    log_epoch(samples.writer, row, float(state.optimizer.learning_rate), predictions)
+    log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)
 
 
 def read_samples(path):

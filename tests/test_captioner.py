@@ -8,7 +8,15 @@ import pytest
 import tensorflow as tf
 
 from captioning import captioner as captioner_module
-from captioning.captioner import Picture, cached_batches, caption_batch, decode_captions, load_captioner
+from captioning.caption_files import CaptionedImage
+from captioning.captioner import (
+    Picture,
+    cached_batches,
+    caption_batch,
+    dataset_pictures,
+    decode_captions,
+    load_captioner,
+)
 from captioning.checkpoints import captioner_checkpoint, list_checkpoints
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD
@@ -47,11 +55,14 @@ def damage(folder):
 
 
 def test_each_picture_gets_its_own_cached_features(tmp_path):
-    config = make_config({"decode_batch": 2})
-    paths = [tmp_path / f"{number}.npy" for number in range(5)]
-    for number, path in enumerate(paths):
-        np.save(path, np.full((64, 2048), number, np.float16))
-    batches = list(cached_batches(PICTURES[:5], paths, config))
+    config = make_config({"decode_batch": 2, "coco_dir": "coco", "features_dir": str(tmp_path)})
+    images = [CaptionedImage(number, f"{number}.jpg", references=["a dog"]) for number in range(5)]
+    for number in range(5):
+        np.save(tmp_path / f"{number}.npy", np.full((64, 2048), number, np.float16))
+    wanted = dataset_pictures(images, config)
+    assert {picture.references[0] for picture in wanted} == {"a dog"}
+    assert {picture.path.parent for picture in wanted} == {pathlib.Path("coco", "train2014")}
+    batches = list(cached_batches(wanted, config))
     assert [features.shape for _, features in batches] == [(2, 64, 2048), (2, 64, 2048), (1, 64, 2048)]
     numbers = [[picture.image_id for picture in pictures] for pictures, _ in batches]
     assert numbers == [features[:, 0, 0].numpy().tolist() for _, features in batches] == [[0, 1], [2, 3], [4]]
@@ -63,7 +74,11 @@ def test_a_damaged_or_missing_feature_is_one_line(tmp_path, data):
     if data is not None:
         (tmp_path / "a.npy").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.npy.*run python data_utils.py --dataset demo"):
-        list(cached_batches(PICTURES[:1], [tmp_path / "a.npy"], config))
+        list(cached_batches([Picture(pathlib.Path("a"), "a", feature_path=tmp_path / "a.npy")], config))
+
+
+def test_no_pictures_are_no_batches():
+    assert list(cached_batches([], make_config())) == []
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------

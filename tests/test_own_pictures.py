@@ -26,7 +26,7 @@ def test_files_folders_and_addresses_are_found_each_once(tmp_path):
     (deep / "notes.txt").write_text("not a picture, and not taken for one")
     address = "https://example.org/red.png"
     names = [str(tmp_path / "c.webp"), address, str(tmp_path / "pictures"), str(deep / "a.JPG"), address, "gone.jpg"]
-    found = find_pictures(names, tmp_path / "downloads")
+    found = find_pictures(names, tmp_path)
     assert [picture.name for picture in found] == [
         names[0],
         address,
@@ -34,14 +34,14 @@ def test_files_folders_and_addresses_are_found_each_once(tmp_path):
         str(deep / "b.png"),
         names[5],
     ]
-    assert [picture.path.parent for picture in found][1] == tmp_path / "downloads"
+    assert found[1].path.parent == tmp_path / "downloads"
     assert all(picture.image_id is None and not picture.references for picture in found)
 
 
 def test_a_folder_without_pictures_is_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match="no image file.*--image"):
-        find_pictures([str(tmp_path)], tmp_path)
+        find_pictures([str(tmp_path)], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_folder_without_pictures_is_one_line(tmp_path):
 )
 def test_no_address_leads_out_of_the_folder_or_to_anothers_file(tmp_path, address):
     first, second = (find_pictures([name], tmp_path)[0].path for name in (address, address + "?"))
-    assert first.parent == second.parent == tmp_path and first != second
+    assert first.parent == second.parent == tmp_path / "downloads" and first != second
     assert re.fullmatch("[A-Za-z0-9_]{1,80}", first.name)
 
 
@@ -70,7 +70,7 @@ def test_pictures_from_the_web_among_files_and_bad_ones(tmp_path, server, monkey
         f"file://{tmp_path / 'secret'}": "only http and https",
         "http://[half": "Invalid",
     }
-    pictures = find_pictures([red, *bad, red, str(tmp_path / "blue.png")], tmp_path / "downloads")
+    pictures = find_pictures([red, *bad, red, str(tmp_path / "blue.png")], tmp_path)
     fetched = fetch_pictures(pictures, 4)
     assert [picture.name for picture in fetched] == [red, str(tmp_path / "blue.png")]
     assert [path.name.rsplit("_", 1)[0] for path in (tmp_path / "downloads").iterdir()] == ["red_png"]
@@ -100,7 +100,7 @@ def test_each_picture_of_many_gets_its_own_features(tmp_path, monkeypatch, capsy
         (tmp_path / f"{number:02d}.png").write_bytes(b"broken")
     monkeypatch.setattr(own_pictures, "EXTRACTED", 10)
     config = make_config({"extract_batch": extract_batch, "decode_batch": 4})
-    batches = list(extract_batches(red_network, find_pictures([str(tmp_path)], tmp_path), config))
+    batches = list(extract_batches(red_network, find_pictures([str(tmp_path)], tmp_path / "out"), config))
     assert [len(pictures) for pictures, _ in batches] == sizes
     numbers = [[int(picture.path.stem) for picture in pictures] for pictures, _ in batches]
     assert sum(numbers, []) == [0, 1, 2, 3, 4, 6, 7, 10, 11, 12, 13]

@@ -347,6 +347,19 @@ def test_what_cannot_be_written_beside_the_checkpoints_is_a_warning_behind_them(
     assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
 
+def test_samples_that_cannot_be_shown_are_a_warning_and_training_goes_on(monkeypatch, capsys):
+    def show_samples(samples, state, row, config):
+        raise UserError("samples.json is damaged: delete it")
+
+    monkeypatch.setattr(training, "train_epoch", lambda state, train, epoch, *rest: {"epoch": epoch + 1})
+    monkeypatch.setattr(training, "validate", lambda *args: 2.0)
+    monkeypatch.setattr(training, "save_epoch", lambda state, row, config: None)
+    monkeypatch.setattr(training, "show_samples", show_samples)
+    config = read_settings(["--epochs", "2"], "")[0]
+    training.train_epochs(types.SimpleNamespace(progress=Progress()), None, None, None, None, config)
+    assert capsys.readouterr().out == 2 * "warning: samples.json is damaged: delete it\n"
+
+
 def test_the_checkpoint_comes_first(continued, monkeypatch):
     state, config = continued
     calls = []

@@ -44,7 +44,7 @@ function bicubicTaps(size, cells) {
   });
 }
 
-// A word's 64 weights as light over the picture: smooth, never below 0, its peak 1. As in the PNG figures.
+// A word's 64 weights, 0 to 255, as smooth light over the picture, 0 to 1. As in the PNG figures.
 function upsample(weights, width, height) {
   const cells = Math.sqrt(weights.length);
   const across = bicubicTaps(width, cells);
@@ -54,15 +54,14 @@ function upsample(weights, width, height) {
     for (let x = 0; x < width; x++)
       for (const { cell, weight } of across[x]) rows[row * width + x] += weight * weights[row * cells + cell];
   const light = new Float32Array(width * height);
-  let peak = 1e-12;
+  const most = Math.max(...weights);
   for (let y = 0; y < height; y++)
     for (let x = 0; x < width; x++) {
       let value = 0;
       for (const { cell, weight } of down[y]) value += weight * rows[cell * width + x];
-      light[y * width + x] = Math.max(value, 0);
-      peak = Math.max(peak, value);
+      light[y * width + x] = Math.min(Math.max(value, 0), most) / 255; // bicubic curves swing a little over and under
     }
-  return light.map((value) => value / peak);
+  return light;
 }
 
 function readWeights(word) {
