@@ -174,9 +174,8 @@ def print_attention(name, scores):
     """A table of where the maps of a run point, in per cent, beside the guesses that a reader must know."""
     if not scores or not scores["words"]:
         return
-    print(
-        f"{name}: {scores['words']} words name a thing with a box, {scores['words_off_middle']} a thing off the middle"
-    )
+    words, off_middle = scores["words"], scores["words_off_middle"]
+    print(f"{name}: {words} words name a thing with a box, {off_middle} of them a thing off the middle")
     columns = ("inside", "inside_off_middle", "mass_inside", "mass_inside_off_middle")
     print(f"| {'map':24} | peak inside | off the middle | mass inside | off the middle |")
     print(f"| {'-' * 24} | ----------: | -------------: | ----------: | -------------: |")

@@ -1,8 +1,8 @@
 """Which locations made the model say a word: attention weights, times how much each location spoke for the word.
 
-Attention weights alone say little on photographs. A location counts by its weight, by what is there, and by whether that
-speaks for the word (Kobayashi et al., 2020, arXiv 2004.10102, show the second for Transformers). With a the attention
-weights, v the encoded features, x the features and c the context vector at a word w,
+Attention weights alone say little on photographs. A location counts by its weight, by what is there, and by whether
+that speaks for the word (Kobayashi et al., 2020, arXiv 2004.10102, show the second for Transformers). With a the
+attention weights, v the encoded features, x the features and c the context vector at a word w,
 
   g = d log p(w) / d c                      how the context vector should change to make the word likelier
   evidence_p ~ a_p * exp(v_p . g) * |x_p|   which sums to 1 over the locations

@@ -58,9 +58,8 @@ def upright_rgb(image, smallest=IMAGE_SIZE):
     """
     if image.format == "EPS":
         raise OSError("PostScript is a program, and programs in pictures are not run")  # Pillow would call Ghostscript
-    whole = image.width * image.height
-    if whole > MOST_FILE_PIXELS:
-        raise OSError(f"{whole} pixels are more than {MOST_FILE_PIXELS}")
+    if image.width * image.height > MOST_FILE_PIXELS:
+        raise OSError(f"{image.width} x {image.height} pixels are more than {MOST_FILE_PIXELS}")
     image.draft("RGB", (smallest, smallest))  # a JPEG file is now decoded at 1/2, 1/4 or 1/8 of its size
     if image.width * image.height > MOST_PIXELS:
         raise OSError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
