@@ -95,8 +95,7 @@ class RNN_Decoder(keras.Model):
       embedding_dim: int, E.
       units: int, U.
       dropout: float, share of the embeddings, and of the hidden states before the output layer, dropped in training.
-      precision: Keras dtype policy of the products over a whole caption and, where the recurrence is compiled, of its
-        products with kernels; all else is float32.
+      precision: Keras dtype policy of the large products; all else is float32.
       compiled: bool, whether teacher forcing takes the compiled recurrence instead of `unroll`.
 
     Call, one step:
@@ -153,7 +152,7 @@ class RNN_Decoder(keras.Model):
 
         Args:
           word_gates: float (T, B, 3U), the words' part of the GRU's input gates.
-          lengths: int (B,), words of each caption; only the compiled loop makes use of them, to stop sooner.
+          lengths: int (B,), words of each caption; only the compiled loop uses them, to stop sooner.
           hidden: float (B, U), before the first word.
           encoded_features: float (B, P, D)
           keys: float (B, P, U)
@@ -201,7 +200,7 @@ def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, prec
     Args:
       vocab_size: int, V.
       feature_mean, feature_std: what normalises the features; a checkpoint that is restored brings its own.
-      precision: Keras dtype policy of the large products; the weights are float32 whatever it is.
+      precision: Keras dtype policy of the large products; weights are float32.
 
     Returns:
       (CNN_Encoder, RNN_Decoder)
@@ -247,8 +246,8 @@ def attention_loss(captions, attention_weights):
       attention_weights: float (B, T-1, P)
 
     Returns:
-      float (): the mean over captions and locations of (1 - the sum over words of attention)^2. The paper sums over
-      the locations; as a mean, its weight does not depend on their number. A row of <pad> alone is no caption.
+      float (): mean over captions and locations of (1 - the sum over words of attention)^2. The paper sums over the
+      locations. A row of <pad> alone is no caption.
     """
     is_target = tf.cast(captions[:, 1:] != PAD, attention_weights.dtype)  # (B, T-1)
     attention_sums = tf.einsum("btp,bt->bp", attention_weights, is_target)  # (B, P)
@@ -264,8 +263,7 @@ def greedy_decode(encoder, decoder, features, max_words, repeat_block=0):
       features: float (B, P, F)
       repeat_block: int, no sequence of so many words is said twice; 0 for no such rule.
 
-    Returns:
-      DecodedCaptions
+    Returns: DecodedCaptions
     """
     encoded_features = encoder(features)  # (B, P, D)
     keys = decoder.attention.key_layer(encoded_features)  # (B, P, U)
@@ -291,8 +289,8 @@ def greedy_decode(encoder, decoder, features, max_words, repeat_block=0):
 def print_shapes(batch=16):
     """Print what goes in and comes out at the defaults, read off the tensors themselves."""
     encoder, decoder = build_captioner(Config(), Config().vocab_size)
-    features = tf.zeros((batch, LOCATIONS, CHANNELS))
-    encoded_features, words = encoder(features), tf.fill((batch, 1), START)
+    features, words = tf.zeros((batch, LOCATIONS, CHANNELS)), tf.fill((batch, 1), START)
+    encoded_features = encoder(features)
     hidden = decoder.initial_hidden(encoded_features)
     logits, new_hidden, attention_weights = decoder(words, encoded_features, hidden)
     print(f"CNN_Encoder\n  in   features {features.shape}\n  out  encoded_features {encoded_features.shape}")

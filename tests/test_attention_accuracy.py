@@ -28,7 +28,15 @@ def predict(image_id, text, maps=None):
 
 
 def accuracy(*groundings):
-    return attention_accuracy([Grounding(*grounding) for grounding in groundings])
+    """inside and chance of the attention weights of (weights, size, boxes), and the number of words."""
+    return shares([Grounding(*grounding) for grounding in groundings])
+
+
+def shares(groundings):
+    scores = attention_accuracy(groundings)
+    maps = scores["maps"]
+    inside, chance = maps["attention weights"]["inside"], maps["level (chance)"]["inside"]
+    return {"words": scores["words"], "inside": inside, "chance": chance}
 
 
 # --- Accuracy
@@ -95,6 +103,50 @@ def test_a_peak_at_several_places_counts_by_the_share_inside():
     assert accuracy((weights, SIZE, [[40, 60, 40, 30]]))["inside"] == 0.5
 
 
+def test_mass_inside_is_the_share_of_the_map_in_the_boxes():
+    weights = 0.75 * one_cell(2, 6) + 0.25 * one_cell(5, 1)
+    half_a_cell = [6 * 40, 2 * 30, 20, 30]
+    scores = attention_accuracy([Grounding(weights, SIZE, [half_a_cell])])["maps"]
+    assert scores["attention weights"]["mass_inside"] == pytest.approx(0.75 / 2)
+    assert scores["level (chance)"]["mass_inside"] == pytest.approx(20 * 30 / (320 * 240))
+    assert scores["middle"]["mass_inside"] == 0
+
+
+def test_things_off_the_middle_are_counted_apart():
+    middle, corner = [150, 110, 20, 20], [0, 0, 40, 30]
+    groundings = [Grounding(one_cell(0, 0), SIZE, [box], number) for number, box in enumerate((middle, corner))]
+    scores = attention_accuracy(groundings)
+    assert (scores["words"], scores["words_off_middle"]) == (2, 1)
+    assert scores["maps"]["attention weights"]["inside"] == 0.5
+    assert scores["maps"]["attention weights"]["inside_off_middle"] == 1
+    assert scores["maps"]["middle"]["inside"] > 0 == scores["maps"]["middle"]["inside_off_middle"]
+
+
+def test_guesses_that_know_nothing_of_the_word_stand_beside_the_maps():
+    """The evidence is right, the weights are another picture's, the feature is long where nothing is."""
+    cells = [(1, 1), (6, 6)]
+    groundings = [
+        Grounding(
+            one_cell(*cells[1 - number]),
+            SIZE,
+            [[40 * column, 30 * row, 40, 30]],
+            image_id=number,
+            evidence=one_cell(row, column),
+            feature_norms=one_cell(7, 0),
+        )
+        for number, (row, column) in enumerate(cells)
+    ]
+    inside = {name: values["inside"] for name, values in attention_accuracy(groundings)["maps"].items()}
+    assert inside.pop("level (chance)") == pytest.approx(1 / 64)
+    assert inside == {
+        "evidence": 1,
+        "attention weights": 0,
+        "weights of another picture": 1,
+        "feature length": 0,
+        "middle": 0,
+    }
+
+
 # --- Demo
 
 
@@ -108,10 +160,10 @@ def test_each_noun_of_a_demo_caption_is_held_against_its_own_box():
 
     groundings = demo_groundings([predicted], {5: scene})
     assert [(grounding.size, grounding.boxes) for grounding in groundings] == [(SIZE, [ball.box]), (SIZE, [box.box])]
-    assert attention_accuracy(groundings) == {"words": 2, "inside": 1.0, "chance": 100 * 100 / (320 * 240)}
+    assert shares(groundings) == {"words": 2, "inside": 1.0, "chance": 100 * 100 / (320 * 240)}
 
     maps[:] = maps[:, ::-1]
-    assert attention_accuracy(demo_groundings([predicted], {5: scene}))["inside"] == 0
+    assert shares(demo_groundings([predicted], {5: scene}))["inside"] == 0
     assert demo_groundings([predict(5, "on the grass")], {5: scene}) == []
 
 
@@ -198,7 +250,7 @@ def test_all_boxes_of_a_category_in_the_image_count(instances):
     ]
     instances.write_text(json.dumps(data))
     groundings, _ = coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)
-    assert attention_accuracy(groundings) == {"words": 1, "inside": 0.0, "chance": 2 / 64}
+    assert shares(groundings) == {"words": 1, "inside": 0.0, "chance": 2 / 64}
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"images": [], "categories": []}'])

@@ -1,0 +1,88 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from captioning.captioner import Picture, caption_batch, explain_references
+from captioning.evidence import explain_captions
+from captioning.settings import make_config
+from captioning.vocabulary import END, PAD, START
+from tiny_captioner import VOCABULARY, tiny_captioner
+
+CONFIG = make_config({"encoder_dim": 16, "embedding_dim": 12, "units": 32, "max_words": 6})
+WORDS = np.array([[5, 9, 6, END], [7, END, PAD, PAD], [10, 11, END, PAD]], np.int32)
+
+
+@pytest.fixture(scope="module")
+def features():
+    return np.random.default_rng(1).standard_normal((3, 64, 2048)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def captioner(features):
+    return tiny_captioner(CONFIG, features)
+
+
+def test_the_weights_are_those_of_teacher_forcing(captioner, features):
+    weights, evidence, norms = explain_captions(captioner.encoder, captioner.decoder, features, WORDS)
+    assert weights.shape == evidence.shape == (3, 4, 64)
+    assert norms.shape == (3, 64)
+    captions = tf.concat((tf.fill((3, 1), START), WORDS), 1)  # (B, L + 1)
+    _, expected = captioner.decoder.teacher_forcing(captions, captioner.encoder(features))
+    for row, length in enumerate((4, 2, 3)):
+        np.testing.assert_allclose(weights[row, :length], expected[row, :length], atol=1e-5)
+    np.testing.assert_allclose(tf.reduce_sum(evidence, 2), 1, atol=1e-4)
+    np.testing.assert_allclose(norms, np.linalg.norm(features, axis=2), rtol=1e-5)
+
+
+def test_evidence_is_weights_times_what_each_location_says_for_the_word(captioner, features):
+    """The first word's, with the gradient taken by small steps of the context vector."""
+    decoder = captioner.decoder
+    weights, evidence, norms = explain_captions(captioner.encoder, decoder, features, WORDS)
+    encoded = captioner.encoder(features)
+    keys, hidden = decoder.attention.key_layer(encoded), decoder.initial_hidden(encoded)
+    gates = decoder.word_gates(decoder.embedding(tf.fill((3,), START)))
+    context, _ = decoder.attention(encoded, keys, hidden)
+
+    def log_prob(context):
+        logits = decoder.output_layer(decoder.gru(gates, context, hidden))
+        return tf.gather(tf.nn.log_softmax(logits), WORDS[:, 0], batch_dims=1).numpy()
+
+    step = 1e-2 * np.eye(16, dtype=np.float32)
+    gradient = np.stack([(log_prob(context + d) - log_prob(context - d)) / 2e-2 for d in step], axis=1)  # (B, D)
+    expected = weights[:, 0] * np.exp(np.einsum("bpd,bd->bp", encoded, gradient)) * norms
+    expected /= expected.numpy().sum(1, keepdims=True)
+    np.testing.assert_allclose(evidence[:, 0], expected, atol=0.02)
+    assert np.abs(evidence[:, 0] - weights[:, 0]).max() > 0.05
+
+
+def test_predictions_get_their_own_evidence(captioner, features, tmp_path):
+    pictures = [Picture(tmp_path / f"{n}.jpg", f"{n}.jpg", n) for n in range(3)]
+    plain = caption_batch(captioner, pictures, features, CONFIG)
+    explained = caption_batch(captioner, pictures, features, CONFIG, with_evidence=True)
+    for before, after in zip(plain, explained, strict=True):
+        assert before.evidence is None and before.shown_maps() is before.attention_weights
+        assert after.words == before.words
+        np.testing.assert_allclose(after.attention_weights, before.attention_weights, atol=1e-4)
+        assert after.evidence.shape == (len(after.words), 64)
+        assert after.shown_maps() is after.evidence
+        assert after.map_name() != before.map_name()
+
+
+def test_references_are_said_word_by_word(captioner, features, tmp_path):
+    pictures = []
+    for number, references in enumerate((["Word3, word5!"], ["word1 nothing", "a word2"], ["word4"])):
+        np.save(tmp_path / f"{number}.npy", features[number])
+        path = tmp_path / f"{number}.npy"
+        pictures.append(Picture(tmp_path / f"{number}.jpg", f"{number}.jpg", number, references, path))
+    found = explain_references(captioner, pictures, dataclasses.replace(CONFIG, decode_batch=2))
+    said = sorted((caption.image_id, caption.words) for caption in found)
+    assert said == [(0, ["word3", "word5"]), (1, ["a", "word2"]), (1, ["word1", "nothing"]), (2, ["word4"])]
+    for caption in found:
+        assert caption.attention_weights.shape == caption.evidence.shape == (len(caption.words), 64)
+        np.testing.assert_allclose(caption.feature_norms, np.linalg.norm(features[caption.image_id], axis=1), rtol=1e-4)
+    (first,) = (caption for caption in found if caption.image_id == 0)
+    ids = np.array([[VOCABULARY.index("word3"), VOCABULARY.index("word5"), END]], np.int32)
+    weights, _, _ = explain_captions(captioner.encoder, captioner.decoder, features[:1], ids)
+    np.testing.assert_allclose(first.attention_weights, weights[0, :2], atol=1e-4)
