@@ -20,7 +20,7 @@ from captioning.export import export_captioner
 from captioning.image_files import set_up_pillow
 from captioning.own_pictures import extract_batches, fetch_pictures, find_pictures
 from captioning.prepared_data import load_prepared
-from captioning.run_folder import check_run_fits, run_network, run_settings
+from captioning.run_folder import check_other_data, run_network, run_settings
 from captioning.settings import make_config
 from config import Config
 from support.command_line import parse_command_line
@@ -93,7 +93,7 @@ def split_pictures(split, config):
       UserError: there is no such split, or the data are not those that the run fits.
     """
     prepared = load_prepared(config)
-    check_run_fits(config.run_dir, config, prepared)
+    check_other_data(config.run_dir, config, prepared)
     images = getattr(prepared, split)
     if not images:
         raise UserError(f"{config.data_dir} has no {split} split: leave out --split, or prepare --dataset karpathy")

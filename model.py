@@ -94,7 +94,7 @@ class RNN_Decoder(keras.Model):
       vocab_size: int, V.
       embedding_dim: int, E.
       units: int, U.
-      dropout: float, share of the embeddings, and of the hidden states before the output layer, dropped in training.
+      dropout: float, share of embeddings and of hidden states before the output layer that training drops.
       precision: Keras dtype policy of the large products; all else is float32.
       compiled: bool, whether teacher forcing takes the compiled recurrence instead of `unroll`.
 
@@ -202,8 +202,7 @@ def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, prec
       feature_mean, feature_std: what normalises the features; a checkpoint that is restored brings its own.
       precision: Keras dtype policy of the large products; weights are float32.
 
-    Returns:
-      (CNN_Encoder, RNN_Decoder)
+    Returns: (CNN_Encoder, RNN_Decoder)
     """
     keras.utils.set_random_seed(config.seed)
     mean = np.zeros(CHANNELS, np.float32) if feature_mean is None else feature_mean
@@ -231,8 +230,7 @@ def caption_loss(captions, logits):
       captions: int (B, T)
       logits: float (N, V), for each of `target_words`
 
-    Returns:
-      float (): nats per token; <end> counts, <pad> does not. 0 where there is no token.
+    Returns: float (), nats per token; <end> counts, <pad> does not. 0 where there is no token.
     """
     losses = softmax_cross_entropy(logits, target_words(captions))  # (N,)
     return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(tf.size(losses), losses.dtype))

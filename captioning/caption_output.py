@@ -55,8 +55,8 @@ def write_captions(captioner, pictures, make_batches, output, options, config):
     done = len(finished)
     with bar, appending(path) as add:
         for batch, features in make_batches(missing):
-            drawn = any(positions[picture.name] < config.figures for picture in batch)
-            with_evidence = config.attention_map == "evidence" and (drawn or all_attention)
+            shown = all_attention or any(positions[picture.name] < config.figures for picture in batch)
+            with_evidence = shown and config.attention_map == "evidence"
             for prediction in caption_batch(captioner, batch, features, config, with_evidence):
                 number = positions[prediction.name]
                 drawn = number < config.figures

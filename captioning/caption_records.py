@@ -186,7 +186,7 @@ def keep_finished(path, pictures, maker, num_figures, all_attention):
                 old_figures.add(record.figure)
     write_json(note, maker)
     for name in old_figures - figures - {""}:
-        with contextlib.suppress(OSError, ValueError):  # one that is gone, or open in another program, or no file's name
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or another program has it open
             (path.parent / pathlib.PurePath(name).name).unlink()
     return finished
 

@@ -177,8 +177,8 @@ def print_attention(name, scores):
     words, off_middle = scores["words"], scores["words_off_middle"]
     print(f"{name}: {words} words name a thing with a box, {off_middle} of them a thing off the middle")
     columns = ("inside", "inside_off_middle", "mass_inside", "mass_inside_off_middle")
-    print(f"| {'map':24} | peak inside | off the middle | mass inside | off the middle |")
-    print(f"| {'-' * 24} | ----------: | -------------: | ----------: | -------------: |")
+    print(f"| {'map':26} | peak inside | off the middle | mass inside | off the middle |")
+    print(f"| {'-' * 26} | ----------: | -------------: | ----------: | -------------: |")
     for map_name, values in scores["maps"].items():
         cells = ["-" if values[column] is None else f"{100 * values[column]:.1f}" for column in columns]
-        print(f"| {map_name:24} | {cells[0]:>11} | {cells[1]:>14} | {cells[2]:>11} | {cells[3]:>14} |")
+        print(f"| {map_name:26} | {cells[0]:>11} | {cells[1]:>14} | {cells[2]:>11} | {cells[3]:>14} |")

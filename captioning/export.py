@@ -1,8 +1,7 @@
-"""The trained captioner in a folder of its own, that other programs use without this code.
+"""The trained captioner as one TensorFlow SavedModel, from the bytes of image files to captions, without this code.
 
---format savedmodel  a TensorFlow SavedModel, from the bytes of image files to captions
---format litert      two LiteRT files and a program that runs them without TensorFlow (see litert_export.py)
---format onnx        the same for ONNX Runtime
+caption = tensorflow.saved_model.load(folder).signatures["serving_default"]
+caption(images=tensorflow.constant([open("image.jpg", "rb").read()]))["captions"]
 """
 
 import contextlib
@@ -14,44 +13,12 @@ import tensorflow as tf
 
 from captioning.captioner import decode_captions
 from captioning.graph_images import OK, read_images
-from captioning.litert_export import DEFAULT_WEIGHTS, WEIGHTS, write_bundle
 from captioning.vocabulary import END, PAD
 from support.errors import UserError
 from support.files import free_space
 
-FORMATS = ("savedmodel", "litert", "onnx")
 
-
-def add_export_options(parser):
-    """Add the options of `--export` to a script's parser."""
-    parser.add_argument("--export", metavar="DIR", help="write the captioner to a new folder, and no captions")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="savedmodel",
-        help="of --export: for TensorFlow, LiteRT or ONNX Runtime (default: savedmodel)",
-    )
-    parser.add_argument(
-        "--weights", choices=WEIGHTS, help=f"of --format litert or onnx: number type (default: {DEFAULT_WEIGHTS})"
-    )
-
-
-def check_export(folder, export_format, weights):
-    """Raise UserError where `export_captioner` could not begin.
-
-    Args:
-      folder, export_format, weights: as `export_captioner` takes them.
-    """
-    if weights and export_format == "savedmodel":
-        raise UserError(f"a SavedModel has float32 weights: leave out --weights {weights}, or add --format litert")
-    if weights == "int8" and export_format == "onnx":
-        raise UserError("--weights int8 is for --format litert: give --weights float32 or float16")
-    folder = pathlib.Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
-
-
-def export_captioner(captioner, network, config, folder, export_format="savedmodel", weights=None):
+def export_captioner(captioner, network, config, folder):
     """Write the captioner to a folder, which is whole afterwards or not there.
 
     Args:
@@ -59,18 +26,15 @@ def export_captioner(captioner, network, config, folder, export_format="savedmod
       network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
       config: Config; its max_words, beam_width, length_penalty and repeat_block are the export's.
       folder: where to; may be there if it is empty.
-      export_format: one of FORMATS.
-      weights: one of WEIGHTS, or None for the format's default.
 
     Raises:
-      UserError: the folder holds something or cannot be written, or what `write_bundle` raises.
+      UserError: the folder holds something, or cannot be written.
     """
-    check_export(folder, export_format, weights)
+    target = pathlib.Path(folder)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
     with new_folder(folder) as temporary:
-        if export_format == "savedmodel":
-            write_saved_model(captioner, network, config, temporary)
-        else:
-            write_bundle(captioner, network, config, temporary, export_format, weights or DEFAULT_WEIGHTS)
+        write_saved_model(captioner, network, config, temporary)
 
 
 @contextlib.contextmanager

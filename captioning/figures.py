@@ -91,9 +91,10 @@ def lay_out_panels(panels, image_size, title):
     lines = textwrap.wrap(title, columns * width // LETTER)
     size = np.array([columns * width, rows * height + len(lines) * LINE])
     figure = Figure(size / DPI, DPI)
-    figure.text(0.5, 1 - GAP / size[1], "\n".join(lines), ha="center", va="top", fontsize=12)
+    look = {"ha": "center", "fontsize": 12, "parse_math": False}  # a word may hold a $
+    figure.text(0.5, 1 - GAP / size[1], "\n".join(lines), va="top", **look)
     for number, (word, pixels) in enumerate(panels):
         corner = np.array([number % columns * width, (rows - 1 - number // columns) * height])  # from the lower left
         figure.figimage(pixels, *(corner + (width - image_width) // 2 * np.array([1, 0])))
-        figure.text(*(corner + (width / 2, image_height + 6)) / size, word, ha="center", fontsize=12)
+        figure.text(*(corner + (width / 2, image_height + 6)) / size, word, **look)
     return figure

@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from captioning.captioner import Picture
 from captioning.extraction import extract_features
@@ -155,7 +156,7 @@ def extract_batches(network, pictures, config):
         for i in range(0, len(extracted), together):
             done, features, failed = zip(*extracted[i : i + together], strict=True)
             for path, reason in itertools.chain(*failed):
-                print(f"{by_path[path].name}: {reason}" if is_address(by_path[path].name) else reason)
+                tqdm.write(f"{by_path[path].name}: {reason}" if is_address(by_path[path].name) else reason)
             readable = [by_path[path] for path in itertools.chain(*done)]
             if readable:
                 yield readable, np.concatenate(features)  # (B, P, F)

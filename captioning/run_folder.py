@@ -14,6 +14,7 @@ import shutil
 from captioning.feature_cache import random_statistics
 from captioning.feature_manifest import MADE_ELSEWHERE
 from captioning.inception import feature_network
+from captioning.prepared_data import read_prepared_settings
 from captioning.settings import (
     DATA_SETTINGS,
     MODEL_SETTINGS,
@@ -75,6 +76,23 @@ def check_run_fits(folder, config, prepared):
             f"{folder} was trained with another vocabulary ({len(known)} words) "
             f"than {config.data_dir}'s ({len(prepared.vocabulary)} words): {remedy}"
         )
+    check_network(folder, config, prepared)
+
+
+def check_other_data(folder, config, prepared):
+    """For captioning, which needs the run's own words only: check the network, and say where the data are others."""
+    check_network(folder, config, prepared)
+    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), other_folder(config))
+    if known != prepared.vocabulary:
+        print(
+            f"note: {folder} was not trained on {config.data_dir} (the vocabularies differ): "
+            "its pictures may be among those trained on"
+        )
+
+
+def check_network(folder, config, prepared):
+    """Raise UserError where the run in `folder` was trained on features of another network."""
+    remedy = other_folder(config)
     network = read_network(folder, remedy)
     if network != prepared.network:
         raise UserError(
@@ -129,6 +147,8 @@ def run_network(config):
 def run_settings(given, run_dir):
     """The Config of script 3: data and model as the run has them, this call's settings from config.py.
 
+    A `data_dir` on the command line brings its own data settings, so that a model can be asked about other pictures.
+
     Args:
       given: dict of setting to value, from the command line; these win.
       run_dir: path of the run folder.
@@ -141,5 +161,7 @@ def run_settings(given, run_dir):
     if not path.exists():
         raise UserError(nothing_trained(config))
     saved = read_json(path, other_folder(config), dict)
+    if given.get("data_dir", saved.get("data_dir")) != saved.get("data_dir"):
+        saved |= read_prepared_settings(given["data_dir"])
     names = (*DATA_SETTINGS, "data_dir", *MODEL_SETTINGS)
     return adopt_settings({**given, "run_dir": run_dir}, saved, names, run_dir)

@@ -9,6 +9,7 @@ from captioning.attention_page import PageCaption, PagePicture, write_pages
 from captioning.caption_records import CaptionRecord, make_record, restore_prediction
 from captioning.captioner import Captioner, Picture, cached_batches, caption_batch, dataset_pictures
 from captioning.tensorboard_log import log_epoch
+from support.errors import UserError
 from support.files import read_json, write_json
 
 SAMPLES = 4  # pictures
@@ -28,6 +29,14 @@ class Samples:
     pictures: list[Picture]
     vocabulary: list[str]
     writer: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledEpoch:
+    """What the model said of the samples after an epoch: an entry of samples.json."""
+
+    epoch: int
+    captions: list[CaptionRecord]
 
 
 def choose_samples(images, config):
@@ -54,25 +63,34 @@ def show_samples(samples, state, row, config):
     predictions = [caption for batch in batches for caption in caption_batch(captioner, *batch, greedy)]
     for prediction in predictions:
         print(f"  {prediction.path.name}: {prediction.caption}")
-    epochs = [row for row in read_samples(folder / "samples.json") if row["epoch"] < epoch]
-    epochs.append({"epoch": epoch, "captions": [vars(make_record(prediction)) for prediction in predictions]})
-    write_json(folder / "samples.json", epochs)
+    log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)
+    epochs = [earlier for earlier in read_samples(folder / "samples.json") if earlier.epoch < epoch]
+    epochs.append(SampledEpoch(epoch, [make_record(prediction) for prediction in predictions]))
+    write_json(folder / "samples.json", [dataclasses.asdict(each) for each in epochs])
     shown = epochs if len(epochs) <= SHOWN_EPOCHS else [epochs[0], *epochs[1 - SHOWN_EPOCHS :]]
     write_pages(folder, "What the training learns", sample_pages(pictures, shown), file_name="samples.html")
-    log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)
 
 
 def read_samples(path):
-    """The samples of earlier epochs; none where the file is missing. UserError where it is damaged."""
-    return read_json(path, "delete it, and the samples begin anew", list) if path.exists() else []
+    """The SampledEpochs of a samples.json; none where the file is missing. UserError where it is damaged."""
+    if not path.exists():
+        return []
+    remedy = "delete it, and the samples begin anew"
+    rows = read_json(path, remedy, list)
+    try:
+        return [SampledEpoch(row["epoch"], [CaptionRecord(**fields) for fields in row["captions"]]) for row in rows]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged (it does not hold the captions of epochs): {remedy}") from None
 
 
 def sample_pages(pictures, epochs):
-    """A PagePicture for each sample, its captions of several epochs side by side."""
+    """A PagePicture for each sample, its captions of several SampledEpochs side by side."""
     for picture in pictures:
-        captions = []
-        for row in epochs:
-            records = [CaptionRecord(**fields) for fields in row["captions"] if fields["image"] == picture.name]
-            captions += [PageCaption(restore_prediction(r, picture), f"epoch {row['epoch']}") for r in records]
+        captions = [
+            PageCaption(restore_prediction(record, picture), f"epoch {each.epoch}")
+            for each in epochs
+            for record in each.captions
+            if record.image == picture.name
+        ]
         if captions:
             yield PagePicture(picture.path.name, picture.path, captions)

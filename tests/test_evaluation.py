@@ -1,4 +1,6 @@
 import json
+import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -7,7 +9,8 @@ from PIL import Image
 
 from captioning.captioner import Picture
 from captioning.demo_scenes import draw_demo
-from captioning.evaluation import evaluate
+from captioning.evaluation import SHOWN, Evaluated, evaluate, score_pages
+from captioning.predictions import PredictedCaption
 from captioning.settings import make_config
 from tiny_captioner import SIZES, tiny_captioner
 
@@ -111,3 +114,78 @@ def test_attention_is_scored_where_cocos_boxes_are(tiny, pictures, tmp_path):
     (tmp_path / "annotations" / "instances_train2014.json").unlink()
     evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
     assert "attention" not in json.loads((tmp_path / "out" / "metrics_validation.json").read_text())["greedy"]
+
+
+# --- The page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_each_picture_of_a_small_split_once_with_all_runs_side_by_side(tiny, pictures, tmp_path, capsys):
+    evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy")
+    page = tmp_path / "out" / "evaluation_test.html"
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"open {page} to look at")
+    start, *articles = page.read_text().split("<article")
+    assert "Best, middle and worst captions of the test split" in start
+    metrics = json.loads((tmp_path / "out" / "metrics_test.json").read_text())
+    for run in ("greedy", "beam 3", "beam 5"):  # the table of scores, on top
+        assert f'<th scope="row">{run}</th>' in start
+        assert f"{metrics[run]['CIDEr']:.3f}"[:4] in start
+    headings = [re.search("<bdi>(.*?)</bdi>", article)[1] for article in articles]
+    assert [heading.split(":")[0] for heading in headings] == ["best", "best", "middle", "worst", "worst"]
+    assert sorted(heading.split(": ")[1] for heading in headings) == [f"{number}.jpg" for number in NUMBERS]
+    scores = {run: [] for run in ("greedy", "beam 3", "beam 5")}
+    for article in articles:
+        found = re.findall(r'<b>(.*?)</b><span class="note">CIDEr ([\d.]+)</span>', article)
+        assert [run for run, _ in found] == list(scores)
+        for run, score in found:
+            scores[run].append(float(score))
+        assert "word4" in article  # a reference
+    assert scores["greedy"] == sorted(scores["greedy"], reverse=True)
+    for run, values in scores.items():
+        assert metrics[run]["CIDEr"] == pytest.approx(np.mean(values), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, {"best": [0]}),
+        (2, {"best": [0], "worst": [1]}),
+        (3, {"best": [0], "middle": [1], "worst": [2]}),
+        (4, {"best": [0, 1], "middle": [2], "worst": [3]}),
+        (20, {"best": range(7), "middle": range(7, 13), "worst": range(13, 20)}),
+        (36, {"best": range(12), "middle": range(12, 24), "worst": range(24, 36)}),
+        (101, {"best": range(12), "middle": range(44, 56), "worst": range(89, 101)}),
+    ],
+)
+def test_the_best_the_middle_and_the_worst_are_chosen_by_the_first_runs_score(count, expected):
+    """The picture of number n is the n-th best of the first run, and the n-th worst of the second."""
+    assert SHOWN == 12
+    pictures = [Picture(pathlib.Path(f"{number}.jpg"), f"{number}.jpg", number) for number in range(count)]
+    captions = [
+        PredictedCaption(each.path, each.name, [], np.zeros(0), np.zeros((0, 64)), each.image_id) for each in pictures
+    ]
+    runs = {
+        "greedy": Evaluated(captions, [], {number: -float(number) for number in range(count)}, {}),
+        "beam 3": Evaluated(captions, [], {number: float(number) for number in range(count)}, {}),
+    }
+    shuffled = [pictures[i] for i in np.random.default_rng(0).permutation(count)]
+    shown = [picture.heading.removesuffix(".jpg").split(": ") for picture in score_pages(runs, shuffled)]
+    by_group = {}
+    for group, number in shown:
+        by_group.setdefault(group, []).append(int(number))
+    assert by_group == {group: list(numbers) for group, numbers in expected.items()}
+
+
+def test_boxes_of_what_a_word_names_are_on_the_page(tiny, pictures, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    box = {"category_id": 1, "bbox": [0, 0, 20, 30], "iscrowd": 0}  # the left half
+    instances = {
+        "images": [{"id": picture.image_id, "width": 40, "height": 30} for picture in pictures],
+        "categories": [{"id": 1, "name": "word1"}],
+        "annotations": [{"id": i, "image_id": picture.image_id, **box} for i, picture in enumerate(pictures, 1)],
+    }
+    (tmp_path / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
+    evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
+    buttons = re.findall(r"<button.*?</button>", (tmp_path / "out" / "evaluation_validation.html").read_text())
+    with_boxes = [button for button in buttons if "data-boxes" in button]
+    assert with_boxes and all('data-boxes="[[0.0, 0.0, 0.5, 1.0]]"' in button for button in with_boxes)
+    assert all(button.endswith(">word1</button>") for button in with_boxes)

@@ -239,12 +239,12 @@ def test_what_is_typed_wins_and_a_contradiction_is_one_line(alone):
         inference.main(["--run_dir", "runs/x", "--vocab_size", "6000"])
 
 
-def test_a_run_of_other_words_is_refused(alone):
+def test_a_run_that_is_asked_about_other_data_says_so(alone, capsys):
     path = alone / "runs" / "x" / "vocabulary.json"
     vocabulary = json.loads(path.read_text())
     path.write_text(json.dumps(vocabulary[:4] + vocabulary[:3:-1]))
-    with pytest.raises(UserError, match="another vocabulary"):
-        inference.main(["--run_dir", "runs/x"])
+    inference.main(["--run_dir", "runs/x"])
+    assert "runs/x was not trained on" in capsys.readouterr().out
 
 
 def test_a_damaged_best_checkpoint_leaves_the_last_one_which_is_named(alone, own_network, capsys):

@@ -1,7 +1,9 @@
+import os
 import re
 import socket
 
 import numpy as np
+import pillow_heif
 import pytest
 import tensorflow as tf
 from PIL import Image
@@ -16,6 +18,11 @@ from support.errors import UserError
 def red_network(pixels):
     """A stand-in for InceptionV3: the first pixel's red in every feature."""
     return tf.fill((len(pixels), 64, 2048), 1.0) * tf.cast(pixels[:, :1, :1, 0], "float32")
+
+
+def set_up_heif():
+    """What set_up_pillow does for HEIC files; it also sets limits, which the other tests do not expect."""
+    pillow_heif.register_heif_opener()
 
 
 def test_files_folders_and_addresses_are_found_each_once(tmp_path):
@@ -42,6 +49,140 @@ def test_a_folder_without_pictures_is_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match="no image file.*--image"):
         find_pictures([str(tmp_path)], tmp_path / "out")
+
+
+def found_below(folder, output):
+    """The pictures found in a folder, as paths below it."""
+    return [str(picture.path.relative_to(folder)) for picture in find_pictures([str(folder)], output)]
+
+
+def test_what_is_no_picture_is_left_out_of_a_folder_and_counted_in_one_line(tmp_path, capsys):
+    """Pillow registers the endings of some of them."""
+    names = "._a.jpg ._b.HEIC a.jpg paper.pdf film.mpg film.mp4 data.h5 data.hdf5 drawing.eps notes.txt more.txt Thumbs"
+    (tmp_path / "deep").mkdir()
+    for name in [*names.split(), ".DS_Store", "deep/b.Tiff", "deep/._b.tiff"]:
+        (tmp_path / name).touch()
+    assert found_below(tmp_path, tmp_path / "out") == ["a.jpg", "deep/b.Tiff"]
+    (line,) = capsys.readouterr().out.splitlines()
+    start, _, kinds = line.partition(": ")
+    assert start == "left out of the folders"
+    assert set(kinds.split(", ")) == {
+        "2 *.txt",
+        "2 files without an ending",
+        "3 macOS side files (._*)",
+        *(f"1 *.{ending}" for ending in ("pdf", "mpg", "mp4", "h5", "hdf5")),
+        "1 others",
+    }
+
+
+def test_the_line_of_what_is_left_out_is_short_and_one_whatever_the_names_are(tmp_path, capsys):
+    (tmp_path / "a.png").touch()
+    for name in [b"a.x\ny", b"a.\x1b[31m", b"a.\xff", *(b"a.%03d" % number for number in range(200))]:
+        try:
+            open(os.path.join(os.fsencode(tmp_path), name), "wb").close()
+        except OSError:
+            pytest.skip("the file system does not take such names")
+    assert found_below(tmp_path, tmp_path / "out") == ["a.png"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable() and len(line) < 200
+    assert sum(map(int, re.findall(r"(\d+) (?:\*|others)", line))) == 203
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path, capsys):
+    (tmp_path / "a.png").touch()
+    assert found_below(tmp_path, tmp_path / "out") == ["a.png"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_cannot_be_read_is_counted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(place):
+        if os.path.basename(place) == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert found_below(tmp_path, tmp_path / "out") == ["a.png"]
+    assert capsys.readouterr().out == "left out of the folders: 1 folders that cannot be read\n"
+
+
+@pytest.mark.parametrize("output", ["out", "deep/out", "deep/../out"])
+def test_an_output_folder_among_the_pictures_is_left_out(tmp_path, monkeypatch, output):
+    (tmp_path / output).resolve().mkdir(parents=True)
+    for name in ("a.png", "deep/b.png", "output.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / output / "001_a.png").touch()
+    (tmp_path / output / "downloads").mkdir()
+    (tmp_path / output / "downloads" / "c.png").touch()
+    expected = ["a.png", "deep/b.png", "output.png"]
+    assert found_below(tmp_path, tmp_path / output) == expected
+    monkeypatch.chdir(tmp_path)  # and by another name of it
+    assert [str(picture.path) for picture in find_pictures(["."], tmp_path / output)] == expected
+
+
+def test_an_output_folder_that_holds_the_pictures_is_one_line(tmp_path):
+    """The next run would take this one's figures for pictures."""
+    (tmp_path / "a.png").touch()
+    with pytest.raises(UserError, match=f"{tmp_path} holds the pictures: give another folder by --output"):
+        find_pictures([str(tmp_path)], tmp_path / "deep" / "..")
+    assert len(find_pictures([str(tmp_path / "a.png")], tmp_path)) == 1  # a file is no folder
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.png").touch()
+    assert found_below(tmp_path / "deep", tmp_path) == ["b.png"]  # figures go where no picture is
+
+
+def test_photographs_of_phones_are_pictures(tmp_path):
+    set_up_heif()
+    for name in ("a.heic", "b.HEIC", "c.heif", "d.avif", "e.jp2", "f.MPO"):
+        (tmp_path / name).touch()
+    assert found_below(tmp_path, tmp_path / "out") == ["a.heic", "b.HEIC", "c.heif", "d.avif", "e.jp2", "f.MPO"]
+
+
+def test_a_heic_photograph_becomes_features(tmp_path):
+    set_up_heif()
+    Image.new("RGB", (64, 64), (250, 0, 0)).save(tmp_path / "a.heic", "HEIF")
+    pictures = find_pictures([str(tmp_path)], tmp_path / "out")
+    ((done, features),) = extract_batches(red_network, pictures, make_config())
+    assert done == pictures
+    np.testing.assert_allclose(features, 250, atol=8)
+
+
+def test_two_ways_to_write_a_path_are_one_picture_and_two_names_of_a_file_are_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").touch()
+    same = ["a.png", "./a.png", str(tmp_path / "a.png"), "deep/../a.png", "."]
+    assert [picture.name for picture in find_pictures(same, tmp_path / "out")] == ["a.png"]
+    try:
+        (tmp_path / "b.png").symlink_to("a.png")
+    except OSError:
+        pytest.skip("the file system has no links")
+    assert [picture.name for picture in find_pictures(["."], tmp_path / "out")] == ["a.png", "b.png"]
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    (tmp_path / "a.png").touch()
+    try:
+        (tmp_path / "again").symlink_to(tmp_path)
+    except OSError:
+        pytest.skip("the file system has no links")
+    assert found_below(tmp_path, tmp_path / "out") == ["a.png"]
+
+
+def test_a_name_that_is_not_utf8_is_found_and_read(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    try:
+        open(path, "wb").close()
+    except OSError:
+        pytest.skip("the file system does not take such a name")
+    Image.new("RGB", (8, 8), (7, 0, 0)).save(os.fsdecode(path))
+    (picture,) = find_pictures([str(tmp_path)], tmp_path / "out")
+    assert os.fsencode(picture.name) == path
+    ((done, features),) = extract_batches(red_network, [picture], make_config())
+    assert done == [picture] and (features == 7).all()
 
 
 @pytest.mark.parametrize(
