@@ -47,9 +47,7 @@ class Config:
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # of the large products
     strategy: Literal["auto", "mirrored", "multiworker"] = "auto"  # one device, all GPUs here, or TF_CONFIG's workers
-    schedule: Literal["constant", "cosine"] = (
-        "cosine"  # of the learning rate; cosine: to 0 over `epochs`, by epochs done
-    )
+    schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate; cosine: to 0 by epochs done
     patience: Annotated[int, (1, None)] = 4  # epochs without a better validation loss before training stops
     checkpoint_minutes: Annotated[float, (0.01, None)] = 30  # a checkpoint is also written in mid-epoch, this often
     tensorboard: Literal["yes", "no"] = "no"  # also write losses and sample captions as TensorBoard events

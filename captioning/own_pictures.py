@@ -74,7 +74,8 @@ def check_output(folder, output):
 
 def describe_kinds(left_out):
     """The most frequent kinds of files that were left out, and how many are of other kinds. Counter -> str."""
-    shown = {kind: count for kind, count in left_out.most_common(SHOWN_KINDS) if kind.isprintable()}
+    by_count = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    shown = {kind: count for kind, count in by_count[:SHOWN_KINDS] if kind.isprintable()}
     parts = [f"{count} {kind}" for kind, count in sorted(shown.items())]
     others = left_out.total() - sum(shown.values())
     return ", ".join([*parts, f"{others} others"] if others else parts)

@@ -11,8 +11,9 @@ import tensorflow as tf
 from PIL import Image
 
 from captioning.captioner import Picture, caption_batch, decode_captions
-from captioning.export import decode_image, export_captioner
+from captioning.export import export_captioner
 from captioning.extraction import extract_features
+from captioning.graph_images import decode_image
 from captioning.image_files import load_image
 from captioning.inception import extraction_graphs, feature_network
 from captioning.settings import make_config

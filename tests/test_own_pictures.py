@@ -70,7 +70,7 @@ def test_what_is_no_picture_is_left_out_of_a_folder_and_counted_in_one_line(tmp_
         "2 *.txt",
         "2 files without an ending",
         "3 macOS side files (._*)",
-        *(f"1 *.{ending}" for ending in ("pdf", "mpg", "mp4", "h5", "hdf5")),
+        *(f"1 *.{ending}" for ending in ("eps", "h5", "hdf5", "mp4", "mpg")),
         "1 others",
     }
 

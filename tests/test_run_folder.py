@@ -100,8 +100,10 @@ def test_data_and_model_are_the_runs_and_all_else_is_config_pys(config):
 
 def test_the_command_line_wins(config):
     begin_run(prepared(), config)
-    settings = run_settings({"data_dir": "d", "units": 20, "beam_width": 3}, config.run_dir)
-    assert (settings.data_dir, settings.units, settings.beam_width) == ("d", 20, 3)
+    settings = run_settings({"units": 20, "beam_width": 3}, config.run_dir)
+    assert (settings.units, settings.beam_width) == (20, 3)
+    with pytest.raises(UserError, match="nowhere/settings.json is missing: run python data_utils.py"):
+        run_settings({"data_dir": "nowhere"}, config.run_dir)  # other data bring their own settings
 
 
 def test_before_training_the_command_is_named(tmp_path):
