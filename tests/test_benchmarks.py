@@ -1,0 +1,96 @@
+"""The benchmarks are run by hand. What is tested here: that the comparisons they rest on see what is wrong."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+import model
+from captioning.settings import make_config
+
+SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32, "vocab_size": 200, "batch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "benchmarks")
+
+
+# --- gpu_check.py -------------------------------------------------------------------------------------------------
+
+
+def made_up_results():
+    rng = np.random.default_rng(0)
+    results = {"features": rng.random((2, 64, 20)), "losses": 5 - rng.random(3), "loss": np.float32(4)}
+    results |= {f"gradient {i}": rng.standard_normal(30) for i in range(3)}
+    for name in ("greedy", "beams"):
+        results |= {f"{name} words": rng.integers(4, 9, (10, 5)), f"{name} log_probs": -rng.random(10)}
+    return results
+
+
+def broken_bounds(**changed):
+    """What the check calls bad of results that differ from the reference in `changed`."""
+    import gpu_check
+
+    results = made_up_results()
+    changed = {name.replace("_", " ", 1): value(results[name.replace("_", " ", 1)]) for name, value in changed.items()}
+    rows = gpu_check.compare(results, results | changed, "GPU, float32", make_config())
+    assert len(rows) == 8
+    return {what.partition(",")[0] for _, what, _, _, kept in rows if not kept}
+
+
+def test_a_gpu_check_finds_the_same_results_good():
+    assert broken_bounds() == set()
+    padded = lambda words: np.pad(words, ((0, 0), (0, 2)))  # noqa: E731
+    assert broken_bounds(greedy_words=padded) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "stage"),
+    [
+        ({"features": lambda x: x[:, ::-1]}, "features"),
+        ({"losses": lambda x: x * [1, 1, 1.02]}, "losses of 3 training steps"),
+        ({"losses": lambda x: x * np.nan}, "losses of 3 training steps"),
+        ({"loss": lambda x: x * 1.02}, "loss of trained weights"),
+        ({"gradient_1": lambda x: -x}, "gradients"),
+        ({"gradient_2": lambda x: x * np.nan}, "gradients"),
+        ({"greedy_words": lambda x: x + 1}, "captions"),
+        ({"beams_log_probs": lambda x: x - 1}, "captions"),
+    ],
+)
+def test_a_gpu_check_finds_what_differs(change, stage):
+    assert broken_bounds(**change) == {stage}
+
+
+def test_without_a_gpu_there_is_nothing_to_check(monkeypatch, capsys):
+    import gpu_check
+
+    monkeypatch.setattr("tensorflow.config.list_physical_devices", lambda kind=None: [])
+    gpu_check.main([])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("there is no GPU to check: computing on the CPU")
+
+
+# --- train_speed.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_wrong_attention_does_not_pass_as_the_usual_ways(tmp_path, monkeypatch):
+    import drawn_data
+    import train_speed
+
+    config = make_config({**SIZES, "features_dir": str(tmp_path), "precision": "float32"})
+    prepared = drawn_data.draw_prepared(tmp_path, 20, config)
+    states = train_speed.open_runs(prepared, tmp_path, config)
+    usual = iter(train_speed.usual_batches(train_speed.collect_captions(prepared.train, config), config))
+    train_speed.check_same_gradients(*states, usual, config)
+
+    right = model.compiled_unroll
+
+    def level_attention(decoder, word_gates, lengths, hidden, encoded_features, keys):
+        return right(decoder, word_gates, lengths, hidden, encoded_features, 0 * keys)
+
+    monkeypatch.setattr(model, "compiled_unroll", level_attention)
+    state = train_speed.open_runs(prepared, tmp_path / "wrong", config)[1]
+    with pytest.raises(AssertionError):
+        train_speed.check_same_gradients(states[0], state, usual, config)
