@@ -55,6 +55,7 @@ caption = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
 answer = caption(images=tf.constant([open(path, "rb").read() for path in sys.argv[2:]]))
 answer = {name: value.numpy().tolist() for name, value in answer.items()}
 answer["captions"] = [text.decode() for text in answer["captions"]]
+answer["statuses"] = [text.decode() for text in answer["statuses"]]
 print(json.dumps({**answer, "modules": list(sys.modules)}))
 """
 

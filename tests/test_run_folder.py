@@ -195,5 +195,5 @@ def test_random_weights_without_their_statistics_are_one_line(config, tmp_path):
     with pytest.raises(UserError, match="random_statistics.npz is missing"):
         run_network(config)
     np.savez(tmp_path / "run" / "random_statistics.npz", np.zeros(3), identity="another network")
-    with pytest.raises(UserError, match="another network"):
+    with pytest.raises(UserError, match="random_statistics.npz is missing or damaged"):
         run_network(config)
