@@ -134,6 +134,20 @@ def test_the_best_checkpoint_is_taken(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_other_weights_under_the_same_name_have_another_identity(tmp_path):
+    """Training that begins anew writes best/ckpt-1 again."""
+    config = make_config({**SIZES, "run_dir": str(tmp_path / "run")})
+    captioner = write_run(tmp_path / "run", config, names=("best",))
+    identities = []
+    for change in (0.0, 0.0, 1e-6):
+        captioner.decoder.output_layer.bias.assign_add([change] * len(VOCABULARY))
+        captioner_checkpoint(captioner.encoder, captioner.decoder).write(tmp_path / "run" / "best" / "ckpt-1")
+        loaded = load_captioner(config)
+        assert loaded.checkpoint == "best/ckpt-1"
+        identities.append(loaded.identity)
+    assert identities[0] == identities[1] != identities[2] and identities[0]
+
+
 def test_a_damaged_best_checkpoint_leaves_the_last_one_which_is_named(tmp_path, capsys):
     config = make_config({**SIZES, "run_dir": str(tmp_path / "run")})
     saved = write_run(tmp_path / "run", config)

@@ -1,7 +1,11 @@
+import csv
 import json
+import pathlib
 import shutil
+import types
 
 import numpy as np
+import pillow_heif
 import pytest
 import tensorflow as tf
 from PIL import Image
@@ -165,6 +169,105 @@ def test_new_pictures_are_refused_where_another_program_made_the_features(traine
 def test_a_folder_without_pictures_is_one_line(trained, tmp_path):
     with pytest.raises(UserError, match="no image file"):
         infer(trained, "--image", str(tmp_path), "--output", str(tmp_path / "out"))
+
+
+# --- Own pictures that are many -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Nine pictures in a folder; two at a time are extracted and captioned."""
+    monkeypatch.setattr(own_pictures, "EXTRACTED", 2)
+    (tmp_path / "pictures").mkdir()
+    for number in range(9):
+        Image.new("RGB", (80, 60), (25 * number, 200, 9)).save(tmp_path / "pictures" / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The numbers of the pictures that the stand-in for the network has seen. `stop_at` is where a kill comes."""
+    seen = types.SimpleNamespace(numbers=[], stop_at=None)
+
+    def network(pixels):
+        numbers = [round(red / 25) for red in np.asarray(pixels)[:, 0, 0, 0]]
+        if seen.stop_at in numbers:
+            raise KeyboardInterrupt
+        seen.numbers += numbers
+        return colour_network(pixels)
+
+    monkeypatch.setattr(inference, "run_network", lambda config: network)
+    return seen
+
+
+def caption_folder(trained, folder, *more):
+    infer(trained, "--image", str(folder), "--output", str(folder / "captions"), "--figures", "2", *more)
+
+
+def names(path):
+    return [pathlib.Path(record["image"]).name for record in records(path)]
+
+
+def test_a_folder_is_captioned_on_where_it_stopped(trained, folder, seen, capsys):
+    """The folder of captions, with its figures, is among the pictures."""
+    path, everything = folder / "captions" / "captions.jsonl", [f"{number}.png" for number in range(9)]
+    seen.stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        caption_folder(trained, folder)
+    assert names(path) == everything[:4]
+    with path.open("ab") as file:
+        file.write(b'{"image": "half a li')
+    seen.numbers, seen.stop_at = [], None
+    caption_folder(trained, folder)
+    assert seen.numbers == [4, 5, 6, 7, 8]
+    assert names(path) == everything
+    written, seen.numbers = path.read_bytes(), []
+    caption_folder(trained, folder)
+    assert seen.numbers == [] and path.read_bytes() == written
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"open {folder / 'captions' / 'index.html'} to look at the attention"
+    assert any(line.startswith("9 of 9 pictures were captioned before") for line in printed)
+    with (folder / "captions" / "captions.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["caption"] for row in csv.DictReader(file)] == [record["caption"] for record in records(path)]
+    assert sorted(path.name for path in (folder / "captions").glob("*.png")) == ["001_0.png", "002_1.png"]
+
+
+def test_the_options_for_many_pictures(trained, folder, seen):
+    path = folder / "captions" / "captions.jsonl"
+    caption_folder(trained, folder)
+    assert ["attention_weights" in record for record in records(path)] == [True] * 2 + [False] * 7
+    assert all(len(line) < 300 for line in path.read_text().splitlines()[2:])
+    seen.numbers = []
+    caption_folder(trained, folder, "--attention", "all")
+    assert seen.numbers == [2, 3, 4, 5, 6, 7, 8]
+    assert all("attention_weights" in record for record in records(path))
+    for more, again in (
+        (("--anew",), list(range(9))),
+        (("--max_words", "7"), list(range(9))),
+        (("--max_words", "7", "--figures", "0"), []),
+    ):
+        seen.numbers = []
+        caption_folder(trained, folder, *more)
+        assert seen.numbers == again
+        assert len(records(path)) == 9
+
+
+def test_photographs_of_phones_are_captioned_and_what_is_no_picture_is_counted(trained, tmp_path, own_network, capsys):
+    (tmp_path / "pictures").mkdir()
+    picture = Image.new("RGB", (64, 48), "red")
+    pillow_heif.from_pillow(picture).save(tmp_path / "pictures" / "a.heic")
+    picture.save(tmp_path / "pictures" / "b.jpg")
+    for name in ("._b.jpg", "c.pdf", "d.h5"):
+        (tmp_path / "pictures" / name).touch()
+    infer(trained, "--image", str(tmp_path / "pictures"), "--output", str(tmp_path / "out"))
+    assert names(tmp_path / "out" / "captions.jsonl") == ["a.heic", "b.jpg"]
+    assert "left out of the folders: " in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_captions_do_not_go_among_the_pictures(trained, folder, own_network):
+    with pytest.raises(UserError, match="holds the pictures: give another folder by --output"):
+        infer(trained, "--image", str(folder), "--output", str(folder))
 
 
 # --- What does not go together ----------------------------------------------------------------------------------

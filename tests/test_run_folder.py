@@ -82,6 +82,27 @@ def test_other_sizes_are_refused_and_named(config):
         check_run_fits(config.run_dir, dataclasses.replace(config, units=20), prepared())
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("vocabulary.json", ""),
+        ("vocabulary.json", "{}"),
+        ("vocabulary.json", '["<pad>"]'),
+        ("config.json", "["),
+        ("config.json", "[]"),
+        ("config.json", "{}"),
+        ("network.json", ""),
+        ("network.json", "[7]"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line_that_loses_nothing(config, tmp_path, name, text):
+    begin_run(prepared(), config)
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} .*: give another --run_dir, or move that folder away") as raised:
+        check_run_fits(config.run_dir, config, prepared())
+    assert "\n" not in str(raised.value) and "delete" not in str(raised.value)
+
+
 # --- The settings of a run --------------------------------------------------------------------------------------
 
 
