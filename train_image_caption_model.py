@@ -6,40 +6,40 @@ python train_image_caption_model.py [--dataset coco|demo|karpathy] [--data_dir D
 import support.before_tensorflow  # noqa: F401, I001  must come first
 
 import contextlib
+import dataclasses
 import pathlib
-import time
 import zlib
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from captioning.batches import batch_shapes, bucket_by_length, caption_batches, collect_captions, count_tokens
-from captioning.checkpoints import TrainingState, check_finite, checkpoint_number, list_checkpoints
-from captioning.checkpoints import restore_newest, save_checkpoint
+from captioning.batches import picture_batches
+from captioning.captioner import dataset_pictures
+from captioning.checkpoints import TrainingState, checkpoint_number, list_checkpoints, restore_newest
 from captioning.devices import has_fast_bfloat16, set_up_devices
 from captioning.distribution import check_same_everywhere, is_chief, replica_rows, replicas, run_replicas, sum_replicas
+from captioning.distribution import value_of_chief
+from captioning.epoch_batches import begin_epoch, check_loss, each_batch
 from captioning.feature_cache import reading_features
-from captioning.figures import plot_losses
-from captioning.optimizer import SummedAdam, scheduled_rate
+from captioning.optimizer import SummedAdam
 from captioning.prepared_data import load_prepared, read_prepared_settings
 from captioning.run_folder import begin_run, check_run_fits, other_folder
+from captioning.self_critical import COLLAPSE, collect_pictures, compare_samples, policy_gradient_loss
+from captioning.self_critical import sample_captions, score_samples, validation_cider
 from captioning.settings import DATA_SETTINGS, adopt_settings, make_config, prepare_command
 from captioning.tensorboard_log import tensorboard_log
+from captioning.training_records import LOWER_RATE, SELF_CRITICAL, EpochRow, announce_end, announce_start
+from captioning.training_records import return_to_best, save_epoch, save_last, warning_only, write_history
 from captioning.training_samples import Samples, choose_samples, show_samples
 from captioning.vocabulary import PAD, log_frequency_bias
 from config import Config
 from model import attention_loss, build_captioner, caption_loss
 from support.command_line import parse_command_line
 from support.errors import UserError
-from support.files import locked, remove_leftovers, write_csv
+from support.files import locked, remove_leftovers
 from support.process import interrupts_held_back, run_script
-
-LOWER_RATE = (
-    "lower --learning_rate or --clip_norm and run the same command, "
-    "which continues from the last checkpoint, if there is one"
-)
 
 
 def main(argv):
@@ -67,12 +67,13 @@ def train_captioner(config):
             ):
                 samples = Samples(choose_samples(prepared.validation, config), prepared.vocabulary, writer)
                 train_epochs(state, train, validation, samples, stop_if_asked, config)
+                if config.self_critical_epochs:
+                    self_critical_epochs(state, prepared, validation, samples, stop_if_asked, config)
         except KeyboardInterrupt:
             save_last(state, config)
             print(f"stopped in epoch {progress.epoch + 1}, after {progress.captions_done} captions: saved")
             raise
-    print(f"trained {progress.epoch} epochs; the best is {progress.best_epoch}, {progress.best_loss:.3f} nats per word")
-    print(f"checkpoints, history.csv, loss.png and samples.html are in {config.run_dir}")
+    announce_end(progress, config)
 
 
 # --- The run folder ---------------------------------------------------------------------------------------------
@@ -125,57 +126,6 @@ def build_state(prepared, precision, config):
     return state
 
 
-def announce_start(state, restored, config):
-    """Say where the training goes on, and at which learning rate."""
-    folder, progress = config.run_dir, state.progress
-    rate = f"learning rate {scheduled_rate(config, progress.epoch):.2g}, {config.schedule} over {config.epochs} epochs"
-    if restored:
-        print(f"continuing {folder} after epoch {progress.epoch}; {rate}")
-    elif pathlib.Path(folder, "history.csv").exists():
-        print(f"no checkpoint is in {folder}/last: training begins anew; {rate}")
-    else:
-        print(f"training begins; {rate}")
-
-
-def save_epoch(state, row, config):
-    """Write the checkpoints, `best` if this epoch is, and then history.csv and loss.png."""
-    folder, progress = pathlib.Path(config.run_dir), state.progress
-    check_finite(state, LOWER_RATE)
-    progress.epoch = row["epoch"]
-    progress.history.append(row)
-    if row["validation_loss"] < progress.best_loss:
-        progress.best_loss, progress.best_epoch = row["validation_loss"], row["epoch"]
-        save_checkpoint(state.captioner(), folder / "best", row["epoch"])
-    save_last(state, config)
-    write_history(progress.history, folder)
-
-
-def write_history(history, folder):
-    """Write history.csv and loss.png, from a list of a dict for each epoch. Only the checkpoints must not fail."""
-    if not history or not is_chief():
-        return
-    with warning_only():
-        write_csv(folder / "history.csv", history)
-    with warning_only():
-        plot_losses(history, folder / "loss.png")
-
-
-@contextlib.contextmanager
-def warning_only():
-    """Print a UserError of the block as a warning: another program may hold a file open, and training goes on."""
-    try:
-        yield
-    except UserError as error:
-        print(f"warning: {error}")
-
-
-def save_last(state, config):
-    """Write the checkpoint that the same command continues from."""
-    check_finite(state, LOWER_RATE)
-    state.progress.saves += 1
-    save_checkpoint(state, pathlib.Path(config.run_dir, "last"), state.progress.saves)
-
-
 # --- Training ---------------------------------------------------------------------------------------------------
 
 
@@ -188,16 +138,47 @@ def train_epochs(state, train, validation, samples, stop_if_asked, config):
       samples: Samples, captioned after each epoch.
       stop_if_asked: function called before each batch, as interrupts_held_back gives.
     """
-    for epoch in range(state.progress.epoch, config.epochs):
-        if epoch - state.progress.best_epoch >= config.patience:
+    progress = state.progress
+    if progress.cross_entropy_epochs >= 0:
+        return
+    for epoch in range(progress.epoch, config.epochs):
+        if epoch - progress.best_epoch >= config.patience:
             print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
             break
         row = train_epoch(state, train, epoch, config, stop_if_asked)
-        row["validation_loss"] = validate(state, validation, config, stop_if_asked)
-        save_epoch(state, row, config)
-        if is_chief():
-            with warning_only():
-                show_samples(samples, state, row, config)
+        row = dataclasses.replace(row, validation_loss=validate(state, validation, config, stop_if_asked))
+        save_and_show(state, row, samples, config)
+
+
+def self_critical_epochs(state, prepared, validation, samples, stop_if_asked, config):
+    """Raise the CIDEr of sampled captions for `self_critical_epochs`, behind the epochs of cross-entropy.
+
+    Args:
+      prepared: Prepared, whose training pictures are sampled.
+      state, validation, samples, stop_if_asked: as in `train_epochs`.
+    """
+    progress = state.progress
+    pictures = collect_pictures(prepared.train, prepared.vocabulary, config)
+    shown = dataset_pictures(prepared.validation, config)
+    measure = lambda: validation_cider(state, shown, prepared.vocabulary, config, stop_if_asked)  # noqa: E731
+    if progress.cross_entropy_epochs < 0:
+        progress.best_cider = value_of_chief(measure)
+        progress.cross_entropy_epochs = progress.epoch
+        print(f"self-critical epochs begin at a validation CIDEr of {progress.best_cider:.3f}")
+    for epoch in range(progress.epoch, progress.cross_entropy_epochs + config.self_critical_epochs):
+        row = self_critical_epoch(state, pictures, epoch, config, stop_if_asked)
+        loss, cider = validate(state, validation, config, stop_if_asked), value_of_chief(measure)
+        print(f"validation CIDEr {cider:.3f}, of the sampled captions {row.sampled_cider:.3f}")
+        if cider < COLLAPSE * progress.best_cider:
+            return_to_best(state, cider, config)
+        save_and_show(state, dataclasses.replace(row, validation_loss=loss, validation_cider=cider), samples, config)
+
+
+def save_and_show(state, row, samples, config):
+    save_epoch(state, row, config)
+    if is_chief():
+        with warning_only():
+            show_samples(samples, state, state.progress.history[-1], config)
 
 
 def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):
@@ -209,7 +190,7 @@ def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):
       stop_if_asked: function called before each batch, as interrupts_held_back gives.
 
     Returns:
-      dict: epoch (counted from 1), train_loss (nats per word, dropout on), captions_per_second.
+      EpochRow, not yet validated
 
     Raises:
       UserError: the loss is not finite.
@@ -217,71 +198,78 @@ def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):
     progress = state.progress
     order = bucket_by_length(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
     begin_epoch(progress, zlib.crc32(order.tobytes(), epoch))
-    total, remaining = len(order), order[progress.captions_done :]
+    remaining = order[progress.captions_done :]
     tokens = count_tokens(captions, remaining, config)
     # Traced at the first call only. It is called with all arguments: without those that are no tensors TensorFlow first
     # makes up an error message, with the whole batch in it, at each call.
-    step = train_step.get_concrete_function(state, *batch_shapes(config), config)
-    losses, start, saved = [], time.perf_counter(), time.perf_counter()
-    title = f"epoch {epoch + 1}/{config.epochs}"
+    step = train_step.get_concrete_function(state, *batch_shapes(config), config, None)
     batches = caption_batches(captions, remaining, config) if len(remaining) else ()
-    bar = tqdm(total=total, initial=progress.captions_done, desc=title, unit=" captions", disable=not is_chief())
-    with bar:
-        for count, (features, words) in zip(tokens, batches, strict=True):
-            stop_if_asked()
-            if time.perf_counter() - saved > 60 * config.checkpoint_minutes:
-                save_last(state, config)
-                saved = time.perf_counter()
-            state.optimizer.learning_rate = scheduled_rate(config, epoch + progress.captions_done / total)
-            losses.append(float(step(state, features, words, config)))
-            check_loss(losses[-1], progress, config)
-            size = min(config.batch_size, total - progress.captions_done)
-            progress.captions_done += size
-            progress.nats += losses[-1] * float(count)
-            progress.words += float(count)
-            progress.seconds += time.perf_counter() - start
-            start = time.perf_counter()
-            recent = np.average(losses[-50:], weights=tokens[: len(losses)][-50:])
-            bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
-            bar.update(size)
-    return {
-        "epoch": epoch + 1,
-        "train_loss": progress.nats / progress.words,
-        "captions_per_second": round(total / progress.seconds, 1),
-    }
+    counted = zip(tokens, batches, strict=True)
+    for count, (features, words) in each_batch(
+        state, epoch, counted, config.batch_size, len(order), stop_if_asked, config
+    ):
+        loss = float(step(state, features, words, config, None))
+        check_loss(loss, progress, config.batch_size)
+        progress.nats += loss * float(count)
+        progress.words += float(count)
+    rate = round(len(order) / progress.seconds, 1)
+    return EpochRow(epoch + 1, train_loss=progress.nats / progress.words, captions_per_second=rate)
 
 
-def begin_epoch(progress, order):
-    """Start the counters of an epoch anew, unless it is the one that was stopped, with the same batches."""
-    if progress.order != order:
-        progress.order, progress.captions_done = order, 0
-        progress.nats = progress.words = progress.seconds = 0.0
+def self_critical_epoch(state, pictures, epoch, config, stop_if_asked=lambda: None):
+    """One pass over the pictures, or what is left of it: say captions by chance, compare them, and learn from that.
 
-
-def check_loss(loss, progress, config):
-    if not np.isfinite(loss):
-        batch = progress.captions_done // config.batch_size + 1
-        raise UserError(f"the loss is {loss} at batch {batch} of epoch {progress.epoch + 1}: {LOWER_RATE}")
+    Args, Returns, Raises: as in `train_epoch`, but with a PictureSet.
+    """
+    progress, samples = state.progress, config.samples_per_picture
+    order = np.random.default_rng((config.seed, epoch)).permutation(len(pictures.feature_paths))
+    begin_epoch(progress, zlib.crc32(order.tobytes(), epoch))
+    remaining, total = order[progress.captions_done // samples :], len(order) * samples
+    step = train_step.get_concrete_function(state, *batch_shapes(config), config, tf.TensorSpec((None,)))
+    batches = picture_batches(pictures.feature_paths, remaining, config) if len(remaining) else ()
+    size = config.pictures_per_step * samples
+    for features, positions in each_batch(state, epoch, batches, size, total, stop_if_asked, config):
+        captions = sample_captions(state, features, positions.numpy(), config)  # (R b S, T)
+        scores = score_samples(pictures, positions.numpy(), captions, samples)  # (R S, b)
+        advantages = compare_samples(scores, samples)  # (R b S,)
+        check_loss(float(step(state, features, tf.constant(captions), config, tf.constant(advantages))), progress, size)
+        progress.ciders += float(scores.sum())
+    rate = round(total / progress.seconds, 1)
+    return EpochRow(epoch + 1, SELF_CRITICAL, sampled_cider=progress.ciders / total, captions_per_second=rate)
 
 
 @tf.function
-def train_step(state, features, captions, config):
-    """One optimizer step. features (B, P, F), captions (B, T) -> loss (), nats per word."""
-    return run_replicas(train_replica, state, features, captions, config)
+def train_step(state, features, captions, config, advantages=None):
+    """One optimizer step.
+
+    Args:
+      features: float (B, P, F)
+      captions: int (B, T); with advantages (B S, T), sampled captions as `sample_captions` returns them.
+      advantages: float (B S,), how much better than the others each sample is, or None for cross-entropy.
+
+    Returns: the loss, float (), without the attention term
+    """
+    return run_replicas(train_replica, state, features, captions, config, advantages)
 
 
-def train_replica(state, features, captions, config):
+def train_replica(state, features, captions, config, advantages):
     """A replica's part of train_step: what is summed over the replicas is what one replica would compute."""
     features, captions = replica_rows(features), replica_rows(captions)
     word_share, caption_share = shares_of_batch(captions)
     dropout_seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(state.optimizer.iterations, tf.int64)))  # (2,)
     weights, optimizer = state.trainable_variables, state.scaled_optimizer
     with tf.GradientTape() as tape:
-        logits, attention_weights = state.decoder.teacher_forcing(captions, state.encoder(features), dropout_seed)
-        loss = caption_loss(captions, logits) * word_share
+        encoded_features = state.encoder(features)  # (B, P, D)
+        if advantages is not None:
+            encoded_features = tf.tile(encoded_features, (config.samples_per_picture, 1, 1))  # (B S, P, D)
+        logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, dropout_seed)
+        if advantages is None:
+            loss = caption_loss(captions, logits)
+        else:
+            loss = policy_gradient_loss(captions, logits, replica_rows(advantages))
         attention_term = attention_loss(captions, attention_weights) * caption_share
-        total = optimizer.scale_loss(loss + config.doubly_stochastic * attention_term)
-    loss, *gradients = sum_replicas([loss, *tape.gradient(total, weights)])
+        total = optimizer.scale_loss(loss * word_share + config.doubly_stochastic * attention_term)
+    loss, *gradients = sum_replicas([loss * word_share, *tape.gradient(total, weights)])
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return loss
 

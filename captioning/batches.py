@@ -76,15 +76,35 @@ def caption_batches(captions, order, config):
     """
 
     def read(positions, longest):
-        paths = tf.gather(captions.feature_paths, positions)  # (B,)
-        dtype = tf.as_dtype(config.feature_dtype)
-        features = tf.map_fn(lambda path: read_feature(path, dtype), paths, fn_output_signature=dtype)  # (B, P, F)
+        features = read_features(tf.gather(captions.feature_paths, positions), config)  # (B, P, F)
         words = tf.gather(captions.words, positions).to_tensor(PAD, shape=tf.stack((-1, longest)))  # (B, T)
         return features, words
 
     positions = share_batches(order, config.batch_size) % len(captions.feature_paths)  # -1 is the last, the empty one
     longest = np.maximum.reduceat(captions.lengths[order], batch_starts(order, config))
     return parallel_map(read, (positions, longest), parallel_batches(config)).prefetch(2)
+
+
+def picture_batches(feature_paths, order, config):
+    """A tf.data pipeline of (features (B, P, F), positions int (B,)); -1 is no picture, with features of the last one.
+
+    Of several processes each reads its share of every batch.
+
+    Args:
+      feature_paths: string (N,), of each picture.
+      order: int (N,), positions of pictures.
+    """
+
+    def read(positions):
+        return read_features(tf.gather(feature_paths, positions % len(feature_paths)), config), positions
+
+    return parallel_map(read, share_batches(order, config.pictures_per_step), parallel_batches(config)).prefetch(2)
+
+
+def read_features(paths, config):
+    """Read cached features. string (B,) -> (B, P, F) in the cache's number type."""
+    dtype = tf.as_dtype(config.feature_dtype)
+    return tf.map_fn(lambda path: read_feature(path, dtype), paths, fn_output_signature=dtype)  # (B, P, F)
 
 
 def parallel_batches(config):

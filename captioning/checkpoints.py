@@ -21,12 +21,18 @@ class Progress(tf.train.experimental.PythonState):
 
     Attributes:
       epoch: epochs finished.
-      best_epoch, best_loss: the epoch of the lowest validation loss, and that loss in nats per word.
+      best_epoch: the epoch whose weights are in `best`: the one of the lowest validation loss, or, once a self-critical
+        epoch has raised it, of the highest validation CIDEr.
+      best_loss: the lowest validation loss of the cross-entropy epochs, in nats per word.
       order: checksum of the order of the epoch begun last.
       captions_done: captions of that epoch that were trained on.
-      nats, words, seconds: sums over these captions.
+      nats, words, seconds: sums over these captions. In self-critical epochs nats is 0.
+      ciders: sum of their rewards, in self-critical epochs.
       saves: checkpoints written; it numbers them.
       history: list of dicts, a row of history.csv for each epoch.
+      cross_entropy_epochs: epochs that were done when the self-critical ones began, -1 where they have not.
+      best_cider: the highest validation CIDEr since then.
+      rate_factor: what the self-critical learning rate is multiplied with; each return to the best halves it.
     """
 
     epoch: int = 0
@@ -39,6 +45,10 @@ class Progress(tf.train.experimental.PythonState):
     seconds: float = 0.0
     saves: int = 0
     history: list = dataclasses.field(default_factory=list)
+    ciders: float = 0.0
+    cross_entropy_epochs: int = -1
+    best_cider: float = 0.0
+    rate_factor: float = 1.0
 
     def serialize(self):
         return json.dumps(dataclasses.asdict(self))

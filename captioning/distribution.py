@@ -149,7 +149,22 @@ def sum_replicas(values):
     return tf.distribute.get_replica_context().all_reduce("SUM", values)
 
 
+def run_on_each(function, *args):
+    """Call `function` on every replica. Returns a tuple of the results of this process's replicas."""
+    strategy = tf.distribute.get_strategy()
+    return strategy.experimental_local_results(strategy.run(function, args))
+
+
 def run_replicas(function, *args):
     """Call `function` on every replica; its result must be the same on all, and is returned once."""
+    return run_on_each(function, *args)[0]
+
+
+def value_of_chief(compute):
+    """What `compute` returns on the chief, a float, in all processes. The others do not call it."""
+    number = float(compute()) if is_chief() else 0.0
     strategy = tf.distribute.get_strategy()
-    return strategy.experimental_local_results(strategy.run(function, args))[0]
+    given = strategy.experimental_distribute_values_from_function(
+        lambda replica: tf.constant(0.0 if replica.replica_id_in_sync_group else number, tf.float64)
+    )
+    return float(strategy.reduce("SUM", given, axis=None))

@@ -16,20 +16,27 @@ DPI = 80
 
 
 def plot_losses(history, path):
-    """Draw training and validation loss by epoch.
+    """Draw training and validation loss by epoch, and where there are self-critical epochs their CIDEr.
 
     Args:
-      history: list of dicts with epoch, train_loss and validation_loss (nats per word).
+      history: list of dicts with epoch, train_loss and validation_loss (nats per word), and maybe sampled_cider and
+        validation_cider; None where an epoch has no such value.
       path: path of the PNG file.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel="loss (nats per word)")
-    epochs = [row["epoch"] for row in history]
-    for name, label in (("train_loss", "training"), ("validation_loss", "validation")):
-        axes.plot(epochs, [row[name] for row in history], marker=".", label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")  # losses fall, so nothing is there
+    panels = [("loss (nats per word)", {"train_loss": "training", "validation_loss": "validation"})]
+    if any(row.get("validation_cider") is not None for row in history):
+        panels.append(("CIDEr", {"sampled_cider": "sampled", "validation_cider": "validation"}))
+    figure = Figure(figsize=(6, 1 + 3 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, columns) in zip(rows, panels, strict=True):
+        for name, label in columns.items():
+            points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set_ylabel(title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    rows[-1].set_xlabel("epoch")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

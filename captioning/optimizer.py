@@ -7,14 +7,22 @@ import tensorflow as tf
 
 
 def scheduled_rate(config, epochs_done):
-    """The learning rate after some epochs, which need not be a whole number.
+    """The learning rate after some epochs of cross-entropy, which need not be a whole number.
 
     It depends on the share of `config.epochs` that is done and on nothing else. So a run that is continued with another
     batch size goes on where it was. One that gets more epochs goes on at the rate that the longer schedule has there.
     """
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * (1 + math.cos(math.pi * min(epochs_done / config.epochs, 1))) / 2
+    return config.learning_rate * decay(config.schedule, epochs_done / config.epochs)
+
+
+def self_critical_rate(config, epochs_done):
+    """The learning rate after some self-critical epochs, as `scheduled_rate`."""
+    return config.self_critical_rate * decay(config.schedule, epochs_done / config.self_critical_epochs)
+
+
+def decay(schedule, share_done):
+    """What a schedule leaves of the learning rate, from 1 to 0."""
+    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * min(share_done, 1))) / 2
 
 
 class SummedAdam(keras.optimizers.Adam):

@@ -42,6 +42,10 @@ TRAINING_SETTINGS = (
     "precision",
     "schedule",
     "patience",
+    "self_critical_epochs",
+    "self_critical_rate",
+    "samples_per_picture",
+    "pictures_per_step",
 )
 
 

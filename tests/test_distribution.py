@@ -129,6 +129,42 @@ def test_2_and_4_devices_take_the_steps_of_one(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_2_and_4_devices_take_the_self_critical_steps_of_one(alone, tmp_path):
+    """19 pictures in batches of 6: the same captions are drawn, and rewarded, whatever replica says them."""
+    phase = ["--epochs", "2", "--self_critical_epochs", "2", "--pictures_per_step", "6", "--dropout", "0"]
+    phase += ["--self_critical_rate", "0.01", "--compile", "off"]
+    processes = []
+    for count in ("1", "2", "4"):
+        shutil.copytree(alone / "run", tmp_path / count / "run")
+        argv = [*options(alone), *SETTINGS, "--run_dir", str(tmp_path / count / "run"), *phase]
+        processes.append(start("-c", ON_DEVICES, count, *argv))
+    finish(processes)
+    expected = weights(tmp_path / "1")
+    for count in ("2", "4"):
+        for name, value in weights(tmp_path / count).items():
+            np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+        for mine, theirs in zip(rows(tmp_path / count)[2:], rows(tmp_path / "1")[2:], strict=True):
+            for name in ("sampled_cider", "validation_cider", "validation_loss"):
+                assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_workers_raise_the_cider_of_samples_together(alone, tmp_path):
+    phase = ["--epochs", "2", "--self_critical_epochs", "1", "--pictures_per_step", "6", "--dropout", "0"]
+    ends = {}
+    for name in ("one", "two"):
+        shutil.copytree(alone / "run", tmp_path / name / "run")
+        argv = [*options(alone), *SETTINGS, "--run_dir", str(tmp_path / name / "run"), *phase]
+        if name == "two":
+            finish(start_workers(argv, argv))
+        else:
+            training.main([*argv, "--compile", "off"])
+        ends[name] = weights(tmp_path / name)
+    for name, value in ends["two"].items():
+        np.testing.assert_allclose(value, ends["one"][name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
 def test_two_workers_continue_the_run_of_one_and_one_theirs(alone, tmp_path):
     """An epoch more by 2 workers, then one by a single process, against both by one; the first worker alone prints."""
     argv = [*options(alone), *SETTINGS]

@@ -73,6 +73,16 @@ def test_losses_are_drawn_by_epoch(tmp_path, epochs):
         assert np.asarray(figure.convert("L")).min() < 100
 
 
+def test_the_ciders_of_self_critical_epochs_are_drawn_below_the_losses(tmp_path):
+    history = [{"epoch": 1, "train_loss": 4.0, "validation_loss": 3.5}]
+    plot_losses(history, tmp_path / "before.png")
+    row = {"epoch": 2, "train_loss": None, "validation_loss": 3.4, "sampled_cider": 0.3, "validation_cider": 0.4}
+    plot_losses([*history, row, {**row, "epoch": 3}], tmp_path / "loss.png")
+    before, after = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("before.png", "loss.png"))
+    assert len(after) > 1.5 * len(before)
+    assert (after[len(before) :] < 100).any()
+
+
 def test_a_full_disk_is_one_line_that_names_the_figure(tmp_path):
     Image.new("RGB", (30, 30), "red").save(tmp_path / "image.png")
     with full_disk(500), pytest.raises(UserError, match=r"cannot write .*figure\.png: .* MB free there"):

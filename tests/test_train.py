@@ -16,14 +16,15 @@ from PIL import Image
 
 import data_utils
 import train_image_caption_model as training
-from captioning import captioner
+from captioning import captioner, epoch_batches, training_records
 from captioning.batches import collect_captions
 from captioning.checkpoints import Progress, list_checkpoints
 from captioning.feature_cache import feature_path
 from captioning.optimizer import scheduled_rate
 from captioning.prepared_data import load_prepared
 from captioning.settings import read_settings
-from conftest import full_disk, options, rows, weights
+from captioning.training_records import EpochRow
+from conftest import SMALL, full_disk, options, rows, weights
 from support.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -77,6 +78,39 @@ def after_each_step(monkeypatch, function, step="train_step"):
         return call
 
     monkeypatch.setattr(getattr(training, step), "get_concrete_function", get_concrete_function)
+
+
+# --- The data's settings ------------------------------------------------------------------------------------------
+
+
+def training_config(monkeypatch, *argv):
+    """The settings that script 2 trains with."""
+    seen = []
+    monkeypatch.setattr(training, "train_captioner", seen.append)
+    training.main(list(argv))
+    return seen[0]
+
+
+def test_training_takes_from_the_data_what_they_were_prepared_with(trained, tmp_path, monkeypatch):
+    """Only --data_dir is typed; the rest is as if all had been."""
+    own = ["--run_dir", str(tmp_path), *SMALL]
+    taken = training_config(monkeypatch, "--data_dir", str(trained / "data"), *own)
+    assert (taken.num_examples, taken.inception_weights) == (None, "random")
+    assert taken.coco_dir == str(trained / "coco")
+    assert taken == training_config(monkeypatch, *options(trained), *own)
+
+
+def test_a_contradiction_to_the_data_is_one_line(trained, tmp_path):
+    given = ["--data_dir", str(trained / "data"), "--run_dir", str(tmp_path / "run"), "--vocab_size", "7"]
+    with pytest.raises(UserError, match="was prepared with --vocab_size 5000, not 7: give --vocab_size 5000") as raised:
+        training.main(given)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_before_preparing_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="run python data_utils.py"):
+        train(tmp_path)
 
 
 # --- What training leaves -----------------------------------------------------------------------------------------
@@ -283,7 +317,7 @@ def continued(trained, tmp_path):
     return training.open_run(load_prepared(config), config), config
 
 
-ROW = {"epoch": 3, "train_loss": 1.5, "captions_per_second": 9.0, "validation_loss": 0.5}
+ROW = EpochRow(epoch=3, train_loss=1.5, captions_per_second=9.0, validation_loss=0.5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -333,7 +367,7 @@ def test_what_cannot_be_written_beside_the_checkpoints_is_a_warning_behind_them(
         (tmp_path / "run" / name).mkdir()
     capsys.readouterr()
     training.save_epoch(state, ROW, config)
-    assert saved_progress(tmp_path).history[2] == ROW
+    assert saved_progress(tmp_path).history[2] == dataclasses.asdict(ROW) | {"best_by": "validation loss"}
     assert list_checkpoints(tmp_path / "run" / "best")[0].name == "ckpt-3"
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(" (")[0].partition(": ")[::2] for line in lines] == [
@@ -351,9 +385,9 @@ def test_samples_that_cannot_be_shown_are_a_warning_and_training_goes_on(monkeyp
     def show_samples(samples, state, row, config):
         raise UserError("samples.json is damaged: delete it")
 
-    monkeypatch.setattr(training, "train_epoch", lambda state, train, epoch, *rest: {"epoch": epoch + 1})
+    monkeypatch.setattr(training, "train_epoch", lambda state, train, epoch, *rest: EpochRow(epoch + 1))
     monkeypatch.setattr(training, "validate", lambda *args: 2.0)
-    monkeypatch.setattr(training, "save_epoch", lambda state, row, config: None)
+    monkeypatch.setattr(training, "save_epoch", lambda state, row, config: state.progress.history.append(row))
     monkeypatch.setattr(training, "show_samples", show_samples)
     config = read_settings(["--epochs", "2"], "")[0]
     training.train_epochs(types.SimpleNamespace(progress=Progress()), None, None, None, None, config)
@@ -363,12 +397,12 @@ def test_samples_that_cannot_be_shown_are_a_warning_and_training_goes_on(monkeyp
 def test_the_checkpoint_comes_first(continued, monkeypatch):
     state, config = continued
     calls = []
-    monkeypatch.setattr(training, "save_checkpoint", lambda objects, folder, number: calls.append(folder.name))
-    monkeypatch.setattr(training, "write_csv", lambda path, history: calls.append(path.name))
-    monkeypatch.setattr(training, "plot_losses", lambda history, path: calls.append(path.name))
+    monkeypatch.setattr(training_records, "save_checkpoint", lambda objects, folder, number: calls.append(folder.name))
+    monkeypatch.setattr(training_records, "write_csv", lambda path, history: calls.append(path.name))
+    monkeypatch.setattr(training_records, "plot_losses", lambda history, path: calls.append(path.name))
     training.save_epoch(state, ROW, config)
     assert calls == ["best", "last", "history.csv", "loss.png"]
-    training.save_epoch(state, ROW | {"epoch": 4, "validation_loss": 9.0}, config)
+    training.save_epoch(state, dataclasses.replace(ROW, epoch=4, validation_loss=9.0), config)
     assert calls[4:] == ["last", "history.csv", "loss.png"]
 
 
@@ -487,7 +521,7 @@ def at_batch(monkeypatch, batch, action):
 def hurry(monkeypatch):
     """Let a minute pass whenever the training looks at the clock, so that a checkpoint is due at every batch."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr(training.time, "perf_counter", lambda: 3600.0 * next(ticks))
+    monkeypatch.setattr(epoch_batches.time, "perf_counter", lambda: 3600.0 * next(ticks))
 
 
 @pytest.mark.slow
@@ -516,8 +550,8 @@ def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, mo
 
     def counted(state, *args):
         step = real(state, *args)
-        return lambda state, features, words, config: (
-            trained_on.append(len(words)) or step(state, features, words, config)
+        return lambda state, features, words, *rest: (
+            trained_on.append(len(words)) or step(state, features, words, *rest)
         )
 
     monkeypatch.setattr(training.train_step, "get_concrete_function", counted)

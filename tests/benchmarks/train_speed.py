@@ -93,7 +93,7 @@ def compare_speed(usual_state, state, usual, captions, rounds, config):
             float(usual_step(usual_state, features, words))
             count += len(words)
         rates["usual"].append(count / (time.perf_counter() - start))
-        rates["ours"].append(training.train_epoch(state, captions, number, config)["captions_per_second"])
+        rates["ours"].append(training.train_epoch(state, captions, number, config).captions_per_second)
     print(f"{len(captions.lengths)} captions, longest {captions.lengths.max() - 2} words, batch {config.batch_size}")
     print(f"precision {config.precision}; {describe_machine()}")
     print_table("training", "captions/s", rates)
@@ -108,7 +108,7 @@ def compare_losses(usual_state, state, usual, captions, validation, epochs, conf
         batches = len(batch_starts(captions.lengths, config))
         losses = [np.mean([float(usual_step(usual_state, *next(usual))) for _ in range(batches)])]
         losses.append(training.validate(usual_state, validation, config))
-        losses.append(training.train_epoch(state, captions, epoch, config)["train_loss"])
+        losses.append(training.train_epoch(state, captions, epoch, config).train_loss)
         losses.append(training.validate(state, validation, config))
         print(f"| {epoch + 1} | " + " | ".join(f"{loss:.3f}" for loss in losses) + " |", flush=True)
 

@@ -1,0 +1,82 @@
+"""The reward of self-critical training: CIDEr-D of sampled captions against all references of their pictures.
+
+CIDEr-D is from Vedantam et al., 2015 (arXiv 1411.5726). The arithmetic is pycocoevalcap's, which counts how many images
+have an n-gram anew at each call. Here that is counted once, for the training pictures.
+"""
+
+import collections
+import math
+
+from pycocoevalcap.cider.cider_scorer import precook
+
+from captioning.vocabulary import END, PAD, SPECIAL_WORDS, standardize
+
+LONGEST_NGRAM = 4  # words
+SIGMA = 6.0  # words; a caption of another length than a reference's counts less, as a normal curve falls
+END_WORD = SPECIAL_WORDS[END]  # said at the end of references too, so that a caption that does not end is worth less
+
+
+class CiderReward:
+    """CIDEr-D with <end> as a word.
+
+    Args:
+      references: list of N lists of str, the reference captions of each training picture.
+      vocabulary: list of V words.
+    """
+
+    def __init__(self, references, vocabulary):
+        self.vocabulary = vocabulary
+        counts = [len(group) for group in references]
+        texts = standardize([text for group in references for text in group]).numpy().tolist()
+        texts = iter(f"{text.decode()} {END_WORD}" for text in texts)
+        self.references = [[next(texts) for _ in range(count)] for count in counts]
+        self.log_images = math.log(len(references))
+        frequencies = collections.Counter()  # of each n-gram: the pictures that have it in a reference
+        for group in self.references:
+            frequencies.update({ngram for text in group for ngram in precook(text, LONGEST_NGRAM)})
+        self.log_frequencies = {ngram: math.log(count) for ngram, count in frequencies.items()}
+
+    def score(self, pictures, captions):
+        """Score several captions of each of some pictures.
+
+        Args:
+          pictures: list of B int, positions in the references.
+          captions: list of B lists of S captions, each a list of token ids with <end> and maybe <pad>.
+
+        Returns:
+          list of B lists of S float, each from 0 to 10
+        """
+        rewards = []
+        for picture, said in zip(pictures, captions, strict=True):
+            references = [self.weigh_ngrams(text) for text in self.references[picture]]
+            rewards.append([score_caption(self.weigh_ngrams(self.write(words)), references) for words in said])
+        return rewards
+
+    def write(self, words):
+        return " ".join(self.vocabulary[i] for i in words if i != PAD)
+
+    def weigh_ngrams(self, text):
+        """A caption's n-grams by how telling they are.
+
+        Returns:
+          (weights, list of a dict of n-gram to float for each length; the norm of each; the words but one)
+        """
+        weights = [{} for _ in range(LONGEST_NGRAM)]
+        for ngram, count in precook(text, LONGEST_NGRAM).items():
+            weights[len(ngram) - 1][ngram] = count * (self.log_images - self.log_frequencies.get(ngram, 0.0))
+        norms = [math.sqrt(sum(weight * weight for weight in each.values())) for each in weights]
+        return weights, norms, max(len(text.split()) - 1, 0)
+
+
+def score_caption(caption, references):
+    """CIDEr-D of a caption against references, all as `weigh_ngrams` returns them. Returns float."""
+    weights, norms, length = caption
+    total = 0.0
+    for their_weights, their_norms, their_length in references:
+        similarity = 0.0
+        for ours, theirs, norm, their_norm in zip(weights, their_weights, norms, their_norms, strict=True):
+            if norm and their_norm:
+                shared = sum(min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in ours.keys() & theirs.keys())
+                similarity += shared / (norm * their_norm)
+        total += similarity * math.exp(-((length - their_length) ** 2) / (2 * SIGMA**2))
+    return 10 * total / (LONGEST_NGRAM * len(references))
