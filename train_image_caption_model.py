@@ -22,6 +22,7 @@ from captioning.devices import has_fast_bfloat16, set_up_devices
 from captioning.distribution import check_same_everywhere, is_chief, replica_rows, replicas, run_replicas, sum_replicas
 from captioning.feature_cache import reading_features
 from captioning.figures import plot_losses
+from captioning.grounding import grounding_losses
 from captioning.optimizer import SummedAdam, scheduled_rate
 from captioning.prepared_data import load_prepared, read_prepared_settings
 from captioning.run_folder import begin_run, check_run_fits, other_folder
@@ -277,10 +278,13 @@ def train_replica(state, features, captions, config):
     dropout_seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(state.optimizer.iterations, tf.int64)))  # (2,)
     weights, optimizer = state.trainable_variables, state.scaled_optimizer
     with tf.GradientTape() as tape:
-        logits, attention_weights = state.decoder.teacher_forcing(captions, state.encoder(features), dropout_seed)
+        encoded_features = state.encoder(features)  # (B, P, D)
+        logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, dropout_seed)
         loss = caption_loss(captions, logits) * word_share
         attention_term = attention_loss(captions, attention_weights) * caption_share
-        total = optimizer.scale_loss(loss + config.doubly_stochastic * attention_term)
+        grounding = grounding_losses(state.decoder.detector, captions, encoded_features, attention_weights)
+        terms = loss + config.doubly_stochastic * attention_term
+        total = optimizer.scale_loss(terms + config.detection * grounding[0] + config.guidance * grounding[1])
     loss, *gradients = sum_replicas([loss, *tape.gradient(total, weights)])
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return loss
