@@ -123,8 +123,7 @@ class RNN_Decoder(keras.Model):
         self.context_gates = layers.Dense(3 * units, use_bias=False)
         self.hidden_gates = layers.Dense(3 * units, kernel_initializer="orthogonal")
         self.output_layer = MixedPrecisionDense(vocab_size, precision)
-        # No step uses it. It learns where words are seen, which teaches attention and weighs the evidence maps.
-        self.detector = WordDetector(vocab_size, precision)
+        self.detector = WordDetector(vocab_size, precision)  # in training, and for maps: no step uses it
 
     def initial_hidden(self, encoded_features):
         """The first hidden state, from the mean feature (section 3.1.2). float (B, P, D) -> (B, U)."""
