@@ -15,6 +15,7 @@ from keras import layers
 
 from captioning.decoding_rules import DecodedCaptions, has_ended, next_word_log_probs
 from captioning.feature_cache import CHANNELS, LOCATIONS
+from captioning.grounding import WordDetector
 from captioning.kernels import MixedPrecisionDense, softmax_cross_entropy, variational_dropout
 from captioning.recurrence import compiled_unroll, compiles_loops
 from captioning.vocabulary import PAD, START
@@ -122,14 +123,14 @@ class RNN_Decoder(keras.Model):
         self.context_gates = layers.Dense(3 * units, use_bias=False)
         self.hidden_gates = layers.Dense(3 * units, kernel_initializer="orthogonal")
         self.output_layer = MixedPrecisionDense(vocab_size, precision)
+        self.detector = WordDetector(vocab_size, precision)  # in training, and for maps: no step uses it
 
     def initial_hidden(self, encoded_features):
         """The first hidden state, from the mean feature (section 3.1.2). float (B, P, D) -> (B, U)."""
         return self.initial_layer(tf.reduce_mean(encoded_features, axis=1))  # (B, U)
 
     def call(self, words, encoded_features, hidden, keys=None):
-        if keys is None:
-            keys = self.attention.key_layer(encoded_features)  # (B, P, U)
+        keys = self.attention.key_layer(encoded_features) if keys is None else keys  # (B, P, U)
         word_gates = self.word_gates(self.embedding(words[:, 0]))  # (B, 3U)
         hidden, attention_weights = self.step(word_gates, hidden, encoded_features, keys)
         return self.output_layer(hidden), hidden, attention_weights  # (B, V), (B, U), (B, P, 1)
@@ -195,14 +196,12 @@ class RNN_Decoder(keras.Model):
 
 
 def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, precision="float32"):
-    """Encoder and decoder with all their weights, drawn from `config.seed`.
+    """Encoder and decoder, a CNN_Encoder and an RNN_Decoder, with all their weights drawn from `config.seed`.
 
     Args:
       vocab_size: int, V.
       feature_mean, feature_std: what normalises the features; a checkpoint that is restored brings its own.
       precision: Keras dtype policy of the large products; weights are float32.
-
-    Returns: (CNN_Encoder, RNN_Decoder)
     """
     keras.utils.set_random_seed(config.seed)
     mean = np.zeros(CHANNELS, np.float32) if feature_mean is None else feature_mean
@@ -210,6 +209,7 @@ def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, prec
     sizes = vocab_size, config.embedding_dim, config.units
     decoder = RNN_Decoder(*sizes, config.dropout, precision, compiles_loops(config))
     encoded_features = encoder(tf.zeros((1, LOCATIONS, CHANNELS)))  # (1, P, D)
+    decoder.detector.build(encoded_features.shape)
     decoder(tf.zeros((1, 1), tf.int32), encoded_features, decoder.initial_hidden(encoded_features))
     return encoder, decoder
 

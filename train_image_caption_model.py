@@ -23,6 +23,7 @@ from captioning.distribution import check_same_everywhere, is_chief, replica_row
 from captioning.distribution import value_of_chief
 from captioning.epoch_batches import begin_epoch, check_loss, each_batch
 from captioning.feature_cache import reading_features
+from captioning.grounding import grounding_losses
 from captioning.optimizer import SummedAdam
 from captioning.prepared_data import load_prepared, read_prepared_settings
 from captioning.run_folder import begin_run, check_run_fits, other_folder
@@ -263,13 +264,15 @@ def train_replica(state, features, captions, config, advantages):
         if advantages is not None:
             encoded_features = tf.tile(encoded_features, (config.samples_per_picture, 1, 1))  # (B S, P, D)
         logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, dropout_seed)
+        detection, guidance = grounding_losses(state.decoder.detector, captions, encoded_features, attention_weights)
         if advantages is None:
-            loss = caption_loss(captions, logits)
+            loss = caption_loss(captions, logits) * word_share
         else:
-            loss = policy_gradient_loss(captions, logits, replica_rows(advantages))
-        attention_term = attention_loss(captions, attention_weights) * caption_share
-        total = optimizer.scale_loss(loss * word_share + config.doubly_stochastic * attention_term)
-    loss, *gradients = sum_replicas([loss * word_share, *tape.gradient(total, weights)])
+            loss = policy_gradient_loss(captions, logits, replica_rows(advantages)) * word_share
+            detection = 0 * detection  # what the model itself says is no proof of what a picture shows
+        terms = loss + config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
+        total = optimizer.scale_loss(terms + config.detection * detection + config.guidance * guidance)
+    loss, *gradients = sum_replicas([loss, *tape.gradient(total, weights)])
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return loss
 

@@ -39,6 +39,8 @@ TRAINING_SETTINGS = (
     "clip_norm",
     "dropout",
     "doubly_stochastic",
+    "detection",
+    "guidance",
     "precision",
     "schedule",
     "patience",

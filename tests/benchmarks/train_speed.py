@@ -80,7 +80,7 @@ def open_runs(prepared, folder, config):
     ours = dataclasses.replace(config, run_dir=str(folder / "ours"))
     usual_state, state = training.open_run(prepared, usual), training.open_run(prepared, ours)
     usual_state.optimizer = keras.optimizers.Adam(config.learning_rate, global_clipnorm=config.clip_norm)
-    usual_state.optimizer.build(usual_state.trainable_variables)
+    usual_state.optimizer.build(usual_weights(usual_state))
     return usual_state, state
 
 
@@ -123,17 +123,17 @@ def check_same_gradients(usual_state, state, usual, config):
     """
     first = [weight.numpy() for weight in state.trainable_variables]
     optimizer = keras.optimizers.Adam(config.learning_rate)
-    optimizer.build(usual_state.trainable_variables)
+    optimizer.build(usual_weights(usual_state))
     for _ in range(COMPARED_AFTER):
         _, gradients = usual_gradients(usual_state, *next(usual))
-        optimizer.apply_gradients(zip(gradients, usual_state.trainable_variables, strict=True))
+        optimizer.apply_gradients(zip(gradients, usual_weights(usual_state), strict=True))
     for weight, trained in zip(state.trainable_variables, usual_state.trainable_variables, strict=True):
         weight.assign(trained)
     features, words = next(usual)
     usual_loss, theirs = usual_gradients(usual_state, features, words)
     loss, ours = our_gradients(state, tf.cast(features, config.feature_dtype), words)
     np.testing.assert_allclose(loss, usual_loss, rtol=WORST_LOSS)
-    for weight, our, their in zip(state.trainable_variables, ours, theirs, strict=True):
+    for weight, our, their in zip(usual_weights(state), ours, theirs, strict=True):
         our, their = tf.convert_to_tensor(our), tf.convert_to_tensor(their)  # the embedding's is in parts
         difference = float(tf.norm(our - their) / tf.norm(their))
         assert difference < WORST_GRADIENT, f"{weight.path}: the gradients differ by {difference:.2%}"
@@ -144,15 +144,20 @@ def check_same_gradients(usual_state, state, usual, config):
 
 @tf.function
 def our_gradients(state, features, words):
-    """Loss () and gradients of our way, without dropout and attention term."""
-    weights = state.trainable_variables
+    """Loss () and gradients of our way, without dropout, attention term, detection and guidance."""
     with tf.GradientTape() as tape:
         logits, _ = state.decoder.teacher_forcing(words, state.encoder(features))
         loss = caption_loss(words, logits)
-    return loss, tape.gradient(loss, weights)
+    return loss, tape.gradient(loss, usual_weights(state))
 
 
 # --- The usual way ----------------------------------------------------------------------------------------------
+
+
+def usual_weights(state):
+    """All trainable weights but the detector's, which the usual way does not have."""
+    apart = {weight.path for weight in state.decoder.detector.trainable_variables}
+    return [weight for weight in state.trainable_variables if weight.path not in apart]
 
 
 def usual_batches(captions, config):
@@ -185,13 +190,13 @@ def usual_gradients(state, features, words):
     """Loss () and gradients of the usual way."""
     with tf.GradientTape() as tape:
         loss = usual_loss(state, features, words)
-    return loss, tape.gradient(loss, state.trainable_variables)
+    return loss, tape.gradient(loss, usual_weights(state))
 
 
 @tf.function
 def usual_step(state, features, words):
     loss, gradients = usual_gradients(state, features, words)
-    state.optimizer.apply_gradients(zip(gradients, state.trainable_variables, strict=True))
+    state.optimizer.apply_gradients(zip(gradients, usual_weights(state), strict=True))
     return loss
 
 
