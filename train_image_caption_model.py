@@ -32,7 +32,7 @@ from captioning.self_critical import sample_captions, score_samples, validation_
 from captioning.settings import DATA_SETTINGS, adopt_settings, make_config, prepare_command
 from captioning.tensorboard_log import tensorboard_log
 from captioning.training_records import LOWER_RATE, SELF_CRITICAL, EpochRow, announce_end, announce_start
-from captioning.training_records import return_to_best, save_epoch, save_last, warning_only, write_history
+from captioning.training_records import last_epoch, return_to_best, save_epoch, save_last, warning_only, write_history
 from captioning.training_samples import Samples, choose_samples, show_samples
 from captioning.vocabulary import PAD, log_frequency_bias
 from config import Config
@@ -142,7 +142,7 @@ def train_epochs(state, train, validation, samples, stop_if_asked, config):
     progress = state.progress
     if progress.cross_entropy_epochs >= 0:
         return
-    for epoch in range(progress.epoch, config.epochs):
+    for epoch in range(progress.epoch, last_epoch(progress, config)):
         if epoch - progress.best_epoch >= config.patience:
             print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
             break
@@ -166,7 +166,7 @@ def self_critical_epochs(state, prepared, validation, samples, stop_if_asked, co
         progress.best_cider = value_of_chief(measure)
         progress.cross_entropy_epochs = progress.epoch
         print(f"self-critical epochs begin at a validation CIDEr of {progress.best_cider:.3f}")
-    for epoch in range(progress.epoch, progress.cross_entropy_epochs + config.self_critical_epochs):
+    for epoch in range(progress.epoch, last_epoch(progress, config)):
         row = self_critical_epoch(state, pictures, epoch, config, stop_if_asked)
         loss, cider = validate(state, validation, config, stop_if_asked), value_of_chief(measure)
         print(f"validation CIDEr {cider:.3f}, of the sampled captions {row.sampled_cider:.3f}")

@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from captioning.distribution import is_chief
-from captioning.training_records import LOWER_RATE, current_rate, save_last
+from captioning.training_records import LOWER_RATE, current_rate, last_epoch, save_last
 from support.errors import UserError
 
 
@@ -31,7 +31,7 @@ def each_batch(state, epoch, batches, size, total, stop_if_asked, config):
     progress = state.progress
     start = saved = time.perf_counter()
     bar = tqdm(total=total, initial=progress.captions_done, unit=" captions", disable=not is_chief())
-    bar.set_description(f"epoch {epoch + 1}")
+    bar.set_description(f"epoch {epoch + 1}/{last_epoch(progress, config)}")
     with bar:
         for batch in batches:
             stop_if_asked()

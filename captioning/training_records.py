@@ -52,16 +52,22 @@ def current_rate(progress, epochs_done, config):
     return progress.rate_factor * self_critical_rate(config, epochs_done - progress.cross_entropy_epochs)
 
 
+def last_epoch(progress, config):
+    """The epoch that the phase of a training ends with, unless it stops sooner."""
+    if progress.cross_entropy_epochs < 0:
+        return config.epochs
+    return progress.cross_entropy_epochs + config.self_critical_epochs
+
+
 def announce_start(state, restored, config):
     """Say where the training goes on, and at which learning rate."""
     folder, progress = config.run_dir, state.progress
-    done, epochs, last = f"after epoch {progress.epoch}", config.epochs, config.epochs
+    done, epochs = f"after epoch {progress.epoch}", config.epochs
     if progress.cross_entropy_epochs >= 0:
         done += f", {progress.cross_entropy_epochs} of them of cross-entropy"
         epochs = config.self_critical_epochs
-        last = progress.cross_entropy_epochs + epochs
     rate = "all of this phase are done"
-    if progress.epoch < last:
+    if progress.epoch < last_epoch(progress, config):
         rate = f"learning rate {current_rate(progress, progress.epoch, config):.2g}"
         rate += f", {config.schedule} over {epochs} epochs"
     if restored:
