@@ -20,7 +20,7 @@ from captioning.captioner import dataset_pictures
 from captioning.checkpoints import TrainingState, checkpoint_number, list_checkpoints, restore_newest
 from captioning.devices import has_fast_bfloat16, set_up_devices
 from captioning.distribution import check_same_everywhere, is_chief, replica_rows, replicas, run_replicas, sum_replicas
-from captioning.distribution import value_of_chief
+from captioning.distribution import sum_processes, value_of_chief
 from captioning.epoch_batches import begin_epoch, check_loss, each_batch
 from captioning.feature_cache import reading_features
 from captioning.grounding import grounding_losses
@@ -234,7 +234,7 @@ def self_critical_epoch(state, pictures, epoch, config, stop_if_asked=lambda: No
         scores = score_samples(pictures, positions.numpy(), captions, samples)  # (R S, b)
         advantages = compare_samples(scores, samples)  # (R b S,)
         check_loss(float(step(state, features, tf.constant(captions), config, tf.constant(advantages))), progress, size)
-        progress.ciders += float(scores.sum())
+        progress.ciders += sum_processes(scores.sum())
     rate = round(total / progress.seconds, 1)
     return EpochRow(epoch + 1, SELF_CRITICAL, sampled_cider=progress.ciders / total, captions_per_second=rate)
 

@@ -160,11 +160,15 @@ def run_replicas(function, *args):
     return run_on_each(function, *args)[0]
 
 
-def value_of_chief(compute):
-    """What `compute` returns on the chief, a float, in all processes. The others do not call it."""
-    number = float(compute()) if is_chief() else 0.0
-    strategy = tf.distribute.get_strategy()
+def sum_processes(number):
+    """The sum over all processes of a float that each of them has. All must call this."""
+    strategy, first = tf.distribute.get_strategy(), local_replica_ids()[0]
     given = strategy.experimental_distribute_values_from_function(
-        lambda replica: tf.constant(0.0 if replica.replica_id_in_sync_group else number, tf.float64)
+        lambda replica: tf.constant(number if replica.replica_id_in_sync_group == first else 0.0, tf.float64)
     )
     return float(strategy.reduce("SUM", given, axis=None))
+
+
+def value_of_chief(compute):
+    """What `compute` returns on the chief, a float, in all processes. The others do not call it."""
+    return sum_processes(float(compute()) if is_chief() else 0.0)

@@ -153,7 +153,8 @@ def score_samples(pictures, positions, captions, samples):
     said = said.transpose(0, 2, 1, 3).reshape(len(positions), samples, -1)  # (R b, S, T-1)
     known = np.flatnonzero(positions >= 0)
     scores = np.zeros((len(positions), samples))
-    scores[known] = pictures.reward.score(positions[known].tolist(), said[known].tolist())
+    if len(known):
+        scores[known] = pictures.reward.score(positions[known].tolist(), said[known].tolist())
     return scores.reshape(replicas, -1, samples).transpose(0, 2, 1).reshape(replicas * samples, -1)  # (R S, b)
 
 

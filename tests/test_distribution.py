@@ -25,7 +25,9 @@ from captioning.distribution import (
     replicas,
     run_replicas,
     share_batches,
+    sum_processes,
     sum_replicas,
+    value_of_chief,
 )
 from captioning.prepared_data import Prepared
 from captioning.recurrence import compiles_loops
@@ -160,6 +162,8 @@ def test_two_workers_raise_the_cider_of_samples_together(alone, tmp_path):
         else:
             training.main([*argv, "--compile", "off"])
         ends[name] = weights(tmp_path / name)
+    mine, theirs = (rows(tmp_path / name)[2]["sampled_cider"] for name in ends)
+    assert float(mine) == pytest.approx(float(theirs), abs=1e-5) and float(mine) > 0
     for name, value in ends["two"].items():
         np.testing.assert_allclose(value, ends["one"][name], atol=1e-5, err_msg=name)
 
@@ -336,6 +340,11 @@ def test_outside_of_a_strategy_there_is_one_replica_that_has_all_rows():
 
     assert run_replicas(replica, batch) == 15
     assert share_batches(np.arange(5), 2).tolist() == [[0, 1], [2, 3], [4, -1]]
+
+
+def test_a_single_process_sums_and_gives_what_it_has():
+    assert sum_processes(2.5) == 2.5
+    assert value_of_chief(lambda: 0.1) == 0.1
 
 
 def test_errors_that_are_not_a_lost_workers_stay_what_they_are():

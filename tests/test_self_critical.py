@@ -145,6 +145,11 @@ def test_scores_are_of_each_samples_own_picture(replicas, monkeypatch):
     assert (together[:, 3] == 0).all()
 
 
+def test_a_process_that_has_no_picture_of_a_batch_scores_none():
+    scores = score_samples(PictureSet(None, REWARD), np.array([-1, -1]), np.full((4, 3), PAD), 2)
+    np.testing.assert_array_equal(scores, np.zeros((2, 2)))
+
+
 def test_an_advantage_is_the_distance_from_the_mean_of_the_others():
     scores = np.array([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]])  # (S, b) of one replica
     advantages = compare_samples(scores, 3)
