@@ -57,19 +57,20 @@ def main(argv):
     config = run_settings(given, make_config(given).run_dir)
     set_up_pillow()
     set_up_devices()
-    captioner = load_captioner(config)
     if options.export:
         any_machine = dataclasses.replace(config, extract_precision="float32")
-        export_captioner(captioner, run_network(any_machine), config, options.export)
+        export_captioner(load_captioner(config), run_network(any_machine), config, options.export)
         print(f"the SavedModel is in {options.export}")
         return
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
     with locked(output):
         remove_leftovers(output)
+        if options.image:
+            caption_own(output, options, config)
+            return
+        captioner = load_captioner(config)
         if options.evaluate:
             evaluate(captioner, split_pictures(options.split, config), options.split, output, config)
-        elif options.image:
-            caption_own(captioner, output, options, config)
         else:
             pictures = choose_pictures(split_pictures(options.split, config), config)
             make_batches = lambda wanted: cached_batches(wanted, config)  # noqa: E731
@@ -107,10 +108,11 @@ def choose_pictures(pictures, config):
     return [pictures[i] for i in chosen]
 
 
-def caption_own(captioner, output, options, config):
+def caption_own(output, options, config):
     """Caption the user's pictures; the exit status is 0 only if all were captioned."""
     pictures = find_pictures(options.image, output)
-    network = run_network(config)  # before anything is downloaded, as it may not be had
+    network = run_network(config, keep=True)  # before anything is downloaded, as it may not be had
+    captioner = load_captioner(config)  # meanwhile the network gets ready
     fetched = fetch_pictures(pictures, config.download_workers)
     make_batches = lambda wanted: extract_batches(network, wanted, config)  # noqa: E731
     done = write_captions(captioner, fetched, make_batches, output, options, config)

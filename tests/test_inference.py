@@ -28,7 +28,7 @@ def records(path):
 @pytest.fixture
 def own_network(monkeypatch):
     """The run's features were made elsewhere; a stand-in for the network that made them."""
-    monkeypatch.setattr(inference, "run_network", lambda config: colour_network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep: colour_network)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_picture_from_the_web_is_seen_anew_each_time(trained, tmp_path, server
         seen.append(np.asarray(pixels).mean((0, 1, 2)).tolist())
         return tf.zeros((len(pixels), 64, 2048))
 
-    monkeypatch.setattr(inference, "run_network", lambda config: network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep: network)
     for colour in ((255, 0, 0), (0, 0, 255)):
         Image.new("RGB", (30, 30), colour).save(server.folder / "webcam.png")
         infer(trained, "--image", f"{server.url}/webcam.png", "--output", str(tmp_path))
@@ -196,7 +196,7 @@ def seen(monkeypatch):
         seen.numbers += numbers
         return colour_network(pixels)
 
-    monkeypatch.setattr(inference, "run_network", lambda config: network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep: network)
     return seen
 
 
