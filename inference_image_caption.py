@@ -6,6 +6,7 @@ python inference_image_caption.py [--dataset NAME | --run_dir DIR]
 
 import support.before_tensorflow  # noqa: F401, I001  must come first
 
+import collections
 import dataclasses
 import pathlib
 import sys
@@ -20,7 +21,7 @@ from captioning.export import export_captioner
 from captioning.image_files import set_up_pillow
 from captioning.own_pictures import extract_batches, fetch_pictures, find_pictures
 from captioning.prepared_data import load_prepared
-from captioning.run_folder import check_other_data, run_network, run_settings
+from captioning.run_folder import check_model_settings, check_other_data, run_network, run_settings
 from captioning.settings import make_config
 from config import Config
 from support.command_line import parse_command_line
@@ -57,19 +58,20 @@ def main(argv):
     config = run_settings(given, make_config(given).run_dir)
     set_up_pillow()
     set_up_devices()
-    captioner = load_captioner(config)
     if options.export:
         any_machine = dataclasses.replace(config, extract_precision="float32")
-        export_captioner(captioner, run_network(any_machine), config, options.export)
+        export_captioner(load_captioner(config), run_network(any_machine), config, options.export)
         print(f"the SavedModel is in {options.export}")
         return
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
     with locked(output):
         remove_leftovers(output)
+        if options.image:
+            caption_own(output, options, config)
+            return
+        captioner = load_captioner(config)
         if options.evaluate:
             evaluate(captioner, split_pictures(options.split, config), options.split, output, config)
-        elif options.image:
-            caption_own(captioner, output, options, config)
         else:
             pictures = choose_pictures(split_pictures(options.split, config), config)
             make_batches = lambda wanted: cached_batches(wanted, config)  # noqa: E731
@@ -107,13 +109,16 @@ def choose_pictures(pictures, config):
     return [pictures[i] for i in chosen]
 
 
-def caption_own(captioner, output, options, config):
+def caption_own(output, options, config):
     """Caption the user's pictures; the exit status is 0 only if all were captioned."""
-    pictures = find_pictures(options.image, output)
-    network = run_network(config)  # before anything is downloaded, as it may not be had
-    fetched = fetch_pictures(pictures, config.download_workers)
-    make_batches = lambda wanted: extract_batches(network, wanted, config)  # noqa: E731
-    done = write_captions(captioner, fetched, make_batches, output, options, config)
+    check_model_settings(config.run_dir, config)  # which costs nothing
+    skipped = collections.Counter()
+    pictures = find_pictures(options.image, output, skipped)
+    network = run_network(config, keep=True)  # before anything is downloaded, as it may not be had
+    captioner = load_captioner(config)  # meanwhile the network gets ready
+    fetched = fetch_pictures(pictures, config.download_workers, skipped)
+    make_batches = lambda wanted: extract_batches(network, wanted, config, skipped)  # noqa: E731
+    done = write_captions(captioner, fetched, make_batches, output, options, config, skipped)
     if done < len(pictures):
         print(f"{len(pictures) - done} of {len(pictures)} pictures have no caption; the lines above say why")
         sys.exit(1)

@@ -125,24 +125,9 @@ def write_pages(folder, title, pictures, tables=(), page_size=100, file_name="in
     return paths
 
 
-def boxes_of_nouns(words, boxes):
-    """Which words of a caption have boxes.
-
-    Args:
-      words: list of str.
-      boxes: dict of a noun, of one or several words ("dog", "teddy bear"), to a list of boxes.
-
-    Returns:
-      dict of position in `words` to a list of boxes, see PageCaption.
-    """
-    found = {}
-    for noun, its_boxes in boxes.items():
-        parts = noun.split()
-        for start in range(len(words) - len(parts) + 1):
-            if list(words[start : start + len(parts)]) == parts:
-                for position in range(start, start + len(parts)):
-                    found[position] = [*found.get(position, []), *its_boxes]
-    return found
+def describe_light(caption):
+    """What the light on a page shows, for its introduction. PredictedCaption, one of those on the page -> str."""
+    return f"The light shows the {caption.map_name()}. It goes from the least to the most of each caption."
 
 
 # --- Pages --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,14 @@ import contextlib
 
 from tqdm import tqdm
 
-from captioning.attention_page import PageCaption, PagePicture, is_page, remove_further_pages, write_pages
+from captioning.attention_page import (
+    PageCaption,
+    PagePicture,
+    describe_light,
+    is_page,
+    remove_further_pages,
+    write_pages,
+)
 from captioning.caption_records import (
     appending,
     describe_maker,
@@ -21,12 +28,14 @@ from captioning.caption_records import (
 )
 from captioning.captioner import caption_batch
 from captioning.figures import plot_attention
+from captioning.known_boxes import boxes_by_position, find_groundings
+from captioning.own_pictures import describe_skipped
 from support.errors import UserError
 
 PRINTED = 100  # pictures up to which each caption is printed; for more a bar tells how far it is
 
 
-def write_captions(captioner, pictures, make_batches, output, options, config):
+def write_captions(captioner, pictures, make_batches, output, options, config, skipped=()):
     """Caption pictures, and write captions.jsonl, captions.csv, figures and pages.
 
     What an earlier run of the same command finished is not done again, unless `options.anew`.
@@ -38,6 +47,7 @@ def write_captions(captioner, pictures, make_batches, output, options, config):
       output: pathlib.Path of the folder.
       options: the script's own options; `anew`, and `attention`, "drawn" or "all".
       config: Config; `figures`, and the settings of decoding.
+      skipped: Counter of what has no caption, by kind, as it is when the last batch is done; told at the end.
 
     Returns:
       int, how many of the pictures have a caption
@@ -67,11 +77,13 @@ def write_captions(captioner, pictures, make_batches, output, options, config):
             done += len(batch)
             bar.update(len(batch))
     write_table(output / "captions.csv", path)
-    page = write_attention_pages(pictures[: config.figures], path, output)
+    page = write_attention_pages(pictures[: config.figures], path, output, config)
     figures = ", captions.csv and attention figures" if config.figures else " and captions.csv"
     print(f"captions.jsonl{figures} are in {output}")
     if done > config.figures:
         print(f"{done} pictures are captioned: --figures {done} draws all of them")
+    if skipped:
+        print(f"skipped: {describe_skipped(skipped)}")
     print(f"open {page} to look at the attention" if page else "no page of attention is written: it has no pictures")
     return done
 
@@ -97,7 +109,7 @@ def print_caption(prediction):
     print(f"  predicted  {prediction.caption}")
 
 
-def write_attention_pages(pictures, records_path, output):
+def write_attention_pages(pictures, records_path, output, config):
     """Write the pages of the pictures whose attention is kept, or delete those of an earlier run if there is none.
 
     Returns:
@@ -108,11 +120,24 @@ def write_attention_pages(pictures, records_path, output):
     if not shown:
         remove_pages(output / "index.html")
         return None
-    predictions = (restore_prediction(read_record(records_path, places[picture.name]), picture) for picture in shown)
-    pages = (PagePicture(caption.path.name, caption.path, [PageCaption(caption)]) for caption in predictions)
-    first = restore_prediction(read_record(records_path, places[shown[0].name]), shown[0])
-    intro = f"The light shows the {first.map_name()}, from the least to the most of each caption."
-    return write_pages(output, "Where the model looked", pages, intro=intro)[0]
+    read = lambda picture: restore_prediction(read_record(records_path, places[picture.name]), picture)  # noqa: E731
+    boxes = boxes_to_show([read(picture) for picture in shown if picture.image_id is not None], config)
+    pages = (
+        PagePicture(caption.path.name, caption.path, [PageCaption(caption, boxes=boxes.get(caption.image_id, {}))])
+        for caption in map(read, shown)
+    )
+    return write_pages(output, "Where the model looked", pages, intro=describe_light(read(shown[0])))[0]
+
+
+def boxes_to_show(predictions, config):
+    """The boxes of what a data set's captions name, see `boxes_by_position`. A page can do without."""
+    if not predictions:
+        return {}
+    try:
+        return boxes_by_position(find_groundings(predictions, config)[0] or [])
+    except UserError as error:
+        print(f"note: the page of attention has no boxes: {error}")
+        return {}
 
 
 def remove_pages(first):

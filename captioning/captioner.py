@@ -94,14 +94,14 @@ def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(
     Args:
       features: float (B, P, F)
       config: Config; its max_words, beam_width, length_penalty and repeat_block.
-      max_words: int, instead of the config's.
+      max_words: int, maybe as a tensor, instead of the config's.
       graphs: the two functions, or what compiles them.
 
     Returns:
       DecodedCaptions
     """
     greedy, beams = graphs
-    most = max_words or config.max_words
+    most = config.max_words if max_words is None else max_words
     if config.beam_width == 1:
         return greedy(encoder, decoder, features, most, config.repeat_block)
     return beams(encoder, decoder, features, most, config.beam_width, config.length_penalty, config.repeat_block)
@@ -207,7 +207,8 @@ def explain_references(captioner, pictures, config):
 def decode_rows(captioner, features, max_words, config):
     """list of B DecodedCaptions of NumPy arrays, one for each image: (L,), (L,) and (L, P)."""
     graphs = greedy_graph, beam_graph
-    decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, max_words, graphs)
+    most = tf.constant(max_words)  # a tensor, as another number would be another graph
+    decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, most, graphs)
     return [DecodedCaptions(*row) for row in zip(*(part.numpy() for part in decoded), strict=True)]
 
 

@@ -5,10 +5,11 @@ import math
 import pathlib
 
 from captioning import demo_scores
-from captioning.attention_accuracy import attention_accuracy, coco_groundings, demo_groundings
-from captioning.attention_page import PageCaption, PagePicture, write_pages
+from captioning.attention_accuracy import attention_accuracy
+from captioning.attention_page import PageCaption, PagePicture, describe_light, write_pages
 from captioning.captioner import cached_batches, caption_batch, explain_references
 from captioning.demo_scenes import read_scenes
+from captioning.known_boxes import boxes_by_position, find_groundings
 from captioning.metrics import METRICS, cider_by_image, format_score, format_table, score_captions, write_metrics
 
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
@@ -56,9 +57,10 @@ def evaluate(captioner, pictures, split, output, config):
     pages = write_pages(
         output,
         f"Best, middle and worst captions of the {split} split",
-        score_pages(runs, pictures),
+        score_pages(runs, pictures, config),
         tables=[score_table(metrics)],
         file_name=f"evaluation_{split}.html",
+        intro=introduce_page(runs, config),
     )
     print(format_table(metrics))
     print_scenes(metrics)
@@ -99,21 +101,6 @@ def texts_by_image(captions):
     return {caption.image_id: caption.caption for caption in captions}
 
 
-def find_groundings(captions, config):
-    """The words that name objects with known boxes, in the demo's scenes or in COCO's instances.
-
-    Returns:
-      (list of Groundings, or None where no boxes are known; dict of what else is to be reported)
-    """
-    if config.dataset == "demo":
-        return demo_groundings(captions, read_scenes(config.coco_dir)), {}
-    instances = pathlib.Path(config.coco_dir, "annotations", f"instances_{config.coco_split}.json")
-    if config.dataset != "coco" or not instances.exists():
-        return None, {}
-    groundings, absent = coco_groundings(captions, instances)
-    return groundings, {"absent": absent}
-
-
 # --- The page ---------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +113,19 @@ def score_table(metrics):
     return rows
 
 
-def score_pages(runs, pictures):
+def introduce_page(runs, config):
+    """What is on the page, in two sentences."""
+    name, first = next(iter(runs.items()))
+    which = f"These pictures have the best, the middle and the worst CIDEr of all {len(first.captions)}, {name}."
+    return f"{which} {describe_light(shown_caption(first.captions[0], config))}"
+
+
+def shown_caption(caption, config):
+    """The caption with the map that the settings want to see. Scores need the evidence in any case."""
+    return caption if config.attention_map == "evidence" else dataclasses.replace(caption, evidence=None)
+
+
+def score_pages(runs, pictures, config):
     """PagePictures of the best, the middle and the worst score of the first run, all runs' captions side by side."""
     first = next(iter(runs.values()))
     by_score = sorted(pictures, key=lambda picture: -first.ciders[picture.image_id])
@@ -143,7 +142,7 @@ def score_pages(runs, pictures):
             shown.add(picture.name)
             page_captions = [
                 PageCaption(
-                    captions[name][picture.image_id],
+                    shown_caption(captions[name][picture.image_id], config),
                     name,
                     f"CIDEr {run.ciders[picture.image_id]:.2f}",
                     boxes[name].get(picture.image_id, {}),
@@ -151,15 +150,6 @@ def score_pages(runs, pictures):
                 for name, run in runs.items()
             ]
             yield PagePicture(f"{group}: {picture.path.name}", picture.path, page_captions)
-
-
-def boxes_by_position(groundings):
-    """dict of image id to dict of a word's position in the caption to the boxes of what it names."""
-    boxes = {}
-    for grounding in groundings:
-        for position in grounding.positions:
-            boxes.setdefault(grounding.image_id, {})[position] = grounding.boxes
-    return boxes
 
 
 def print_scenes(metrics):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import pathlib
+import threading
 
 import keras
 import numpy as np
@@ -43,6 +44,15 @@ def network_identity(config):
 
 
 def feature_network(config, statistics=None, calibration_paths=None, expected_identity=None):
+    """The network that computes features, for several threads. Arguments and errors are those of `feature_graph`.
+
+    Returns:
+      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+    """
+    return compiled_once(feature_graph(config, statistics, calibration_paths, expected_identity))
+
+
+def feature_graph(config, statistics=None, calibration_paths=None, expected_identity=None):
     """Make the network that computes features.
 
     Args:
@@ -53,7 +63,7 @@ def feature_network(config, statistics=None, calibration_paths=None, expected_id
         stands for any.
 
     Returns:
-      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+      tf.function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), without variables
 
     Raises:
       UserError: the weights or their statistics are missing or damaged, or the network is not the one expected.
@@ -83,6 +93,25 @@ def feature_network(config, statistics=None, calibration_paths=None, expected_id
         return tf.cast(tf.reshape(grid, (-1, LOCATIONS, CHANNELS)), tf.float32) / factors  # (B, P, F)
 
     return network
+
+
+def compiled_once(graph):
+    """A function that calls a graph. While its first call is at work, those of other threads wait.
+
+    TensorFlow compiles a graph when it is first called: once for each thread that does so at the same time.
+    """
+    first, compiled = threading.Lock(), threading.Event()
+
+    def call(pixels):
+        if not compiled.is_set():
+            with first:
+                if not compiled.is_set():
+                    result = graph(pixels)
+                    compiled.set()
+                    return result
+        return graph(pixels)
+
+    return call
 
 
 def check_identity(identity, expected):

@@ -1,6 +1,5 @@
 """The user's own pictures: files, folders and addresses to Pictures, and Pictures to features."""
 
-import collections
 import contextlib
 import hashlib
 import itertools
@@ -20,22 +19,21 @@ from support.errors import UserError
 
 EXTRACTED = 300  # pictures whose features are held in memory before they are captioned
 LARGEST = 50_000_000  # bytes of a picture fetched from an address
-SHOWN_KINDS = 8  # kinds of files left out that are counted each
+SHOWN_KINDS = 8  # kinds of what was skipped that are counted each
 
 # Of the many formats that Pillow registers, those that hold pictures: not PDF, not video, not HDF5.
 PICTURE_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA"}
 PICTURE_FORMATS |= {"QOI", "SGI", "TIFF", "WEBP"}
 
 
-def find_pictures(names, output):
+def find_pictures(names, output, skipped):
     """The picture files that are named, those in the folders that are named, at any depth, and those of addresses.
-
-    Files in folders that are no pictures are left out, and a line counts them by kind.
 
     Args:
       names: list of str, files, folders and http or https addresses.
       output: pathlib.Path of the folder that captions go to. What is in it is left out of a folder that holds it.
         Pictures of addresses are to be downloaded to `output`/downloads, see `fetch_pictures`.
+      skipped: Counter of what is left out, by kind, such as files in folders that are no pictures; it is added to.
 
     Returns:
       list of Pictures, each file once
@@ -43,20 +41,19 @@ def find_pictures(names, output):
     Raises:
       UserError: there is none.
     """
-    pictures, left_out = [], collections.Counter()
+    pictures = []
     for name in names:
         path = pathlib.Path(name)
         if is_address(name):
             pictures.append(Picture(output / "downloads" / local_name(name), name))
         elif path.is_dir():
             check_output(path, output)
-            pictures += [Picture(file, str(file)) for file in walk_folder(path, output.resolve(), left_out)]
+            pictures += [Picture(file, str(file)) for file in walk_folder(path, output.resolve(), skipped)]
         else:
             pictures.append(Picture(path, str(path)))
-    if left_out:
-        print(f"left out of the folders: {describe_kinds(left_out)}")
     if not pictures:
-        raise UserError(f"no image file is in {', '.join(names)}: name image files or folders behind --image")
+        found = f" ({describe_skipped(skipped)})" if skipped else ""
+        raise UserError(f"no image file is in {', '.join(names)}{found}: name image files or folders behind --image")
     different = {}
     for picture in pictures:
         different.setdefault(os.path.abspath(picture.path), picture)
@@ -72,39 +69,39 @@ def check_output(folder, output):
         raise UserError(f"{folder} holds the pictures: give another folder by --output, such as {folder / 'captions'}")
 
 
-def describe_kinds(left_out):
-    """The most frequent kinds of files that were left out, and how many are of other kinds. Counter -> str."""
-    by_count = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+def describe_skipped(skipped):
+    """The most frequent kinds of what was skipped, and how many are of other kinds. Counter -> str."""
+    by_count = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     shown = {kind: count for kind, count in by_count[:SHOWN_KINDS] if kind.isprintable()}
     parts = [f"{count} {kind}" for kind, count in sorted(shown.items())]
-    others = left_out.total() - sum(shown.values())
+    others = skipped.total() - sum(shown.values())
     return ", ".join([*parts, f"{others} others"] if others else parts)
 
 
-def walk_folder(folder, output, left_out):
+def walk_folder(folder, output, skipped):
     """The picture files in a folder, at any depth, in order of their names.
 
     Args:
       folder: pathlib.Path
       output: pathlib.Path, resolved; this folder is not entered.
-      left_out: Counter of the kinds of files that are no pictures; it is added to.
+      skipped: Counter of the kinds of files that are no pictures; it is added to.
 
     Returns:
       list of pathlib.Path
     """
     endings = picture_endings()
     found = []
-    unreadable = lambda error: left_out.update(["folders that cannot be read"])  # noqa: E731
+    unreadable = lambda error: skipped.update(["folders that cannot be read"])  # noqa: E731
     for place, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if pathlib.Path(place, name).resolve() != output]
         for name in files:
             ending = pathlib.PurePath(name).suffix.lower()
             if name.startswith("._"):
-                left_out["macOS side files (._*)"] += 1
+                skipped["macOS side files (._*)"] += 1
             elif ending in endings:
                 found.append(pathlib.Path(place, name))
             else:
-                left_out[f"*{ending}" if ending else "files without an ending"] += 1
+                skipped[f"*{ending}" if ending else "files without an ending"] += 1
     return sorted(found)
 
 
@@ -123,8 +120,13 @@ def local_name(address):
     return f"{last[-40:]}_{hashlib.sha256(os.fsencode(address)).hexdigest()[:16]}"
 
 
-def fetch_pictures(pictures, workers):
-    """Download the pictures of addresses, anew in each run. Those that cannot be had are named and left out."""
+def fetch_pictures(pictures, workers, skipped):
+    """Download the pictures of addresses, anew in each run. Those that cannot be had are named, counted and left out.
+
+    Args:
+      workers: int, pictures fetched at a time.
+      skipped: as in `find_pictures`.
+    """
     jobs = [(picture.name, picture.path) for picture in pictures if is_address(picture.name)]
     for _, path in jobs:
         with contextlib.suppress(OSError):
@@ -134,16 +136,18 @@ def fetch_pictures(pictures, workers):
     for picture in pictures:
         if picture.path in failed:
             print(f"{picture.name} cannot be fetched ({failed[picture.path]})")
+            skipped["not fetched"] += 1
     return [picture for picture in pictures if picture.path not in failed]
 
 
-def extract_batches(network, pictures, config):
+def extract_batches(network, pictures, config, skipped):
     """Features of picture files, about `decode_batch` at a time, but whole batches of extraction.
 
-    Pictures that cannot be read are named and left out.
+    Pictures that cannot be read are named, counted and left out.
 
     Args:
       network: function, as feature_network returns.
+      skipped: as in `find_pictures`.
 
     Yields:
       (list of B Pictures, features float32 (B, P, F))
@@ -158,6 +162,7 @@ def extract_batches(network, pictures, config):
             done, features, failed = zip(*extracted[i : i + together], strict=True)
             for path, reason in itertools.chain(*failed):
                 tqdm.write(f"{by_path[path].name}: {reason}" if is_address(by_path[path].name) else reason)
+                skipped["not readable"] += 1
             readable = [by_path[path] for path in itertools.chain(*done)]
             if readable:
                 yield readable, np.concatenate(features)  # (B, P, F)

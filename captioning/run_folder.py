@@ -5,15 +5,19 @@ network.json                     identity of the network that made the features
 random_statistics.npz            batch-norm statistics, where that network has random weights
 last/, best/                     checkpoints: to continue from, and of the lowest validation loss
 history.csv, loss.png            the losses by epoch
+network_graph.pb, ....json       the network, ready to caption pictures with; made when it is first needed
 """
 
 import dataclasses
 import pathlib
 import shutil
 
+import tensorflow as tf
+
 from captioning.feature_cache import random_statistics
 from captioning.feature_manifest import MADE_ELSEWHERE
 from captioning.inception import feature_network
+from captioning.network_cache import kept_network
 from captioning.prepared_data import read_prepared_settings
 from captioning.settings import (
     DATA_SETTINGS,
@@ -125,8 +129,12 @@ def read_network(folder, remedy):
     return read_json(pathlib.Path(folder, NETWORK), remedy, str)
 
 
-def run_network(config):
+def run_network(config, keep=False):
     """The network that made the features which the run in `run_dir` was trained on. New pictures must go through it.
+
+    Args:
+      keep: bool, whether the network is kept ready in `run_dir`, which saves most of the time to make it. On a machine
+        with a GPU it is made anew all the same.
 
     Returns:
       function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
@@ -141,6 +149,8 @@ def run_network(config):
             f"{weights} is not here, and {folder} needs the network whose features it was trained on ({known}): "
             "name that weights file by --inception_weights"
         )
+    if keep and not tf.config.list_physical_devices("GPU"):
+        return kept_network(folder, config, folder / STATISTICS, expected_identity=known)
     return feature_network(config, folder / STATISTICS, expected_identity=known)
 
 

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from captioning.attention_page import PageCaption, PagePicture, write_pages
+from captioning.attention_page import PageCaption, PagePicture, describe_light, write_pages
 from captioning.caption_records import CaptionRecord, make_record, restore_prediction
 from captioning.captioner import Captioner, Picture, cached_batches, caption_batch, dataset_pictures
 from captioning.tensorboard_log import log_epoch
@@ -60,7 +60,8 @@ def show_samples(samples, state, row, config):
     captioner = Captioner(state.encoder, state.decoder, samples.vocabulary, f"epoch {epoch}")
     greedy = dataclasses.replace(config, beam_width=1)
     batches = cached_batches(pictures, greedy)
-    predictions = [caption for batch in batches for caption in caption_batch(captioner, *batch, greedy)]
+    with_evidence = config.attention_map == "evidence"
+    predictions = [caption for batch in batches for caption in caption_batch(captioner, *batch, greedy, with_evidence)]
     for prediction in predictions:
         print(f"  {prediction.path.name}: {prediction.caption}")
     log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)
@@ -68,7 +69,10 @@ def show_samples(samples, state, row, config):
     epochs.append(SampledEpoch(epoch, [make_record(prediction) for prediction in predictions]))
     write_json(folder / "samples.json", [dataclasses.asdict(each) for each in epochs])
     shown = epochs if len(epochs) <= SHOWN_EPOCHS else [epochs[0], *epochs[1 - SHOWN_EPOCHS :]]
-    write_pages(folder, "What the training learns", sample_pages(pictures, shown), file_name="samples.html")
+    intro = describe_light(predictions[0])
+    write_pages(
+        folder, "What the training learns", sample_pages(pictures, shown), file_name="samples.html", intro=intro
+    )
 
 
 def read_samples(path):

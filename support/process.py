@@ -85,3 +85,18 @@ def silenced_stderr():
     finally:
         os.dup2(original, 2)
         os.close(original)
+
+
+@contextlib.contextmanager
+def modules_left_out(*names):
+    """Inside the block an import of these modules fails, unless they are there already, as if they were not installed.
+
+    For libraries that import others for what nobody here uses, and can do without.
+    """
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # None: Python then raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 
 from captioning import attention_page
 from captioning.attention_maps import upsample
-from captioning.attention_page import PageCaption, PagePicture, boxes_of_nouns, write_pages
+from captioning.attention_page import PageCaption, PagePicture, write_pages
 from captioning.predictions import PredictedCaption
 
 DOG = "a dog catches a frisbee".split()
@@ -265,12 +265,6 @@ def test_what_ends_early_leaves_the_earlier_pages(tmp_path, photograph):
     assert Page(path).inside("title") == "Before"
 
 
-def test_boxes_of_nouns():
-    boxes = {"dog": [[1, 2, 3, 4]], "teddy bear": [[5, 6, 7, 8]], "bear": [[0, 0, 1, 1]], "cat": [[9, 9, 9, 9]]}
-    found = boxes_of_nouns("a dog and a teddy bear".split(), boxes)
-    assert found == {1: boxes["dog"], 4: boxes["teddy bear"], 5: boxes["teddy bear"] + boxes["bear"]}
-
-
 def test_the_heat_map_is_inferno():
     colormaps = pytest.importorskip("matplotlib").colormaps
     table = re.search(r"const INFERNO = (\[.*?\]);", attention_page.read_template("page.js"), re.DOTALL)[1]
@@ -319,7 +313,7 @@ def page(tmp_path_factory):
     high = write_photograph(folder / "high.png", (150, 200))
     greedy = make_caption(DOG, np.log([0.9, 0.43, 0.2, 0.05, 0.005, 0.9]), references=["A dog jumps."])
     beams = make_caption(["two", "dogs"])
-    boxes = boxes_of_nouns(DOG, {"dog": [[80, 60, 160, 120]], "frisbee": [[0, 0, 32, 24], [160, 120, 16, 12]]})
+    boxes = {DOG.index("dog"): [[80, 60, 160, 120]], DOG.index("frisbee"): [[0, 0, 32, 24], [160, 120, 16, 12]]}
     captions = [PageCaption(greedy, "greedy", "CIDEr 0.83", boxes), PageCaption(beams, "3 beams")]
     first = PagePicture("wide.png", wide, captions)
     scores = [["", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"], ["greedy", 59.7, 16.3, 18.6, 43.8, 0.432]]

@@ -1,5 +1,6 @@
 """The benchmarks are run by hand. What is tested here: that the comparisons they rest on see what is wrong."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -94,3 +95,34 @@ def test_a_wrong_attention_does_not_pass_as_the_usual_ways(tmp_path, monkeypatch
     state = train_speed.open_runs(prepared, tmp_path / "wrong", config)[1]
     with pytest.raises(AssertionError):
         train_speed.check_same_gradients(states[0], state, usual, config)
+
+
+# --- folder_memory.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "problems"),
+    [
+        ("abc", []),
+        ("ab", ["1 captions are lost, such as that of c"]),
+        ("abcb", ["1 captions are there twice"]),
+        ("abcd", ["1 captions are of pictures that nobody named"]),
+        ("aad", ["2 captions are lost, such as that of b", "1 captions are there twice", "1 captions are of pictures"]),
+    ],
+)
+def test_lost_double_and_foreign_captions_of_a_folder_are_problems(found, problems):
+    import folder_memory
+
+    lines = [json.dumps({"image": name}).encode() for name in found]
+    said = folder_memory.find_problems(folder_memory.Measured(0, 1.0, 1.0, lines), set("abc"))
+    assert len(said) == len(problems)
+    assert all(line.startswith(start) for line, start in zip(said, problems, strict=True))
+
+
+def test_the_pictures_of_a_folder_are_made_once(tmp_path):
+    import folder_memory
+
+    few = folder_memory.make_pictures(tmp_path, 3)
+    many = folder_memory.make_pictures(tmp_path, 5)
+    assert few < many and len(many) == 5
+    assert {str(path) for path in tmp_path.rglob("*.jpg")} == many

@@ -387,3 +387,35 @@ def test_a_caption_without_words_is_a_caption(pictures, tmp_path, capsys):
     assert figures(output) == ["001_a.png", "002_b.png"]
     assert headings(output / "index.html") == ["a.png", "b.png"]
     assert caption(silent, pictures, output) == ""
+
+
+def write_instances(folder, image_ids):
+    """COCO instances in which `word9` is the left half of each picture."""
+    (folder / "annotations").mkdir()
+    instances = {
+        "images": [{"id": i, "width": 60, "height": 40} for i in image_ids],
+        "categories": [{"id": 1, "name": "word9"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 30, 40]} for i in image_ids],
+    }
+    (folder / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
+
+
+def test_boxes_of_what_a_word_names_are_on_the_page_of_a_data_sets_pictures(tiny, pictures, tmp_path, capsys):
+    numbered = [dataclasses.replace(picture, image_id=number) for number, picture in enumerate(pictures, 1)]
+    coco = {"coco_dir": str(tmp_path), "figures": 7}
+    caption(tiny, numbered, tmp_path / "without", **coco)
+    assert "data-boxes" not in (tmp_path / "without" / "index.html").read_text()
+    write_instances(tmp_path, range(1, 8))
+    caption(tiny, numbered, tmp_path / "with", **coco)
+    buttons = re.findall("<button.*?</button>", (tmp_path / "with" / "index.html").read_text())
+    named = [button for button in buttons if button.endswith(">word9</button>")]
+    assert named and all('data-boxes="[[0.0, 0.0, 0.5, 1.0]]"' in button for button in named)
+    assert sum("data-boxes" in button for button in buttons) == len(named)
+
+    caption(tiny, pictures, tmp_path / "own", **coco)  # whose picture nobody knows
+    assert "data-boxes" not in (tmp_path / "own" / "index.html").read_text()
+    (tmp_path / "annotations" / "instances_train2014.json").write_text("[]")
+    assert "note" not in capsys.readouterr().out
+    caption(tiny, numbered, tmp_path / "damaged", **coco)
+    assert "note: the page of attention has no boxes: " in capsys.readouterr().out
+    assert headings(tmp_path / "damaged" / "index.html")[0] == "a.png"

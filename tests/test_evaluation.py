@@ -168,11 +168,27 @@ def test_the_best_the_middle_and_the_worst_are_chosen_by_the_first_runs_score(co
         "beam 3": Evaluated(captions, [], {number: float(number) for number in range(count)}, {}),
     }
     shuffled = [pictures[i] for i in np.random.default_rng(0).permutation(count)]
-    shown = [picture.heading.removesuffix(".jpg").split(": ") for picture in score_pages(runs, shuffled)]
+    shown = [picture.heading.removesuffix(".jpg").split(": ") for picture in score_pages(runs, shuffled, make_config())]
     by_group = {}
     for group, number in shown:
         by_group.setdefault(group, []).append(int(number))
     assert by_group == {group: list(numbers) for group, numbers in expected.items()}
+
+
+@pytest.mark.parametrize("attention_map", ["evidence", "weights"])
+def test_the_page_shows_the_map_that_is_wanted_and_says_which(tiny, pictures, tmp_path, attention_map):
+    evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy", attention_map=attention_map)
+    page = (tmp_path / "out" / "evaluation_test.html").read_text()
+    assert f"worst CIDEr of all {len(pictures)}, greedy. The light shows the " in page
+    assert ("The light shows the evidence" in page) == (attention_map == "evidence")
+    assert ("The light shows the attention weights" in page) == (attention_map == "weights")
+    captions = [
+        PredictedCaption(pathlib.Path("a"), "a", ["word1"], np.zeros(1), np.eye(1, 64), evidence=np.eye(1, 64, 9))
+    ]
+    runs = {"greedy": Evaluated(captions, [], {None: 0.0}, {})}
+    picture = Picture(captions[0].path, "a")
+    (shown,) = score_pages(runs, [picture], make_config({"attention_map": attention_map}))
+    assert shown.captions[0].predicted.shown_maps().argmax() == (9 if attention_map == "evidence" else 0)
 
 
 def test_boxes_of_what_a_word_names_are_on_the_page(tiny, pictures, tmp_path):

@@ -160,6 +160,7 @@ def run(code):
     [
         ("model", ["sklearn", "matplotlib", "tqdm", "requests", "support.downloads", "captioning.coco_download"]),
         ("support.files", ["tensorflow", "keras"]),
+        ("inference_image_caption", ["sklearn", "scipy.stats", "matplotlib.pyplot", "captioning.coco_download"]),
     ],
 )
 def test_an_import_loads_nothing_that_is_not_needed(name, unwanted):
@@ -167,6 +168,13 @@ def test_an_import_loads_nothing_that_is_not_needed(name, unwanted):
     theirs = "import keras, tensorflow; " if name == "model" else ""
     code = f"import json, sys; {theirs}theirs = set(sys.modules); import {name}\n"
     assert set(run(code + "print(); print(json.dumps(list(set(sys.modules) - theirs)))")) & set(unwanted) == set()
+
+
+@pytest.mark.slow
+def test_what_keras_does_without_is_there_for_others():
+    code = "import support.before_tensorflow, json, sys; before = 'sklearn' in sys.modules; import sklearn, keras\n"
+    code += "from matplotlib import pyplot; print(json.dumps([before, keras.__name__, pyplot.__name__]))"
+    assert run(code) == [False, "keras", "matplotlib.pyplot"]
 
 
 @pytest.mark.slow

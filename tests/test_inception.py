@@ -1,5 +1,7 @@
 import hashlib
 import pathlib
+import threading
+import time
 
 import keras
 import numpy as np
@@ -287,3 +289,55 @@ def test_fast_features_are_float32s_up_to_rounding():
     norms = np.linalg.norm(exact, axis=-1) * np.linalg.norm(fast, axis=-1)
     assert ((exact * fast).sum(-1) / norms).mean() > 0.999
     assert error(fast, exact) < 0.013  # 0.017 where each weight is rounded for itself, see rounding.py
+
+
+# --- Compiling once
+
+
+def test_nobody_enters_a_graph_before_its_first_call_has_ended():
+    entered, go_on = [], threading.Event()
+
+    def graph(pixels):
+        entered.append(pixels)
+        if len(entered) == 1:
+            assert go_on.wait(10)
+        return pixels
+
+    network = inception.compiled_once(graph)
+    threads = [threading.Thread(target=network, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    assert len(entered) == 1
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(entered) == [0, 1, 2]
+
+
+def test_calls_after_the_first_do_not_wait_for_each_other():
+    together = threading.Barrier(3, timeout=10)
+    network = inception.compiled_once(lambda pixels: pixels and together.wait())
+    network(0)
+    threads = [threading.Thread(target=network, args=(1,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not together.broken  # all three were there at once
+
+
+def test_a_first_call_that_fails_leaves_the_next_to_be_the_first():
+    calls = []
+
+    def graph(pixels):
+        calls.append(pixels)
+        if len(calls) == 1:
+            raise ValueError("out of memory")
+        return pixels
+
+    network = inception.compiled_once(graph)
+    with pytest.raises(ValueError, match="out of memory"):
+        network(1)
+    assert network(2) == 2
+    assert network(3) == 3

@@ -28,7 +28,7 @@ def records(path):
 @pytest.fixture
 def own_network(monkeypatch):
     """The run's features were made elsewhere; a stand-in for the network that made them."""
-    monkeypatch.setattr(inference, "run_network", lambda config: colour_network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_picture_from_the_web_is_seen_anew_each_time(trained, tmp_path, server
         seen.append(np.asarray(pixels).mean((0, 1, 2)).tolist())
         return tf.zeros((len(pixels), 64, 2048))
 
-    monkeypatch.setattr(inference, "run_network", lambda config: network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: network)
     for colour in ((255, 0, 0), (0, 0, 255)):
         Image.new("RGB", (30, 30), colour).save(server.folder / "webcam.png")
         infer(trained, "--image", f"{server.url}/webcam.png", "--output", str(tmp_path))
@@ -196,7 +196,7 @@ def seen(monkeypatch):
         seen.numbers += numbers
         return colour_network(pixels)
 
-    monkeypatch.setattr(inference, "run_network", lambda config: network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: network)
     return seen
 
 
@@ -257,11 +257,15 @@ def test_photographs_of_phones_are_captioned_and_what_is_no_picture_is_counted(t
     picture = Image.new("RGB", (64, 48), "red")
     pillow_heif.from_pillow(picture).save(tmp_path / "pictures" / "a.heic")
     picture.save(tmp_path / "pictures" / "b.jpg")
-    for name in ("._b.jpg", "c.pdf", "d.h5"):
+    for name in ("._b.jpg", "c.pdf", "d.h5", "e.jpg"):
         (tmp_path / "pictures" / name).touch()
-    infer(trained, "--image", str(tmp_path / "pictures"), "--output", str(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="1"):
+        infer(trained, "--image", str(tmp_path / "pictures"), "--output", str(tmp_path / "out"))
     assert names(tmp_path / "out" / "captions.jsonl") == ["a.heic", "b.jpg"]
-    assert "left out of the folders: " in capsys.readouterr().out
+    *_, skipped, page, last = capsys.readouterr().out.splitlines()
+    assert skipped == "skipped: 1 *.h5, 1 *.pdf, 1 macOS side files (._*), 1 not readable"
+    assert page.startswith("open ")
+    assert last == "1 of 3 pictures have no caption; the lines above say why"
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
@@ -286,7 +290,7 @@ def test_only_one_thing_is_done_at_a_time(alone, asked):
 
 def test_an_exported_model_computes_in_float32(trained, tmp_path, monkeypatch):
     exported = []
-    monkeypatch.setattr(inference, "run_network", lambda config: config.extract_precision)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: config.extract_precision)
     monkeypatch.setattr(inference, "export_captioner", lambda _, network, config, folder: exported.append(network))
     infer(trained, "--export", str(tmp_path / "model"), "--extract_precision", "bfloat16")
     assert exported == ["float32"]

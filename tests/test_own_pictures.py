@@ -1,3 +1,4 @@
+import collections
 import os
 import re
 import socket
@@ -10,7 +11,7 @@ from PIL import Image
 
 from captioning import own_pictures
 from captioning.captioner import Picture
-from captioning.own_pictures import extract_batches, fetch_pictures, find_pictures
+from captioning.own_pictures import describe_skipped, extract_batches, fetch_pictures, find_pictures
 from captioning.settings import make_config
 from support.errors import UserError
 
@@ -18,6 +19,10 @@ from support.errors import UserError
 def red_network(pixels):
     """A stand-in for InceptionV3: the first pixel's red in every feature."""
     return tf.fill((len(pixels), 64, 2048), 1.0) * tf.cast(pixels[:, :1, :1, 0], "float32")
+
+
+def find(names, output):
+    return find_pictures(names, output, collections.Counter())
 
 
 def set_up_heif():
@@ -33,7 +38,7 @@ def test_files_folders_and_addresses_are_found_each_once(tmp_path):
     (deep / "notes.txt").write_text("not a picture, and not taken for one")
     address = "https://example.org/red.png"
     names = [str(tmp_path / "c.webp"), address, str(tmp_path / "pictures"), str(deep / "a.JPG"), address, "gone.jpg"]
-    found = find_pictures(names, tmp_path)
+    found = find(names, tmp_path)
     assert [picture.name for picture in found] == [
         names[0],
         address,
@@ -47,26 +52,26 @@ def test_files_folders_and_addresses_are_found_each_once(tmp_path):
 
 def test_a_folder_without_pictures_is_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="no image file.*--image"):
-        find_pictures([str(tmp_path)], tmp_path / "out")
+    with pytest.raises(UserError, match=r"no image file is in .* \(1 \*.txt\): .*--image"):
+        find([str(tmp_path)], tmp_path / "out")
 
 
 def found_below(folder, output):
-    """The pictures found in a folder, as paths below it."""
-    return [str(picture.path.relative_to(folder)) for picture in find_pictures([str(folder)], output)]
+    """The pictures found in a folder, as paths below it, and what was skipped in words."""
+    skipped = collections.Counter()
+    found = find_pictures([str(folder)], output, skipped)
+    return [str(picture.path.relative_to(folder)) for picture in found], describe_skipped(skipped)
 
 
-def test_what_is_no_picture_is_left_out_of_a_folder_and_counted_in_one_line(tmp_path, capsys):
+def test_what_is_no_picture_is_left_out_of_a_folder_and_counted_by_kind(tmp_path):
     """Pillow registers the endings of some of them."""
     names = "._a.jpg ._b.HEIC a.jpg paper.pdf film.mpg film.mp4 data.h5 data.hdf5 drawing.eps notes.txt more.txt Thumbs"
     (tmp_path / "deep").mkdir()
     for name in [*names.split(), ".DS_Store", "deep/b.Tiff", "deep/._b.tiff"]:
         (tmp_path / name).touch()
-    assert found_below(tmp_path, tmp_path / "out") == ["a.jpg", "deep/b.Tiff"]
-    (line,) = capsys.readouterr().out.splitlines()
-    start, _, kinds = line.partition(": ")
-    assert start == "left out of the folders"
-    assert set(kinds.split(", ")) == {
+    found, skipped = found_below(tmp_path, tmp_path / "out")
+    assert found == ["a.jpg", "deep/b.Tiff"]
+    assert set(skipped.split(", ")) == {
         "2 *.txt",
         "2 files without an ending",
         "3 macOS side files (._*)",
@@ -75,26 +80,25 @@ def test_what_is_no_picture_is_left_out_of_a_folder_and_counted_in_one_line(tmp_
     }
 
 
-def test_the_line_of_what_is_left_out_is_short_and_one_whatever_the_names_are(tmp_path, capsys):
+def test_the_line_of_what_is_left_out_is_short_and_one_whatever_the_names_are(tmp_path):
     (tmp_path / "a.png").touch()
     for name in [b"a.x\ny", b"a.\x1b[31m", b"a.\xff", *(b"a.%03d" % number for number in range(200))]:
         try:
             open(os.path.join(os.fsencode(tmp_path), name), "wb").close()
         except OSError:
             pytest.skip("the file system does not take such names")
-    assert found_below(tmp_path, tmp_path / "out") == ["a.png"]
-    (line,) = capsys.readouterr().out.splitlines()
+    found, line = found_below(tmp_path, tmp_path / "out")
+    assert found == ["a.png"]
     assert line.isprintable() and len(line) < 200
     assert sum(map(int, re.findall(r"(\d+) (?:\*|others)", line))) == 203
 
 
-def test_nothing_is_said_where_nothing_is_left_out(tmp_path, capsys):
+def test_nothing_is_counted_where_nothing_is_left_out(tmp_path):
     (tmp_path / "a.png").touch()
-    assert found_below(tmp_path, tmp_path / "out") == ["a.png"]
-    assert capsys.readouterr().out == ""
+    assert found_below(tmp_path, tmp_path / "out") == (["a.png"], "")
 
 
-def test_a_folder_that_cannot_be_read_is_counted(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_read_is_counted(tmp_path, monkeypatch):
     (tmp_path / "a.png").touch()
     (tmp_path / "locked").mkdir()
     scandir = os.scandir
@@ -105,8 +109,7 @@ def test_a_folder_that_cannot_be_read_is_counted(tmp_path, monkeypatch, capsys):
         return scandir(place)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert found_below(tmp_path, tmp_path / "out") == ["a.png"]
-    assert capsys.readouterr().out == "left out of the folders: 1 folders that cannot be read\n"
+    assert found_below(tmp_path, tmp_path / "out") == (["a.png"], "1 folders that cannot be read")
 
 
 @pytest.mark.parametrize("output", ["out", "deep/out", "deep/../out"])
@@ -119,34 +122,36 @@ def test_an_output_folder_among_the_pictures_is_left_out(tmp_path, monkeypatch, 
     (tmp_path / output / "downloads").mkdir()
     (tmp_path / output / "downloads" / "c.png").touch()
     expected = ["a.png", "deep/b.png", "output.png"]
-    assert found_below(tmp_path, tmp_path / output) == expected
+    assert found_below(tmp_path, tmp_path / output) == (expected, "")
     monkeypatch.chdir(tmp_path)  # and by another name of it
-    assert [str(picture.path) for picture in find_pictures(["."], tmp_path / output)] == expected
+    assert [str(picture.path) for picture in find(["."], tmp_path / output)] == expected
 
 
 def test_an_output_folder_that_holds_the_pictures_is_one_line(tmp_path):
     """The next run would take this one's figures for pictures."""
     (tmp_path / "a.png").touch()
     with pytest.raises(UserError, match=f"{tmp_path} holds the pictures: give another folder by --output"):
-        find_pictures([str(tmp_path)], tmp_path / "deep" / "..")
-    assert len(find_pictures([str(tmp_path / "a.png")], tmp_path)) == 1  # a file is no folder
+        find([str(tmp_path)], tmp_path / "deep" / "..")
+    assert len(find([str(tmp_path / "a.png")], tmp_path)) == 1  # a file is no folder
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.png").touch()
-    assert found_below(tmp_path / "deep", tmp_path) == ["b.png"]  # figures go where no picture is
+    assert found_below(tmp_path / "deep", tmp_path) == (["b.png"], "")  # figures go where no picture is
 
 
 def test_photographs_of_phones_are_pictures(tmp_path):
     set_up_heif()
     for name in ("a.heic", "b.HEIC", "c.heif", "d.avif", "e.jp2", "f.MPO"):
         (tmp_path / name).touch()
-    assert found_below(tmp_path, tmp_path / "out") == ["a.heic", "b.HEIC", "c.heif", "d.avif", "e.jp2", "f.MPO"]
+    found, skipped = found_below(tmp_path, tmp_path / "out")
+    assert found == ["a.heic", "b.HEIC", "c.heif", "d.avif", "e.jp2", "f.MPO"]
+    assert skipped == ""
 
 
 def test_a_heic_photograph_becomes_features(tmp_path):
     set_up_heif()
     Image.new("RGB", (64, 64), (250, 0, 0)).save(tmp_path / "a.heic", "HEIF")
-    pictures = find_pictures([str(tmp_path)], tmp_path / "out")
-    ((done, features),) = extract_batches(red_network, pictures, make_config())
+    pictures = find([str(tmp_path)], tmp_path / "out")
+    ((done, features),) = extract_batches(red_network, pictures, make_config(), collections.Counter())
     assert done == pictures
     np.testing.assert_allclose(features, 250, atol=8)
 
@@ -155,12 +160,12 @@ def test_two_ways_to_write_a_path_are_one_picture_and_two_names_of_a_file_are_tw
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").touch()
     same = ["a.png", "./a.png", str(tmp_path / "a.png"), "deep/../a.png", "."]
-    assert [picture.name for picture in find_pictures(same, tmp_path / "out")] == ["a.png"]
+    assert [picture.name for picture in find(same, tmp_path / "out")] == ["a.png"]
     try:
         (tmp_path / "b.png").symlink_to("a.png")
     except OSError:
         pytest.skip("the file system has no links")
-    assert [picture.name for picture in find_pictures(["."], tmp_path / "out")] == ["a.png", "b.png"]
+    assert [picture.name for picture in find(["."], tmp_path / "out")] == ["a.png", "b.png"]
 
 
 def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
@@ -169,7 +174,7 @@ def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
         (tmp_path / "again").symlink_to(tmp_path)
     except OSError:
         pytest.skip("the file system has no links")
-    assert found_below(tmp_path, tmp_path / "out") == ["a.png"]
+    assert found_below(tmp_path, tmp_path / "out") == (["a.png"], "")
 
 
 def test_a_name_that_is_not_utf8_is_found_and_read(tmp_path):
@@ -179,9 +184,9 @@ def test_a_name_that_is_not_utf8_is_found_and_read(tmp_path):
     except OSError:
         pytest.skip("the file system does not take such a name")
     Image.new("RGB", (8, 8), (7, 0, 0)).save(os.fsdecode(path))
-    (picture,) = find_pictures([str(tmp_path)], tmp_path / "out")
+    (picture,) = find([str(tmp_path)], tmp_path / "out")
     assert os.fsencode(picture.name) == path
-    ((done, features),) = extract_batches(red_network, [picture], make_config())
+    ((done, features),) = extract_batches(red_network, [picture], make_config(), collections.Counter())
     assert done == [picture] and (features == 7).all()
 
 
@@ -189,7 +194,7 @@ def test_a_name_that_is_not_utf8_is_found_and_read(tmp_path):
     "address", ["http://a/../../x.jpg", "http://a/", "http://a/" + "x" * 5000, "http://a/é\\..\\b"]
 )
 def test_no_address_leads_out_of_the_folder_or_to_anothers_file(tmp_path, address):
-    first, second = (find_pictures([name], tmp_path)[0].path for name in (address, address + "?"))
+    first, second = (find([name], tmp_path)[0].path for name in (address, address + "?"))
     assert first.parent == second.parent == tmp_path / "downloads" and first != second
     assert re.fullmatch("[A-Za-z0-9_]{1,80}", first.name)
 
@@ -211,8 +216,10 @@ def test_pictures_from_the_web_among_files_and_bad_ones(tmp_path, server, monkey
         f"file://{tmp_path / 'secret'}": "only http and https",
         "http://[half": "Invalid",
     }
-    pictures = find_pictures([red, *bad, red, str(tmp_path / "blue.png")], tmp_path)
-    fetched = fetch_pictures(pictures, 4)
+    pictures = find([red, *bad, red, str(tmp_path / "blue.png")], tmp_path)
+    skipped = collections.Counter()
+    fetched = fetch_pictures(pictures, 4, skipped)
+    assert skipped == {"not fetched": len(bad)}
     assert [picture.name for picture in fetched] == [red, str(tmp_path / "blue.png")]
     assert [path.name.rsplit("_", 1)[0] for path in (tmp_path / "downloads").iterdir()] == ["red_png"]
     printed = capsys.readouterr().out.splitlines()
@@ -223,10 +230,10 @@ def test_pictures_from_the_web_among_files_and_bad_ones(tmp_path, server, monkey
 
 
 def test_a_picture_from_the_web_is_fetched_anew(tmp_path, server):
-    pictures = find_pictures([f"{server.url}/webcam.png"], tmp_path)
+    pictures = find([f"{server.url}/webcam.png"], tmp_path)
     for colour in ((255, 0, 0), (0, 0, 255)):
         Image.new("RGB", (30, 30), colour).save(server.folder / "webcam.png")
-        (fetched,) = fetch_pictures(pictures, 1)
+        (fetched,) = fetch_pictures(pictures, 1, collections.Counter())
         with Image.open(fetched.path) as image:
             assert image.getpixel((0, 0)) == colour
 
@@ -241,12 +248,14 @@ def test_each_picture_of_many_gets_its_own_features(tmp_path, monkeypatch, capsy
         (tmp_path / f"{number:02d}.png").write_bytes(b"broken")
     monkeypatch.setattr(own_pictures, "EXTRACTED", 10)
     config = make_config({"extract_batch": extract_batch, "decode_batch": 4})
-    batches = list(extract_batches(red_network, find_pictures([str(tmp_path)], tmp_path / "out"), config))
+    skipped = collections.Counter()
+    batches = list(extract_batches(red_network, find([str(tmp_path)], tmp_path / "out"), config, skipped))
     assert [len(pictures) for pictures, _ in batches] == sizes
     numbers = [[int(picture.path.stem) for picture in pictures] for pictures, _ in batches]
     assert sum(numbers, []) == [0, 1, 2, 3, 4, 6, 7, 10, 11, 12, 13]
     assert numbers == [features[:, 0, 0].tolist() for _, features in batches]
     assert capsys.readouterr().out.count("cannot be read") == 3
+    assert skipped == {"not readable": 3}
 
 
 def test_a_bad_picture_is_called_by_the_name_that_the_user_gave(tmp_path, capsys):
@@ -256,7 +265,7 @@ def test_a_bad_picture_is_called_by_the_name_that_the_user_gave(tmp_path, capsys
         Picture(tmp_path / "bad", "http://a/b.jpg"),
         Picture(tmp_path / "local.jpg", str(tmp_path / "local.jpg")),
     ]
-    assert list(extract_batches(red_network, pictures, make_config())) == []
+    assert list(extract_batches(red_network, pictures, make_config(), collections.Counter())) == []
     web, other = capsys.readouterr().out.splitlines()
     assert web.startswith("http://a/b.jpg: ") and "cannot be read as an image" in web
     assert other.startswith(f"{tmp_path / 'local.jpg'} cannot be read as an image")
@@ -265,8 +274,9 @@ def test_a_bad_picture_is_called_by_the_name_that_the_user_gave(tmp_path, capsys
 def test_nothing_is_left_of_the_extractions_graphs(tmp_path):
     """Decoding, between batches, computes in float32."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    pictures = find_pictures([str(tmp_path / "a.png")], tmp_path)
-    for _, features in extract_batches(red_network, pictures, make_config({"extract_precision": "bfloat16"})):
+    pictures = find([str(tmp_path / "a.png")], tmp_path)
+    config = make_config({"extract_precision": "bfloat16"})
+    for _, features in extract_batches(red_network, pictures, config, collections.Counter()):
         rewriting = tf.config.optimizer.get_experimental_options()
         assert not rewriting.get("auto_mixed_precision_onednn_bfloat16")
         assert features.dtype == np.float32

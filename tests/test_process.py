@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from support.errors import UserError
-from support.process import end_process, interrupts_held_back, silenced_stderr
+from support.process import end_process, interrupts_held_back, modules_left_out, silenced_stderr
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -106,3 +106,16 @@ def test_before_tensorflow_sets_up_the_process_and_says_nothing():
     )
     ended = run(code)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "end_process 3 True\n", "")
+
+
+def test_modules_left_out_are_missing_inside_the_block_and_there_behind_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with pytest.raises(KeyError), modules_left_out("colorsys", "json"):
+        import json  # noqa: F401  which is there already
+
+        with pytest.raises(ImportError):
+            import colorsys
+        raise KeyError
+    import colorsys
+
+    assert colorsys.rgb_to_hsv(0, 0, 0) == (0, 0, 0)

@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from captioning.feature_manifest import MADE_ELSEWHERE
 from captioning.inception import network_identity
@@ -208,6 +209,18 @@ def test_the_network_takes_the_statistics_of_the_run_and_no_others(config, tmp_p
     ((args, named),) = asked
     assert args == (config, tmp_path / "run" / "random_statistics.npz")
     assert named == {"expected_identity": RANDOM}
+
+
+@pytest.mark.parametrize("gpus", [[], ["a GPU"]])
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_network_is_kept_where_that_is_wanted_and_there_is_no_gpu(config, tmp_path, monkeypatch, gpus, keep):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr("captioning.run_folder.feature_network", lambda *args, **named: "made anew")
+    monkeypatch.setattr("captioning.run_folder.kept_network", lambda *args, **named: (args, named))
+    begin_with(config, RANDOM)
+    statistics = tmp_path / "run" / "random_statistics.npz"
+    kept = (tmp_path / "run", config, statistics), {"expected_identity": RANDOM}
+    assert run_network(config, keep=keep) == (kept if keep and not gpus else "made anew")
 
 
 @pytest.mark.slow

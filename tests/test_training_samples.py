@@ -88,6 +88,13 @@ def test_samples_are_greedy_whatever_the_beam_width(pictures, state, tmp_path):
     assert show(1, pictures, state, tmp_path) == show(1, pictures, state, tmp_path, beam_width=4)
 
 
+@pytest.mark.parametrize(("attention_map", "said"), [("evidence", "evidence: "), ("weights", "attention weights.")])
+def test_the_page_shows_the_map_that_is_wanted_and_says_which(pictures, state, tmp_path, attention_map, said):
+    (epoch,) = show(1, pictures, state, tmp_path, attention_map=attention_map)
+    assert all((record["evidence"] is None) == (attention_map == "weights") for record in epoch["captions"])
+    assert f"The light shows the {said}" in (tmp_path / "samples.html").read_text()
+
+
 def test_a_run_that_is_continued_goes_on_with_the_samples_and_one_begun_anew_does_not(pictures, state, tmp_path):
     for epoch, expected in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (2, [1, 2]), (3, [1, 2, 3]), (1, [1])):
         assert [row["epoch"] for row in show(epoch, pictures, state, tmp_path)] == expected

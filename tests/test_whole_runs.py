@@ -77,8 +77,11 @@ def test_a_run_folder_moved_alone_to_an_empty_place_captions_a_picture(tmp_path)
     run("data_utils.py", *argv)
     run("train_image_caption_model.py", *argv)
     picture = next((old / "scenes" / "train2014").glob("*.jpg"))
-    run("inference_image_caption.py", *argv, "--image", str(picture), "--output", str(tmp_path / "before"))
+    own = ["--image", str(picture), "--output", str(tmp_path / "before")]
+    assert "InceptionV3 is kept ready" in run("inference_image_caption.py", *argv, *own)
     (before,) = check_figures(tmp_path / "before", 1)
+    assert "kept ready" not in run("inference_image_caption.py", *argv, *own, "--anew")
+    assert check_figures(tmp_path / "before", 1) == [before]
 
     new.mkdir()
     shutil.move(picture, new / "a.jpg")
