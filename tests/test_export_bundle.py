@@ -241,18 +241,18 @@ def test_options_of_the_script_that_cannot_be_are_refused(exported, pictures, tm
 
 
 def test_the_figure_is_lit_where_the_map_is_high(tmp_path):
-    runner, width, line = load_runner(), 224, 26
+    runner, width, line, gap = load_runner(), 224, 26, 4
     Image.new("RGB", (640, 480), (200, 200, 200)).save(tmp_path / "a.png")
     maps = np.full((6, 64), 0.01, np.float32)
     for word in range(6):
         maps[word, 9 * word] = 0.5  # on the diagonal
     figure = np.asarray(runner.draw_attention(tmp_path / "a.png", ["a"] * 6, maps), int)
-    assert figure.shape == (2 * (168 + line), 5 * width, 3)
+    assert figure.shape == (2 * (165 + line + gap), 5 * width, 3)
     for word in range(6):
-        left, top = (word + 1) % 5 * width, (word + 1) // 5 * (168 + line) + line
-        panel = figure[top : top + 168, left : left + width, 0]
+        left, top = (word + 1) % 5 * width, (word + 1) // 5 * (165 + line + gap) + line
+        panel = figure[top : top + 165, left : left + 220, 0]
         row, column = np.unravel_index(panel.argmax(), panel.shape)
-        assert (row // 21, column // 28) == (word, word)
+        assert (row * 8 // 165, column * 8 // 220) == (word, word)
         assert panel.max() > 190 and panel[-10:, :10].max() < 60
         assert (figure[top - line : top, left : left + width] < 100).any()  # the word
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 FOLDER = pathlib.Path(__file__).resolve().parent
 PAD, UNK, START, END = range(4)  # the first words of the vocabulary
 MOST_PIXELS, MOST_FILE_PIXELS = 100_000_000, 250_000_000  # of a picture as it is decoded, and of any file
-WIDTH, COLUMNS, LINE = 224, 5, 26  # of a figure: pixels of a panel, panels in a row, pixels of a line of text
+WIDTH, GAP, COLUMNS, LINE = 224, 4, 5, 26  # of a figure: pixels of a column and between two, columns, pixels of text
 
 
 def main(argv):
@@ -130,8 +130,8 @@ def find_evidence(encoded, explain, words):
 
 def draw_attention(path, words, maps):
     """The picture, and for each word the picture lit where its map is high, as a Pillow image."""
-    image = ImageOps.contain(open_picture(path, WIDTH), (WIDTH, 3 * WIDTH))
-    pixels, side, height = np.asarray(image, np.float32), round(maps.shape[1] ** 0.5), image.height + LINE
+    image = ImageOps.contain(open_picture(path, WIDTH), (WIDTH - GAP, 3 * WIDTH))
+    pixels, side, height = np.asarray(image, np.float32), round(maps.shape[1] ** 0.5), image.height + LINE + GAP
     figure = Image.new("RGB", (COLUMNS * WIDTH, (len(words) // COLUMNS + 1) * height), "white")
     pen, font = ImageDraw.Draw(figure), ImageFont.load_default(16)
     figure.paste(image, (0, LINE))
