@@ -1,7 +1,8 @@
 """Script 3: caption validation images, or your own, and plot where the model looked for each word.
 
 python inference_image_caption.py [--dataset NAME | --run_dir DIR]
-    [--image FILE_FOLDER_OR_URL ... | --evaluate | --export DIR] [--output DIR] [--<setting> VALUE ...]
+    [--image FILE_FOLDER_OR_URL ... | --evaluate | --export DIR [--format litert]]
+    [--output DIR] [--<setting> VALUE ...]
 """
 
 import support.before_tensorflow  # noqa: F401, I001  must come first
@@ -18,6 +19,7 @@ from captioning.captioner import cached_batches, dataset_pictures, load_captione
 from captioning.devices import set_up_devices
 from captioning.evaluation import evaluate
 from captioning.export import export_captioner
+from captioning.export_bundle import DEFAULT_WEIGHTS, check_weights, export_bundle
 from captioning.image_files import set_up_pillow
 from captioning.own_pictures import extract_batches, fetch_pictures, find_pictures
 from captioning.prepared_data import load_prepared
@@ -40,7 +42,17 @@ def add_options(parser):
     parser.add_argument("--evaluate", action="store_true", help="score the captions of the whole split")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
     parser.add_argument(
-        "--export", metavar="DIR", help="write the captioner as a TensorFlow SavedModel, and no captions"
+        "--export", metavar="DIR", help="write the captioner for use without this code, and no captions"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("savedmodel", "litert", "onnx"),
+        help="of --export: a TensorFlow SavedModel, or a bundle for LiteRT or ONNX Runtime (default: savedmodel)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "float16", "int8"),
+        help=f"of a bundle (default: {', '.join(' for '.join(pair[::-1]) for pair in DEFAULT_WEIGHTS.items())})",
     )
     parser.add_argument("--output", metavar="DIR", help="where captions and figures go (default: <run_dir>/captions)")
     parser.add_argument(
@@ -59,9 +71,7 @@ def main(argv):
     set_up_pillow()
     set_up_devices()
     if options.export:
-        any_machine = dataclasses.replace(config, extract_precision="float32")
-        export_captioner(load_captioner(config), run_network(any_machine), config, options.export)
-        print(f"the SavedModel is in {options.export}")
+        export(load_captioner(config), options, config)
         return
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
     with locked(output):
@@ -83,6 +93,21 @@ def check_options(options):
     asked = [f"--{name}" for name in ("image", "evaluate", "export") if getattr(options, name)]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} do not go together: run the script once for each")
+    if not options.export and (options.format or options.weights):
+        raise UserError("--format and --weights say how to export: give --export DIR too")
+    check_weights(options.format or "savedmodel", options.weights)
+
+
+def export(captioner, options, config):
+    """Write the captioner in the format that the options name."""
+    network = run_network(dataclasses.replace(config, extract_precision="float32"))  # as any machine can compute
+    if (options.format or "savedmodel") == "savedmodel":
+        export_captioner(captioner, network, config, options.export)
+        print(f"the SavedModel is in {options.export}")
+        return
+    weights = check_weights(options.format, options.weights)
+    export_bundle(captioner, network, options.format, weights, config, options.export)
+    print(f"the bundle is in {options.export}: see README.md there")
 
 
 def split_pictures(split, config):

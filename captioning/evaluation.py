@@ -7,6 +7,7 @@ import pathlib
 from captioning import demo_scores
 from captioning.attention_accuracy import attention_accuracy
 from captioning.attention_page import PageCaption, PagePicture, describe_light, write_pages
+from captioning.caption_form import describe_form
 from captioning.captioner import cached_batches, caption_batch, explain_references
 from captioning.demo_scenes import read_scenes
 from captioning.known_boxes import boxes_by_position, find_groundings
@@ -63,6 +64,8 @@ def evaluate(captioner, pictures, split, output, config):
         intro=introduce_page(runs, config),
     )
     print(format_table(metrics))
+    for name, run in runs.items():
+        print(f"{name}: {describe_form(list(texts[name].values()))}")
     print_scenes(metrics)
     for name, values in (metrics | taught).items():
         print_attention(name, values.get("attention"))
@@ -75,6 +78,7 @@ def score_run(captions, pictures, config):
     references = {picture.image_id: picture.references for picture in pictures}
     texts = texts_by_image(captions)
     metrics = score_captions(texts, references)
+    metrics["form"] = dataclasses.asdict(describe_form(list(texts.values())))
     groundings, known = find_groundings(captions, config)
     if config.dataset == "demo":
         scenes = read_scenes(config.coco_dir)

@@ -30,9 +30,6 @@ def export_captioner(captioner, network, config, folder):
     Raises:
       UserError: the folder holds something, or cannot be written.
     """
-    target = pathlib.Path(folder)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
     with new_folder(folder) as temporary:
         write_saved_model(captioner, network, config, temporary)
 
@@ -44,9 +41,11 @@ def new_folder(folder):
     If the block raises an error, nothing is left.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder holds something, or cannot be written.
     """
     target = pathlib.Path(folder).resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
     temporary = target.with_name(f".{target.name}.export")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed

@@ -1,0 +1,150 @@
+"""Caption pictures with the models of this folder.
+
+python caption.py photo.jpg more_photos/ [--beam_width 3] [--figure attention.png]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+PAD, UNK, START, END = range(4)  # the first words of the vocabulary
+MOST_PIXELS, MOST_FILE_PIXELS = 100_000_000, 250_000_000  # of a picture as it is decoded, and of any file
+WIDTH, GAP, COLUMNS, LINE = 224, 4, 5, 26  # of a figure: pixels of a column and between two, columns, pixels of text
+
+
+def main(argv):
+    files = FOLDER / "captioner.json", FOLDER / "vocabulary.json"
+    settings, vocabulary = (json.loads(path.read_text(encoding="utf-8")) for path in files)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="+", help="picture files, and folders of them at any depth")
+    for name, value in settings["decoding"].items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, metavar=str(value))
+    parser.add_argument("--figure", metavar="PNG", help="draw where the model looked, for one picture")
+    options = parser.parse_args(argv)
+    with contextlib.suppress(ImportError):
+        __import__("pillow_heif").register_heif_opener()
+    Image.MAX_IMAGE_PIXELS = MOST_FILE_PIXELS // 2  # Pillow refuses twice as many
+    paths = find_pictures(options.pictures)
+    if min(options.beam_width, options.max_words, len(paths)) < 1 or (options.figure and len(paths) > 1):
+        parser.error("--beam_width and --max_words are 1 or more; a picture is needed, and only one with --figure")
+    encode, decode = (load_model(name, settings["format"]) for name in ("encoder", "decoder"))
+    failed = 0
+    for path in paths:
+        try:
+            encoded = encode(pixels=read_pixels(path, settings["sizes"]["image"])[np.newaxis])
+            found, _ = beam_search(encoded, decode, options)
+            words = [vocabulary[i] for i in found if i != END]
+            print(f"{path}: {' '.join(words)}", flush=True)
+            if options.figure:
+                maps = find_evidence(encoded, load_model("evidence", settings["format"]), found[: len(words)])
+                draw_attention(path, words, maps).save(options.figure)
+        except Exception as error:  # Pillow raises errors of many classes
+            print(f"{path}: {type(error).__name__}: {error}", file=sys.stderr)
+            failed += 1
+    return 1 if failed else 0
+
+
+def find_pictures(names):
+    """The files that are named, and the picture files in the folders that are named. list of str -> list of paths"""
+    known = Image.registered_extensions()
+    inside = lambda folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)  # noqa: E731
+    found = [inside(path) if path.is_dir() else [path] for path in map(pathlib.Path, names)]
+    return list(dict.fromkeys(path for paths in found for path in paths))
+
+
+def load_model(name, runtime):
+    """A model of this folder, as a function of arrays by name that returns a dict of arrays by name."""
+    if runtime == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(FOLDER / f"{name}.onnx")
+        outputs = [output.name for output in session.get_outputs()]
+        return lambda **inputs: dict(zip(outputs, session.run(outputs, inputs), strict=True))
+    from ai_edge_litert.interpreter import Interpreter
+
+    path = FOLDER / ("encoder.tflite" if name == "encoder" else "decoder.tflite")  # the latter has evidence in it
+    return Interpreter(str(path), num_threads=min(os.cpu_count(), 4)).get_signature_runner(name)
+
+
+def read_pixels(path, side):
+    return np.asarray(open_picture(path, side).resize((side, side), Image.Resampling.BILINEAR))  # (side, side, 3)
+
+
+def open_picture(path, smallest):
+    """A picture of any kind, upright, in RGB, on white. A large JPEG file comes smaller, which saves time."""
+    with Image.open(path) as image:
+        image.draft("RGB", (smallest, smallest))
+        if image.format == "EPS" or image.width * image.height > MOST_PIXELS:
+            raise OSError("a PostScript program, or too many pixels")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def beam_search(encoded, decode, options):
+    """The likeliest caption of those that `beam_width` beams (K) keep in view: words (L,), and log-probability."""
+    picture, width = {name: encoded[name] for name in ("encoded_features", "keys")}, options.beam_width
+    hidden = np.repeat(encoded["hidden"], width, 0)  # (K, units)
+    scores = np.float32([0] + [-1e6] * (width - 1))  # (K,); all beams are alike, so only one begins
+    words, ended = np.full((width, 1), START, np.int32), np.zeros((width, 1), bool)  # (K, t + 1), (K, 1)
+    while not ended.all() and words.shape[1] <= options.max_words:
+        step = decode(words=words[:, -1:], hidden=hidden, **picture)
+        for row, said in zip(step["log_probs"], words, strict=True):
+            row[find_repeats(said, options.repeat_block)] = -1e9
+        candidates = scores[:, np.newaxis] + np.where(ended, np.float32(0), step["log_probs"])  # (K, V)
+        ranks = np.where(ended, -np.inf, candidates)  # (K, V)
+        ranks[ended[:, 0], PAD] = 1  # an ended beam goes on with <pad> alone, and keeps its place
+        best = np.argsort(-ranks, axis=None, kind="stable")[:width]  # (K,)
+        beam, word = np.divmod(best.astype(np.int32), ranks.shape[1])  # (K,) each
+        scores, hidden, words = candidates.flat[best], step["next_hidden"][beam], np.column_stack((words[beam], word))
+        ended = np.isin(words[:, -1:], (END, PAD))  # (K, 1)
+    lengths = (words[:, 1:] != PAD).sum(1).astype(np.float32)  # (K,)
+    best = np.where(ended[:, 0] | ~ended.any(), scores / lengths**options.length_penalty, -np.inf).argmax()
+    return words[best, 1 : 1 + int(lengths[best])], float(scores[best])
+
+
+def find_repeats(said, length):
+    """The words that would say a sequence of `length` words twice; none for 0. int (T,) -> list of int"""
+    starts, last = range(len(said) - length + 1 if length else 0), said[len(said) - length + 1 :]
+    return [said[start + length - 1] for start in starts if (said[start : start + length - 1] == last).all()]
+
+
+def find_evidence(encoded, explain, words):
+    """For each word the locations that made the model say it, as weights that sum to 1. -> float (L, locations)"""
+    maps = []
+    for before, said in zip((START, *words), words, strict=False):
+        step = explain(words=np.int32([[before]]), said=np.int32([[said]]), **encoded)
+        encoded, maps = encoded | {"hidden": step["next_hidden"]}, [*maps, step["evidence"][0]]
+    return np.array(maps or [[0.0]])  # a caption may have no words
+
+
+def draw_attention(path, words, maps):
+    """The picture, and for each word the picture lit where its map is high, as a Pillow image."""
+    image = ImageOps.contain(open_picture(path, WIDTH), (WIDTH - GAP, 3 * WIDTH))
+    pixels, side, height = np.asarray(image, np.float32), round(maps.shape[1] ** 0.5), image.height + LINE + GAP
+    figure = Image.new("RGB", (COLUMNS * WIDTH, (len(words) // COLUMNS + 1) * height), "white")
+    pen, font = ImageDraw.Draw(figure), ImageFont.load_default(16)
+    figure.paste(image, (0, LINE))
+    scaled = (maps - maps.min()) / max(np.ptp(maps), 1e-12)  # all words together: a level map stays level
+    for number, (word, light) in enumerate(zip(words, scaled, strict=False), 1):
+        left, top = number % COLUMNS * WIDTH, number // COLUMNS * height
+        grid = Image.fromarray(light.reshape(side, side))
+        smooth = np.asarray(grid.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)  # (height, width)
+        lit = pixels * (0.2 + 0.8 * smooth[..., np.newaxis])  # (height, width, 3)
+        figure.paste(Image.fromarray(lit.astype(np.uint8)), (left, top + LINE))
+        pen.text((left + WIDTH / 2, top + LINE / 2), word, "black", font, anchor="mm")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
