@@ -64,8 +64,8 @@ def evaluate(captioner, pictures, split, output, config):
         intro=introduce_page(runs, config),
     )
     print(format_table(metrics))
-    for name, run in runs.items():
-        print(f"{name}: {describe_form(list(texts[name].values()))}")
+    for name, by_image in texts.items():
+        print(f"{name}: {describe_form(list(by_image.values()))}")
     print_scenes(metrics)
     for name, values in (metrics | taught).items():
         print_attention(name, values.get("attention"))

@@ -72,9 +72,19 @@ def test_the_metrics_name_their_data_set_split_and_checkpoint_and_keep_meteors_p
     assert metrics["checkpoint"] == "runs/x/best/ckpt-1"
     for run in ("greedy", "beam 2", "beam 3", "beam 5"):
         assert list(metrics[run])[4] == "METEOR" and metrics[run]["METEOR"] is None
-    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed = capsys.readouterr().out.splitlines()
+    header, _, *rows = [line for line in printed if line.startswith("|")]
     assert "| METEOR |" in header
     assert len(rows) == 4
+    form = metrics["greedy"]["form"]
+    assert (form["captions"], form["distinct"]) == (5, len({caption for caption in said(tmp_path, "greedy")}))
+    line = f"greedy: {form['distinct']} of 5 captions differ; {form['mean_length']:.1f} words each; 0 break off"
+    assert line in printed
+
+
+def said(root, run):
+    results = json.loads((root / "out" / f"captions_test_{run}_results.json").read_text())
+    return [result["caption"] for result in results]
 
 
 def test_the_results_are_the_captions_of_every_image(tiny, pictures, tmp_path):
