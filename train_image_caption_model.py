@@ -22,7 +22,6 @@ from captioning.devices import has_fast_bfloat16, set_up_devices
 from captioning.distribution import check_same_everywhere, is_chief, replica_rows, replicas, run_replicas, sum_replicas
 from captioning.feature_cache import reading_features
 from captioning.figures import plot_losses
-from captioning.grounding import grounding_losses
 from captioning.optimizer import SummedAdam, scheduled_rate
 from captioning.prepared_data import load_prepared, read_prepared_settings
 from captioning.run_folder import begin_run, check_run_fits, other_folder
@@ -30,6 +29,7 @@ from captioning.settings import DATA_SETTINGS, adopt_settings, make_config, prep
 from captioning.tensorboard_log import tensorboard_log
 from captioning.training_samples import Samples, choose_samples, show_samples
 from captioning.vocabulary import PAD, log_frequency_bias
+from captioning.word_detector import detection_loss
 from config import Config
 from model import attention_loss, build_captioner, caption_loss
 from support.command_line import parse_command_line
@@ -282,9 +282,8 @@ def train_replica(state, features, captions, config):
         logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, dropout_seed)
         loss = caption_loss(captions, logits) * word_share
         attention_term = attention_loss(captions, attention_weights) * caption_share
-        grounding = grounding_losses(state.decoder.detector, captions, encoded_features, attention_weights)
-        terms = loss + config.doubly_stochastic * attention_term
-        total = optimizer.scale_loss(terms + config.detection * grounding[0] + config.guidance * grounding[1])
+        detection = detection_loss(state.decoder.detector, captions, encoded_features)
+        total = optimizer.scale_loss(loss + config.doubly_stochastic * attention_term + detection)
     loss, *gradients = sum_replicas([loss, *tape.gradient(total, weights)])
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return loss
