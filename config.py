@@ -45,8 +45,6 @@ class Config:
     clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
     dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training, alike at all words
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
-    detection: Annotated[float, (0.0, None)] = 0.1  # weight of finding each word at single locations, see grounding.py
-    guidance: Annotated[float, (0.0, None)] = 0.3  # weight of attention being where the coming word is found
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # of the large products
     strategy: Literal["auto", "mirrored", "multiworker"] = "auto"  # one device, all GPUs here, or TF_CONFIG's workers
     schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate; cosine: to 0 by epochs done

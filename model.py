@@ -15,10 +15,10 @@ from keras import layers
 
 from captioning.decoding_rules import DecodedCaptions, has_ended, next_word_log_probs
 from captioning.feature_cache import CHANNELS, LOCATIONS
-from captioning.grounding import WordDetector
 from captioning.kernels import MixedPrecisionDense, softmax_cross_entropy, variational_dropout
 from captioning.recurrence import compiled_unroll, compiles_loops
 from captioning.vocabulary import PAD, START
+from captioning.word_detector import WordDetector
 from config import Config
 
 
@@ -123,7 +123,7 @@ class RNN_Decoder(keras.Model):
         self.context_gates = layers.Dense(3 * units, use_bias=False)
         self.hidden_gates = layers.Dense(3 * units, kernel_initializer="orthogonal")
         self.output_layer = MixedPrecisionDense(vocab_size, precision)
-        self.detector = WordDetector(vocab_size, precision)  # in training, and for maps: no step uses it
+        self.detector = WordDetector(vocab_size, precision)  # says where words are seen; no step uses it
 
     def initial_hidden(self, encoded_features):
         """The first hidden state, from the mean feature (section 3.1.2). float (B, P, D) -> (B, U)."""

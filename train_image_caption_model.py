@@ -23,7 +23,6 @@ from captioning.distribution import check_same_everywhere, is_chief, replica_row
 from captioning.distribution import sum_processes, value_of_chief
 from captioning.epoch_batches import begin_epoch, check_loss, each_batch
 from captioning.feature_cache import reading_features
-from captioning.grounding import grounding_losses
 from captioning.optimizer import SummedAdam
 from captioning.prepared_data import load_prepared, read_prepared_settings
 from captioning.run_folder import begin_run, check_run_fits, other_folder
@@ -35,6 +34,7 @@ from captioning.training_records import LOWER_RATE, SELF_CRITICAL, EpochRow, ann
 from captioning.training_records import last_epoch, return_to_best, save_epoch, save_last, warning_only, write_history
 from captioning.training_samples import Samples, choose_samples, show_samples
 from captioning.vocabulary import PAD, log_frequency_bias
+from captioning.word_detector import detection_loss
 from config import Config
 from model import attention_loss, build_captioner, caption_loss
 from support.command_line import parse_command_line
@@ -264,15 +264,15 @@ def train_replica(state, features, captions, config, advantages):
         if advantages is not None:
             encoded_features = tf.tile(encoded_features, (config.samples_per_picture, 1, 1))  # (B S, P, D)
         logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, dropout_seed)
-        detection, guidance = grounding_losses(state.decoder.detector, captions, encoded_features, attention_weights)
+        terms = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
         if advantages is None:
             loss = caption_loss(captions, logits) * word_share
-        else:
+            terms += detection_loss(state.decoder.detector, captions, encoded_features)
+        else:  # what the model says itself is no proof of what a picture shows: the detector learns nothing from it
             loss = policy_gradient_loss(captions, logits, replica_rows(advantages)) * word_share
-            detection = 0 * detection  # what the model itself says is no proof of what a picture shows
-        terms = loss + config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
-        total = optimizer.scale_loss(terms + config.detection * detection + config.guidance * guidance)
-    loss, *gradients = sum_replicas([loss, *tape.gradient(total, weights)])
+        total = optimizer.scale_loss(loss + terms)
+    gradients = tape.gradient(total, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    loss, *gradients = sum_replicas([loss, *gradients])
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return loss
 

@@ -1,18 +1,23 @@
-"""Where a word was seen: attention weights, times how much of the word each location shows.
+"""Which locations made the model say a word: attention weights, times how much each location speaks for the word.
 
-Attention weights alone are half of it. They are chosen before the word is known, and a location counts by its weight,
-by what is there (Kobayashi et al., 2020, arXiv 2004.10102, show it for Transformers), and by whether that is the word.
-With a the attention weights, x the features and s(w) the detector's sightings of a word w (captioning/grounding.py),
+Attention weights alone say little on photographs. A location counts by its weight, by what is there, and by whether
+that speaks for the word (Kobayashi et al., 2020, arXiv 2004.10102, show the second for Transformers). With a the
+attention weights, v the encoded features, x the features and c the context vector at a word w,
 
-  evidence_p ~ a_p * s_p(w) * |x_p|   which sums to 1 over the locations
+  g = d log p(w) / d c                            how the context vector should change to make the word likelier
+  s_p                                             the share of location p in what the detector sees of w
+  evidence_p ~ a_p * exp(v_p . g) * s_p * |x_p|   which sums to 1 over the locations
 
-|x_p| knows nothing of the word: features are large on things. Letters of shapes as in model.py.
+The first two factors are, to first order, the probability that location p was looked at, given that w was said. They
+are the decoder's. The other two know nothing of the decoder: s_p is of the word alone (captioning/word_detector.py),
+and |x_p| not even of that; features are large on things. Letters of shapes as in model.py.
 """
 
 import tensorflow as tf
 
-from captioning.grounding import word_maps
+from captioning.kernels import softmax_cross_entropy
 from captioning.vocabulary import START
+from captioning.word_detector import word_maps
 
 
 @tf.function(reduce_retracing=True)
@@ -34,11 +39,23 @@ def explain_captions(encoder, decoder, features, words):
     keys = decoder.attention.key_layer(encoded_features)  # (B, P, U)
     feature_norms = tf.norm(features, axis=2)  # (B, P)
     previous = tf.concat((tf.fill((tf.shape(words)[0], 1), START), words[:, :-1]), 1)  # (B, L)
+    maps = word_maps(decoder.detector, words, encoded_features) * feature_norms[:, tf.newaxis]  # (B, L, P)
     word_gates = decoder.word_gates(decoder.embedding(tf.transpose(previous)))  # (L, B, 3U)
-    hidden = decoder.initial_hidden(encoded_features)  # (B, U)
-    _, weights = decoder.unroll(word_gates, None, hidden, encoded_features, keys)  # (L, B, P)
-    weights = tf.transpose(weights, (1, 0, 2))  # (B, L, P)
-    all_words, _ = tf.unique(tf.reshape(words, (-1,)))  # (W,)
-    maps = word_maps(decoder.detector(encoded_features, all_words), all_words, words)  # (B, L, P)
-    evidence = weights * maps * feature_norms[:, tf.newaxis]  # (B, L, P)
-    return weights, tf.math.divide_no_nan(evidence, tf.reduce_sum(evidence, 2, keepdims=True)), feature_norms
+
+    def one_word(state, inputs):
+        (hidden, *_), (gates, word, word_map) = state, inputs
+        context_vector, attention_weights = decoder.attention(encoded_features, keys, hidden)  # (B, D), (B, P, 1)
+        with tf.GradientTape() as tape:
+            tape.watch(context_vector)
+            hidden = decoder.gru(gates, context_vector, hidden)  # (B, U)
+            log_probs = -softmax_cross_entropy(decoder.output_layer(hidden), word)  # (B,)
+        gradient = tape.gradient(log_probs, context_vector)  # (B, D)
+        gains = tf.linalg.matvec(encoded_features, gradient)  # (B, P)
+        weights = attention_weights[:, :, 0]  # (B, P)
+        logs = tf.math.log(weights + 1e-30) + gains + tf.math.log(word_map + 1e-30)  # (B, P)
+        return hidden, weights, tf.nn.softmax(logs)
+
+    first = decoder.initial_hidden(encoded_features), feature_norms, feature_norms  # the last two only tell the shape
+    inputs = word_gates, tf.transpose(words), tf.transpose(maps, (1, 0, 2))  # (L, B, ...)
+    _, weights, evidence = tf.scan(one_word, inputs, first)  # (L, B, ...)
+    return tf.transpose(weights, (1, 0, 2)), tf.transpose(evidence, (1, 0, 2)), feature_norms

@@ -162,6 +162,7 @@ def word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_
     Returns:
       dict of next_hidden (1, U) and evidence (1, P)
     """
+    sightings = decoder.detector(encoded_features, said[0])[:, :, 0]  # (1, P)
     state = words, encoded_features, hidden, keys
     words, moved, hidden, keys = (tf.repeat(x, LOCATIONS, 0) for x in state)  # (P, 1), (P, P, D), (P, U), (P, P, U)
     ones = tf.ones(LOCATIONS)
@@ -174,7 +175,7 @@ def word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_
             log_probs = tf.gather(tf.nn.log_softmax(logits), said[0, 0], axis=1)  # (P,)
         gradients = backwards.gradient(log_probs, moved, ones)  # (P, P, D)
     gains = forwards.gradient(gradients, ones, directions)[tf.newaxis]  # (1, P)
-    logs = tf.math.log(weights[:1, :, 0] + 1e-30) + gains + tf.math.log(feature_norms + 1e-30)  # (1, P)
+    logs = tf.math.log(weights[:1, :, 0] + 1e-30) + gains + tf.math.log(sightings * feature_norms + 1e-30)  # (1, P)
     return {"next_hidden": next_hidden[:1], "evidence": tf.nn.softmax(logs)}
 
 

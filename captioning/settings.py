@@ -39,8 +39,6 @@ TRAINING_SETTINGS = (
     "clip_norm",
     "dropout",
     "doubly_stochastic",
-    "detection",
-    "guidance",
     "precision",
     "schedule",
     "patience",
