@@ -282,7 +282,7 @@ def train_replica(state, features, captions, config):
         logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, dropout_seed)
         loss = caption_loss(captions, logits) * word_share
         attention_term = attention_loss(captions, attention_weights) * caption_share
-        detection = detection_loss(state.decoder.detector, captions, encoded_features)
+        detection = detection_loss(state.decoder.detector, captions, encoded_features, state.optimizer.iterations)
         total = optimizer.scale_loss(loss + config.doubly_stochastic * attention_term + detection)
     loss, *gradients = sum_replicas([loss, *tape.gradient(total, weights)])
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
