@@ -267,7 +267,7 @@ def train_replica(state, features, captions, config, advantages):
         terms = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
         if advantages is None:
             loss = caption_loss(captions, logits) * word_share
-            terms += detection_loss(state.decoder.detector, captions, encoded_features)
+            terms += detection_loss(state.decoder.detector, captions, encoded_features, state.optimizer.iterations)
         else:  # what the model says itself is no proof of what a picture shows: the detector learns nothing from it
             loss = policy_gradient_loss(captions, logits, replica_rows(advantages)) * word_share
         total = optimizer.scale_loss(loss + terms)

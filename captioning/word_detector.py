@@ -15,6 +15,8 @@ from captioning.vocabulary import PAD, SPECIAL_WORDS
 
 # At first all locations together see a word in 6 % of the pictures: most words of a batch are said of few of them.
 FIRST_BIAS = -7.0
+# At each step the detector learns from one of so many captions. It learns soon, and all would take four times as long.
+EVERY = 4
 
 
 class WordDetector(layers.Layer):
@@ -52,24 +54,28 @@ class WordDetector(layers.Layer):
         return tf.nn.softplus(products + tf.gather(self.bias, words))  # (B, P, W)
 
 
-def detection_loss(detector, captions, encoded_features):
-    """Cross-entropy of whether each word is said of each picture, of all words that the whole batch says.
+def detection_loss(detector, captions, encoded_features, step):
+    """Cross-entropy of whether each word is said of each picture, for the captions whose turn it is.
 
     Args:
       detector: WordDetector
       captions: int (B, T)
       encoded_features: float (B, P, D); they get no gradient.
+      step: int (), steps taken before. Which captions have their turn depends on it and on their words alone, so that
+        the number of replicas changes nothing.
 
     Returns:
-      float (): nats, summed over words and pictures and divided by how many words are said, of all replicas; this
-      replica's part of the sum. <unk> and <end> are no words, and a row of <pad> alone is no picture.
+      float (): nats, summed over pictures and the words that any of these captions says, and divided by how many are
+      said, of all replicas; this replica's part of the sum. <unk> and <end> are no words, a row of <pad> no caption.
     """
-    said = said_words(captions, detector.vocab_size)  # (B, V)
+    has_turn = (tf.reduce_sum(captions, axis=1) + tf.cast(step, captions.dtype)) % EVERY == 0  # (B,)
+    has_turn &= tf.reduce_any(captions != PAD, axis=1)  # (B,)
+    captions, encoded_features = (tf.boolean_mask(x, has_turn) for x in (captions, encoded_features))  # (b, ...)
+    said = said_words(captions, detector.vocab_size)  # (b, V)
     in_batch = sum_replicas(tf.reduce_sum(said, axis=0))  # (V,)
     words = tf.cast(tf.where(in_batch > 0)[:, 0], tf.int32)  # (W,)
-    sums = tf.reduce_sum(detector(tf.stop_gradient(encoded_features), words), axis=1)  # (B, W)
-    is_picture = tf.cast(tf.reduce_any(captions != PAD, axis=1, keepdims=True), tf.float32)  # (B, 1)
-    losses = cross_entropy(tf.gather(said, words, axis=1), sums) * is_picture  # (B, W)
+    sums = tf.reduce_sum(detector(tf.stop_gradient(encoded_features), words), axis=1)  # (b, W)
+    losses = cross_entropy(tf.gather(said, words, axis=1), sums)  # (b, W)
     return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.reduce_sum(in_batch))
 
 

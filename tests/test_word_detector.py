@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from captioning import word_detector
 from captioning.vocabulary import END, PAD, START, UNK
-from captioning.word_detector import FIRST_BIAS, WordDetector, cross_entropy, detection_loss, said_words, word_maps
+from captioning.word_detector import (
+    EVERY,
+    FIRST_BIAS,
+    WordDetector,
+    cross_entropy,
+    detection_loss,
+    said_words,
+    word_maps,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -73,23 +82,42 @@ def test_the_loss_of_a_word_is_that_of_a_noisy_or():
     assert np.isfinite(cross_entropy(tf.constant([[1.0, 1.0]]), tf.zeros((1, 2)))).all()
 
 
-def test_the_loss_by_hand(detector, encoded):
+def all_turns(detector, captions, encoded):
+    """The losses of all turns."""
+    return [detection_loss(detector, captions, encoded, step) for step in range(EVERY)]
+
+
+def test_the_loss_by_hand(detector, encoded, monkeypatch):
+    monkeypatch.setattr(word_detector, "EVERY", 1)
     kernel, bias = detector.get_weights()
     seen = 1 - np.exp(-softplus(encoded.numpy() @ kernel.T + bias).sum(1))  # (B, V)
     said = {(0, 4), (0, 5), (1, 6)}
     losses = [-np.log(seen[b, w]) if (b, w) in said else -np.log(1 - seen[b, w]) for b in (0, 1) for w in (4, 5, 6)]
-    np.testing.assert_allclose(detection_loss(detector, CAPTIONS, encoded), sum(losses) / 3, rtol=1e-5)
+    np.testing.assert_allclose(detection_loss(detector, CAPTIONS, encoded, 7), sum(losses) / 3, rtol=1e-5)
+
+
+def test_each_caption_has_its_turn(detector, encoded):
+    """The words of the first add up to 19, of the second to 12."""
+    alone = [
+        detection_loss(detector, CAPTIONS[row : row + 1], encoded[row : row + 1], step)
+        for row, step in ((0, 1), (1, 0))
+    ]
+    losses = all_turns(detector, CAPTIONS, encoded)
+    assert min(alone) > 0
+    np.testing.assert_allclose(losses, [alone[1], alone[0], 0, 0], rtol=1e-5)
+    later = [detection_loss(detector, CAPTIONS, encoded, tf.constant(step, tf.int64)) for step in range(8, 12)]
+    np.testing.assert_array_equal(later, losses)
 
 
 @pytest.mark.parametrize("captions", [[[START, UNK, END]], [[PAD, PAD, PAD]]])
 def test_captions_without_words_teach_nothing(detector, captions):
-    assert detection_loss(detector, tf.constant(captions), tf.zeros((1, P, D))) == 0
+    assert all_turns(detector, tf.constant(captions), tf.zeros((1, P, D))) == [0] * EVERY
 
 
 def test_the_gradient_reaches_the_words_of_the_batch_and_no_encoded_features(detector, encoded):
     with tf.GradientTape() as tape:
         tape.watch(encoded)
-        loss = detection_loss(detector, CAPTIONS, encoded)
+        loss = sum(all_turns(detector, CAPTIONS, encoded))
     to_features, to_kernel, to_bias = tape.gradient(loss, [encoded, detector.kernel, detector.bias])
     assert to_features is None
     for gradient in (to_kernel, to_bias):
@@ -120,7 +148,7 @@ def test_the_detector_finds_where_a_word_is():
     detector = new_detector()
     for _ in range(300):
         with tf.GradientTape() as tape:
-            loss = detection_loss(detector, captions, tf.constant(pictures))
+            loss = sum(all_turns(detector, captions, tf.constant(pictures)))
         for weight, gradient in zip(detector.weights, tape.gradient(loss, detector.weights), strict=True):
             weight.assign_sub(0.5 * tf.convert_to_tensor(gradient))
     maps = word_maps(detector, captions[:, 1:2], tf.constant(pictures))[:, 0].numpy()  # (40, P)
@@ -150,7 +178,7 @@ def found(strategy):
         def replica(encoded, captions):
             encoded, captions = replica_rows(encoded), replica_rows(captions)
             with tf.GradientTape() as tape:
-                loss = detection_loss(detector, captions, encoded)
+                loss = sum(detection_loss(detector, captions, encoded, step) for step in range(4))
             gradients = map(tf.convert_to_tensor, tape.gradient(loss, detector.trainable_variables))
             return sum_replicas([loss, *gradients])
 
