@@ -73,7 +73,8 @@ def detection_loss(detector, captions, encoded_features, step):
     captions, encoded_features = (tf.boolean_mask(x, has_turn) for x in (captions, encoded_features))  # (b, ...)
     said = said_words(captions, detector.vocab_size)  # (b, V)
     in_batch = sum_replicas(tf.reduce_sum(said, axis=0))  # (V,)
-    words = tf.cast(tf.where(in_batch > 0)[:, 0], tf.int32)  # (W,)
+    # <pad> is always among the words, said of no picture: workers cannot exchange a gradient without rows.
+    words = tf.cast(tf.where((in_batch > 0) | (tf.range(detector.vocab_size) == PAD))[:, 0], tf.int32)  # (W,)
     sums = tf.reduce_sum(detector(tf.stop_gradient(encoded_features), words), axis=1)  # (b, W)
     losses = cross_entropy(tf.gather(said, words, axis=1), sums)  # (b, W)
     return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.reduce_sum(in_batch))

@@ -92,7 +92,8 @@ def test_the_loss_by_hand(detector, encoded, monkeypatch):
     kernel, bias = detector.get_weights()
     seen = 1 - np.exp(-softplus(encoded.numpy() @ kernel.T + bias).sum(1))  # (B, V)
     said = {(0, 4), (0, 5), (1, 6)}
-    losses = [-np.log(seen[b, w]) if (b, w) in said else -np.log(1 - seen[b, w]) for b in (0, 1) for w in (4, 5, 6)]
+    words = PAD, 4, 5, 6
+    losses = [-np.log(seen[b, w]) if (b, w) in said else -np.log(1 - seen[b, w]) for b in (0, 1) for w in words]
     np.testing.assert_allclose(detection_loss(detector, CAPTIONS, encoded, 7), sum(losses) / 3, rtol=1e-5)
 
 
@@ -122,7 +123,7 @@ def test_the_gradient_reaches_the_words_of_the_batch_and_no_encoded_features(det
     assert to_features is None
     for gradient in (to_kernel, to_bias):
         gradient = tf.convert_to_tensor(gradient).numpy().reshape(V, -1)
-        assert np.flatnonzero(np.abs(gradient).max(1)).tolist() == [4, 5, 6]
+        assert np.flatnonzero(np.abs(gradient).max(1)).tolist() == [PAD, 4, 5, 6]
 
 
 def test_a_words_map_is_its_share_at_each_location(detector, encoded):
