@@ -370,7 +370,7 @@ def test_int8_weights_are_calibrated_on_training_pictures(trained, tmp_path, cap
 
     seen = []
     monkeypatch.setattr(export_bundle, "load_image", lambda path: seen.append(path) or load_image(path))
-    monkeypatch.setattr(inference, "run_network", lambda config: colour_network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
     argv = [*options(trained), "--export", str(tmp_path / "bundle"), "--format", "litert", "--weights", "int8"]
     inference.main(argv)
     training = {image["file_name"] for image in json.loads((trained / "data" / "train.json").read_text())}
@@ -385,7 +385,7 @@ def test_int8_weights_are_calibrated_on_training_pictures(trained, tmp_path, cap
 
 @pytest.mark.parametrize("missing", ["data", "pictures"])
 def test_int8_weights_without_training_pictures_are_one_line(trained, tmp_path, monkeypatch, missing):
-    monkeypatch.setattr(inference, "run_network", lambda config: colour_network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
     gone = tmp_path / "gone"
     shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("captions"))
     if missing == "data":
@@ -433,7 +433,7 @@ def test_a_format_that_cannot_be_is_one_line(tmp_path, monkeypatch, wrong, match
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["litert", "onnx"])
 def test_a_run_is_exported_and_says_what_script_3_says(trained, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(inference, "run_network", lambda config: colour_network)
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
     picture = next((trained / "coco" / "train2014").iterdir())
     run = ["--run_dir", str(trained / "run")]
     inference.main([*run, "--export", str(tmp_path / "bundle"), "--format", kind])
