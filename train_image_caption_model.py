@@ -271,7 +271,8 @@ def train_replica(state, features, captions, config, advantages):
         else:  # what the model says itself is no proof of what a picture shows: the detector learns nothing from it
             loss = policy_gradient_loss(captions, logits, replica_rows(advantages)) * word_share
         total = optimizer.scale_loss(loss + terms)
-    gradients = tape.gradient(total, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    gradients = zip(tape.gradient(total, weights), weights, strict=True)
+    gradients = [tf.zeros(weight.shape) if gradient is None else gradient for gradient, weight in gradients]
     loss, *gradients = sum_replicas([loss, *gradients])
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return loss
