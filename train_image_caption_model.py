@@ -8,7 +8,6 @@ import support.before_tensorflow  # noqa: F401, I001  must come first
 import contextlib
 import dataclasses
 import pathlib
-import zlib
 
 import keras
 import numpy as np
@@ -198,7 +197,7 @@ def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):
     """
     progress = state.progress
     order = bucket_by_length(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
-    begin_epoch(progress, zlib.crc32(order.tobytes(), epoch))
+    begin_epoch(progress, epoch, order)
     remaining = order[progress.captions_done :]
     tokens = count_tokens(captions, remaining, config)
     # Traced at the first call only. It is called with all arguments: without those that are no tensors TensorFlow first
@@ -224,7 +223,7 @@ def self_critical_epoch(state, pictures, epoch, config, stop_if_asked=lambda: No
     """
     progress, samples = state.progress, config.samples_per_picture
     order = np.random.default_rng((config.seed, epoch)).permutation(len(pictures.feature_paths))
-    begin_epoch(progress, zlib.crc32(order.tobytes(), epoch))
+    begin_epoch(progress, epoch, order, samples)
     remaining, total = order[progress.captions_done // samples :], len(order) * samples
     step = train_step.get_concrete_function(state, *batch_shapes(config), config, tf.TensorSpec((None,)))
     batches = picture_batches(pictures.feature_paths, remaining, config) if len(remaining) else ()

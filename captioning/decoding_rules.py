@@ -37,9 +37,13 @@ def next_word_log_probs(logits, words, repeat_block):
     Returns:
       float (B, V)
     """
-    banned = tf.reduce_sum(tf.one_hot(BANNED_WORDS, logits.shape[-1], on_value=BANNED_LOG_PROB), 0)  # (V,)
-    log_probs = tf.nn.log_softmax(logits) + banned  # (B, V)
+    log_probs = ban_words(tf.nn.log_softmax(logits))  # (B, V)
     return block_repeated_ngrams(log_probs, words, repeat_block) if repeat_block else log_probs
+
+
+def ban_words(x):
+    """Make the words very unlikely that are never said. Logits or log-probabilities (N, V) -> the same."""
+    return x + tf.reduce_sum(tf.one_hot(BANNED_WORDS, x.shape[-1], on_value=BANNED_LOG_PROB), 0)  # (N, V)
 
 
 def block_repeated_ngrams(log_probs, words, length):

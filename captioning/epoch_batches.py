@@ -1,6 +1,7 @@
 """The batches of an epoch as a training takes them: stopped and continued, with checkpoints and a progress bar."""
 
 import time
+import zlib
 
 import numpy as np
 from tqdm import tqdm
@@ -10,10 +11,16 @@ from captioning.training_records import LOWER_RATE, current_rate, last_epoch, sa
 from support.errors import UserError
 
 
-def begin_epoch(progress, order):
-    """Start the counters of an epoch anew, unless it is the one that was stopped, with the same batches."""
-    if progress.order != order:
-        progress.order, progress.captions_done = order, 0
+def begin_epoch(progress, epoch, order, samples=1):
+    """Start the counters of an epoch anew, unless it is the one that was stopped, in the same order.
+
+    Args:
+      epoch: int, epochs finished before.
+      order: int (N,), positions of captions, or of pictures with so many `samples` each.
+    """
+    checksum = zlib.crc32(order.tobytes(), zlib.crc32(f"{epoch} {samples}".encode()))
+    if progress.order != checksum:
+        progress.order, progress.captions_done = checksum, 0
         progress.nats = progress.words = progress.seconds = progress.ciders = 0.0
 
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from captioning.captioner import Captioner, cached_batches, caption_batch
 from captioning.cider_reward import CiderReward
-from captioning.decoding_rules import BANNED_LOG_PROB, BANNED_WORDS, has_ended
+from captioning.decoding_rules import ban_words, has_ended
 from captioning.distribution import local_replica_ids, replica_rows, run_on_each
 from captioning.feature_cache import feature_path
 from captioning.kernels import softmax_cross_entropy
@@ -87,7 +87,7 @@ def sample_replica(state, features, config):
 
     def one_word(words, hidden):
         logits, hidden, _ = decoder(words[:, -1:], encoded_features, hidden, keys)
-        probabilities = tf.nn.softmax(bar_banned_words(logits))  # (b S, V)
+        probabilities = tf.nn.softmax(ban_words(logits))  # (b S, V)
         drawn = draw_words(probabilities, chances[tf.shape(words)[1] - 1])  # (b S,)
         drawn = tf.where(has_ended(words), PAD, drawn)  # (b S,)
         return tf.concat((words, drawn[:, tf.newaxis]), 1), hidden  # (b S, t + 2), (b S, U)
@@ -104,11 +104,6 @@ def sample_replica(state, features, config):
 
 def longest_sample(config):
     return min(LONGEST_SAMPLE, config.max_words)
-
-
-def bar_banned_words(logits):
-    """Leave no probability to the words that are never said. float (N, V) -> (N, V)."""
-    return logits + tf.reduce_sum(tf.one_hot(BANNED_WORDS, logits.shape[-1], on_value=BANNED_LOG_PROB), 0)  # (N, V)
 
 
 def draw_chances(pictures, step, config):
@@ -180,7 +175,7 @@ def policy_gradient_loss(captions, logits, advantages):
     """
     words = tf.transpose(captions[:, 1:])  # (T-1, B)
     is_target = words != PAD  # (T-1, B)
-    losses = softmax_cross_entropy(bar_banned_words(logits), tf.boolean_mask(words, is_target))  # (N,)
+    losses = softmax_cross_entropy(ban_words(logits), tf.boolean_mask(words, is_target))  # (N,)
     by_word = tf.boolean_mask(tf.broadcast_to(advantages, tf.shape(words)), is_target)  # (N,)
     return tf.math.divide_no_nan(tf.reduce_sum(losses * by_word), tf.cast(tf.size(losses), losses.dtype))
 

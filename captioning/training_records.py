@@ -66,7 +66,7 @@ def announce_start(state, restored, config):
     if progress.cross_entropy_epochs >= 0:
         done += f", {progress.cross_entropy_epochs} of them of cross-entropy"
         epochs = config.self_critical_epochs
-    rate = "all of this phase are done"
+    rate = "no epochs of this phase are left"
     if progress.epoch < last_epoch(progress, config):
         rate = f"learning rate {current_rate(progress, progress.epoch, config):.2g}"
         rate += f", {config.schedule} over {epochs} epochs"

@@ -297,7 +297,7 @@ def test_more_epochs_of_cross_entropy_come_too_late(taught, trained, tmp_path, c
     for name, value in weights(tmp_path).items():
         np.testing.assert_array_equal(value, before[name])
     printed = capsys.readouterr().out
-    assert "after epoch 12, 2 of them of cross-entropy; all of this phase are done" in printed
+    assert "after epoch 12, 2 of them of cross-entropy; no epochs of this phase are left" in printed
 
 
 def test_captions_that_break_down_take_the_run_back_to_its_best(trained, tmp_path, monkeypatch, capsys):
@@ -350,9 +350,30 @@ def test_pictures_are_known_by_their_position(trained):
     assert len(pictures.reward.references[2]) == len(third.references)
 
 
-def test_an_epoch_of_other_batches_begins_anew():
-    progress = Progress(captions_done=10, order=3, ciders=2.0)
-    begin_epoch(progress, 3)
+@pytest.mark.parametrize("other", [(2, [0, 1, 2], 5), (1, [0, 2, 1], 5), (1, [0, 1, 2], 4)])
+def test_an_epoch_in_another_order_or_with_other_samples_begins_anew(other):
+    progress = Progress()
+    begin_epoch(progress, 1, np.array([0, 1, 2]), 5)
+    progress.captions_done, progress.ciders = 10, 2.0
+    begin_epoch(progress, 1, np.array([0, 1, 2]), 5)
     assert (progress.captions_done, progress.ciders) == (10, 2.0)
-    begin_epoch(progress, 4)
+    epoch, order, samples = other
+    begin_epoch(progress, epoch, np.array(order), samples)
     assert (progress.captions_done, progress.ciders) == (0, 0)
+
+
+def test_each_sample_is_taught_with_its_own_picture(taught, trained):
+    """The loss of a step is that of captions whose features are put together by hand."""
+    more = ["--dropout", "0", "--precision", "float32", "--compile", "off", "--samples_per_picture", "3"]
+    config = settings_of(trained, taught / "run", *more)
+    prepared = load_prepared(config)
+    state = training.open_run(prepared, config)
+    paths = [feature_path(image, config) for image in prepared.train[:2]]
+    features = np.stack([np.load(path) for path in paths])  # (B, P, F)
+    captions = np.array([[START, 5 + i, 6 + i, END] for i in range(6)])  # (B S, T)
+    advantages = np.array([1, -2, 3, -4, 5, -6], np.float32)
+    by_caption = tf.constant(features[[0, 1, 0, 1, 0, 1]])  # first samples, second samples, third samples
+    logits, _ = state.decoder.teacher_forcing(tf.constant(captions), state.encoder(by_caption))
+    expected = float(policy_gradient_loss(tf.constant(captions), logits, tf.constant(advantages)))
+    loss = training.train_step(state, tf.constant(features), tf.constant(captions), config, tf.constant(advantages))
+    assert float(loss) == pytest.approx(expected, rel=1e-4)

@@ -144,7 +144,7 @@ def check_same_gradients(usual_state, state, usual, config):
 
 @tf.function
 def our_gradients(state, features, words):
-    """Loss () and gradients of our way, without dropout, attention term, detection and guidance."""
+    """Loss () and gradients of our way, without dropout, attention term and detection."""
     with tf.GradientTape() as tape:
         logits, _ = state.decoder.teacher_forcing(words, state.encoder(features))
         loss = caption_loss(words, logits)
