@@ -3,8 +3,8 @@
 config.json, vocabulary.json     settings and words
 network.json                     identity of the network that made the features
 random_statistics.npz            batch-norm statistics, where that network has random weights
-last/, best/                     checkpoints: to continue from, and of the lowest validation loss, or of the highest CIDEr
-                                 once a self-critical epoch has raised it
+last/                            checkpoint to continue from
+best/                            checkpoint of the lowest validation loss, or of the highest self-critical CIDEr
 history.csv, loss.png            losses and CIDEr by epoch
 network_graph.pb, ....json       the network, ready to caption pictures with; made when it is first needed
 """
