@@ -7,7 +7,8 @@ from PIL import Image
 def scale_light(maps):
     """Scale the maps of a caption together, from the least of all words and locations to the most.
 
-    So a word at which the model looks at nothing in particular gets level, middling light.
+    Where a map is level, so is its light. One word's peak may be ten times another's, so the light is the root of the
+    scaled value: a place with a quarter of the most is half lit.
 
     Args:
       maps: (words, P).
@@ -19,7 +20,7 @@ def scale_light(maps):
     if maps.size == 0:
         return maps
     span = np.ptp(maps)
-    return np.full_like(maps, 0.5) if span < 1e-12 else (maps - maps.min()) / span
+    return np.full_like(maps, 0.5) if span < 1e-12 else ((maps - maps.min()) / span) ** 0.5
 
 
 def times_level(weights):

@@ -50,6 +50,8 @@ def test_light_goes_from_the_least_to_the_most_of_a_caption():
     assert light.shape == (2, 64)
     assert (light[0] == 0).all()  # a word at nothing in particular, beside one that points
     assert light[1, 5] == 1
+    maps[0, 3] += 0.125  # a quarter of the most
+    assert scale_light(maps)[0, 3] == pytest.approx(0.5)
 
 
 def test_a_caption_of_level_maps_gets_level_light():

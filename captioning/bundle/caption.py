@@ -135,7 +135,7 @@ def draw_attention(path, words, maps):
     figure = Image.new("RGB", (COLUMNS * WIDTH, (len(words) // COLUMNS + 1) * height), "white")
     pen, font = ImageDraw.Draw(figure), ImageFont.load_default(16)
     figure.paste(image, (0, LINE))
-    scaled = (maps - maps.min()) / max(np.ptp(maps), 1e-12)  # all words together: a level map stays level
+    scaled = ((maps - maps.min()) / max(np.ptp(maps), 1e-12)) ** 0.5  # all words together, faint ones lifted
     for number, (word, light) in enumerate(zip(words, scaled, strict=False), 1):
         left, top = number % COLUMNS * WIDTH, number // COLUMNS * height
         grid = Image.fromarray(light.reshape(side, side))
