@@ -52,6 +52,7 @@ class Config:
     self_critical_epochs: Annotated[int, (0, None)] = 0  # then so many that raise the CIDEr of sampled captions
     self_critical_rate: Annotated[float, (1e-8, 10.0)] = 2e-4  # Adam's step size in these, with the same schedule
     samples_per_picture: Annotated[int, (2, 100)] = 5  # captions that are drawn and compared in these
+    reference_weight: Annotated[float, (0.0, None)] = 0.3  # of a reference, learned beside the samples; 0: none
     pictures_per_step: Annotated[int, (1, 8_192)] = 32  # pictures per optimiser step in these
     checkpoint_minutes: Annotated[float, (0.01, None)] = 30  # a checkpoint is also written in mid-epoch, this often
     tensorboard: Literal["yes", "no"] = "no"  # also write losses and sample captions as TensorBoard events

@@ -25,8 +25,8 @@ from captioning.feature_cache import reading_features
 from captioning.optimizer import SummedAdam
 from captioning.prepared_data import load_prepared, read_prepared_settings
 from captioning.run_folder import begin_run, check_run_fits, other_folder
-from captioning.self_critical import COLLAPSE, collect_pictures, compare_samples, policy_gradient_loss
-from captioning.self_critical import sample_captions, score_samples, validation_cider
+from captioning.self_critical import COLLAPSE, add_references, collect_pictures, compare_samples
+from captioning.self_critical import policy_gradient_loss, sample_captions, score_samples, validation_cider
 from captioning.settings import DATA_SETTINGS, adopt_settings, make_config, prepare_command
 from captioning.tensorboard_log import tensorboard_log
 from captioning.training_records import LOWER_RATE, SELF_CRITICAL, EpochRow, announce_end, announce_start
@@ -232,6 +232,7 @@ def self_critical_epoch(state, pictures, epoch, config, stop_if_asked=lambda: No
         captions = sample_captions(state, features, positions.numpy(), config)  # (R b S, T)
         scores = score_samples(pictures, positions.numpy(), captions, samples)  # (R S, b)
         advantages = compare_samples(scores, samples)  # (R b S,)
+        captions, advantages = add_references(pictures, positions.numpy(), captions, advantages, epoch, config)
         check_loss(float(step(state, features, tf.constant(captions), config, tf.constant(advantages))), progress, size)
         progress.ciders += sum_processes(scores.sum())
     rate = round(total / progress.seconds, 1)
@@ -244,8 +245,8 @@ def train_step(state, features, captions, config, advantages=None):
 
     Args:
       features: float (B, P, F)
-      captions: int (B, T); with advantages (B S, T), sampled captions as `sample_captions` returns them.
-      advantages: float (B S,), how much better than the others each sample is, or None for cross-entropy.
+      captions: int (B, T); with advantages (B (S + 1), T), as `add_references` returns them.
+      advantages: float (B (S + 1),), how much likelier each caption should become, or None for cross-entropy.
 
     Returns: the loss, float (), without the attention term
     """
@@ -261,7 +262,8 @@ def train_replica(state, features, captions, config, advantages):
     with tf.GradientTape() as tape:
         encoded_features = state.encoder(features)  # (B, P, D)
         if advantages is not None:
-            encoded_features = tf.tile(encoded_features, (config.samples_per_picture, 1, 1))  # (B S, P, D)
+            copies = tf.shape(captions)[0] // tf.shape(features)[0]
+            encoded_features = tf.tile(encoded_features, (copies, 1, 1))  # (B (S + 1), P, D)
         logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, dropout_seed)
         terms = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
         if advantages is None:

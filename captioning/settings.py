@@ -45,6 +45,7 @@ TRAINING_SETTINGS = (
     "self_critical_epochs",
     "self_critical_rate",
     "samples_per_picture",
+    "reference_weight",
     "pictures_per_step",
 )
 

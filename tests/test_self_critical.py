@@ -19,6 +19,7 @@ from captioning.optimizer import self_critical_rate
 from captioning.prepared_data import load_prepared
 from captioning.self_critical import (
     PictureSet,
+    add_references,
     collect_pictures,
     compare_samples,
     draw_words,
@@ -138,7 +139,7 @@ def test_scores_are_of_each_samples_own_picture(replicas, monkeypatch):
     by_sample = np.where(right, names, wrong)  # (S, B)
     parts = np.split(by_sample, replicas, axis=1)  # of each replica (S, b)
     captions = np.array([said(word) for part in parts for word in part.ravel()])
-    scores = score_samples(PictureSet(None, REWARD), positions, captions, 2)
+    scores = score_samples(PictureSet(None, REWARD, []), positions, captions, 2)
     assert scores.shape == (2 * replicas, 4 // replicas)
     together = np.concatenate(np.split(scores, replicas), axis=1)  # (S, B)
     np.testing.assert_array_equal(together[:, :3] == 5, right[:, :3])  # all of a picture's 1- and 2-grams, of 4
@@ -146,7 +147,7 @@ def test_scores_are_of_each_samples_own_picture(replicas, monkeypatch):
 
 
 def test_a_process_that_has_no_picture_of_a_batch_scores_none():
-    scores = score_samples(PictureSet(None, REWARD), np.array([-1, -1]), np.full((4, 3), PAD), 2)
+    scores = score_samples(PictureSet(None, REWARD, []), np.array([-1, -1]), np.full((4, 3), PAD), 2)
     np.testing.assert_array_equal(scores, np.zeros((2, 2)))
 
 
@@ -157,6 +158,33 @@ def test_an_advantage_is_the_distance_from_the_mean_of_the_others():
     assert advantages.dtype == np.float32
     both = compare_samples(np.concatenate((scores, 2 * scores)), 3)
     np.testing.assert_allclose(both, np.concatenate((advantages, 2 * advantages)))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_reference_of_each_picture_stands_behind_its_replicas_samples(replicas, monkeypatch):
+    monkeypatch.setattr(self_critical, "local_replica_ids", lambda: list(range(replicas)))
+    long = [START, *range(4, 40), END]
+    pictures = PictureSet(None, None, [[[START, 7, END], [START, 8, END]], [long], [[START, 9, END]] * 3])
+    positions = np.array([2, 1, 0, -1])
+    captions = np.arange(100, 124).reshape(8, 3)  # (R b S, T), two samples of each picture
+    advantages = np.arange(8, dtype=np.float32)
+    config = make_config({"reference_weight": 0.25})
+    joined, weights = add_references(pictures, positions, captions, advantages, 3, config)
+    assert joined.shape == (12, 21) and weights.dtype == np.float32
+    order = (
+        [0, 1, 2, 3, 4, 5, 6, 7, "r", "r", "r", "r"] if replicas == 1 else [0, 1, 2, 3, "r", "r", 4, 5, 6, 7, "r", "r"]
+    )
+    np.testing.assert_allclose(weights, [0.25 if row == "r" else advantages[row] for row in order])
+    is_sample = np.array([row != "r" for row in order])
+    np.testing.assert_array_equal(joined[is_sample, :3], captions)
+    assert (joined[is_sample, 3:] == PAD).all()
+    references = joined[~is_sample].tolist()
+    assert references[0] == [START, 9, END] + [PAD] * 18  # the fourth epoch's is the first of three
+    assert references[1] == long[:21]  # cut where the longest sample ends
+    assert references[2] == [START, 8, END] + [PAD] * 18  # the second of two
+    assert references[3] == [PAD] * 21
+    same = add_references(pictures, positions, captions, advantages, 3, make_config({"reference_weight": 0}))
+    assert same[0] is captions and same[1] is advantages
 
 
 def test_the_loss_is_reinforce_with_the_banned_words_barred():
@@ -372,7 +400,10 @@ def test_each_sample_is_taught_with_its_own_picture(taught, trained):
     features = np.stack([np.load(path) for path in paths])  # (B, P, F)
     captions = np.array([[START, 5 + i, 6 + i, END] for i in range(6)])  # (B S, T)
     advantages = np.array([1, -2, 3, -4, 5, -6], np.float32)
-    by_caption = tf.constant(features[[0, 1, 0, 1, 0, 1]])  # first samples, second samples, third samples
+    pictures = collect_pictures(prepared.train, prepared.vocabulary, config)
+    captions, advantages = add_references(pictures, np.arange(2), captions, advantages, 0, config)
+    assert captions[6:, 1:].any(axis=1).all() and (advantages[6:] == np.float32(0.3)).all()
+    by_caption = tf.constant(features[[0, 1] * 4])  # first samples, second samples, third samples, references
     logits, _ = state.decoder.teacher_forcing(tf.constant(captions), state.encoder(by_caption))
     expected = float(policy_gradient_loss(tf.constant(captions), logits, tf.constant(advantages)))
     loss = training.train_step(state, tf.constant(features), tf.constant(captions), config, tf.constant(advantages))
