@@ -30,7 +30,8 @@ from captioning.self_critical import policy_gradient_loss, sample_captions, scor
 from captioning.settings import DATA_SETTINGS, adopt_settings, make_config, prepare_command
 from captioning.tensorboard_log import tensorboard_log
 from captioning.training_records import LOWER_RATE, SELF_CRITICAL, EpochRow, announce_end, announce_start
-from captioning.training_records import last_epoch, return_to_best, save_epoch, save_last, warning_only, write_history
+from captioning.training_records import last_epoch, restore_best, return_to_best, save_epoch, save_last, warning_only
+from captioning.training_records import write_history
 from captioning.training_samples import Samples, choose_samples, show_samples
 from captioning.vocabulary import PAD, log_frequency_bias
 from captioning.word_detector import detection_loss
@@ -162,9 +163,7 @@ def self_critical_epochs(state, prepared, validation, samples, stop_if_asked, co
     shown = dataset_pictures(prepared.validation, config)
     measure = lambda: validation_cider(state, shown, prepared.vocabulary, config, stop_if_asked)  # noqa: E731
     if progress.cross_entropy_epochs < 0:
-        progress.best_cider = value_of_chief(measure)
-        progress.cross_entropy_epochs = progress.epoch
-        print(f"self-critical epochs begin at a validation CIDEr of {progress.best_cider:.3f}")
+        begin_self_critical(state, measure, config)
     for epoch in range(progress.epoch, last_epoch(progress, config)):
         row = self_critical_epoch(state, pictures, epoch, config, stop_if_asked)
         loss, cider = validate(state, validation, config, stop_if_asked), value_of_chief(measure)
@@ -172,6 +171,19 @@ def self_critical_epochs(state, prepared, validation, samples, stop_if_asked, co
         if cider < COLLAPSE * progress.best_cider:
             return_to_best(state, cider, config)
         save_and_show(state, dataclasses.replace(row, validation_loss=loss, validation_cider=cider), samples, config)
+
+
+def begin_self_critical(state, measure, config):
+    """End the epochs of cross-entropy: go on from the best of them, whose CIDEr is then to be beaten."""
+    progress = state.progress
+    if progress.best_epoch != progress.epoch:
+        restore_best(state, config)
+    progress.best_cider = value_of_chief(measure)
+    progress.cross_entropy_epochs = progress.epoch
+    print(
+        f"self-critical epochs begin with the weights of epoch {progress.best_epoch}, "
+        f"at a validation CIDEr of {progress.best_cider:.3f}"
+    )
 
 
 def save_and_show(state, row, samples, config):

@@ -123,12 +123,17 @@ def save_last(state, config):
 def return_to_best(state, cider, config):
     """Take the best weights again, after an epoch whose captions broke down, and halve the learning rate."""
     progress = state.progress
-    restored = restore_newest(state.captioner(), [pathlib.Path(config.run_dir, "best")], other_folder(config))
+    restored = restore_best(state, config)
     progress.rate_factor /= 2
     print(
         f"validation CIDEr fell to {cider:.3f} from {progress.best_cider:.3f}: "
         f"back to the weights of best/{restored.name}, at half the learning rate from here"
     )
+
+
+def restore_best(state, config):
+    """Take the weights of `best`. Returns the checkpoint's pathlib.Path."""
+    return restore_newest(state.captioner(), [pathlib.Path(config.run_dir, "best")], other_folder(config))
 
 
 def write_history(history, folder):

@@ -333,13 +333,31 @@ def test_captions_that_break_down_take_the_run_back_to_its_best(trained, tmp_pat
     monkeypatch.setattr(training, "validation_cider", lambda *args: next(ciders))
     continue_run(trained, tmp_path, "--self_critical_epochs", "3")
     printed = capsys.readouterr().out
-    assert "self-critical epochs begin at a validation CIDEr of 0.500" in printed
+    assert "self-critical epochs begin with the weights of epoch 2, at a validation CIDEr of 0.500" in printed
     line = "validation CIDEr fell to 0.470 from 0.600: back to the weights of best/ckpt-3, at half the learning rate"
     assert printed.count("fell to") == 1 and line in printed
     progress = Progress()
     tf.train.Checkpoint(progress=progress).read(list_checkpoints(tmp_path / "run" / "last")[0]).expect_partial()
     assert (progress.rate_factor, progress.best_cider, progress.best_epoch) == (0.5, 0.6, 3)
     assert [row["best_by"] for row in rows(tmp_path)[2:]] == ["validation CIDEr", "", ""]
+
+
+def test_the_phase_begins_with_the_best_weights_of_cross_entropy(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = settings_of(trained, tmp_path / "run", "--self_critical_epochs", "4")
+    prepared = load_prepared(config)
+    state = training.open_run(prepared, config)
+    progress = state.progress
+    for weight in state.trainable_variables:
+        weight.assign(weight + 1)
+    progress.epoch = 5  # as if three epochs had made it no better
+    best = load_captioner(config)
+    expected = best.encoder.trainable_variables + best.decoder.trainable_variables
+    training.begin_self_critical(state, lambda: 0.25, config)
+    for weight, value in zip(state.trainable_variables, expected, strict=True):
+        np.testing.assert_array_equal(weight, value)
+    assert (progress.best_cider, progress.cross_entropy_epochs, progress.epoch) == (0.25, 5, 5)
+    assert "begin with the weights of epoch 2, at a validation CIDEr of 0.250" in capsys.readouterr().out
 
 
 def test_the_best_weights_are_what_the_guard_brings_back(taught, trained):
