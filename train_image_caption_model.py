@@ -176,12 +176,11 @@ def self_critical_epochs(state, prepared, validation, samples, stop_if_asked, co
 def begin_self_critical(state, measure, config):
     """End the epochs of cross-entropy: go on from the best of them, whose CIDEr is then to be beaten."""
     progress = state.progress
-    if progress.best_epoch != progress.epoch:
-        restore_best(state, config)
+    restored = restore_best(state, config)
     progress.best_cider = value_of_chief(measure)
     progress.cross_entropy_epochs = progress.epoch
     print(
-        f"self-critical epochs begin with the weights of epoch {progress.best_epoch}, "
+        f"self-critical epochs begin with the weights of best/{restored.name}, "
         f"at a validation CIDEr of {progress.best_cider:.3f}"
     )
 
@@ -241,10 +240,11 @@ def self_critical_epoch(state, pictures, epoch, config, stop_if_asked=lambda: No
     batches = picture_batches(pictures.feature_paths, remaining, config) if len(remaining) else ()
     size = config.pictures_per_step * samples
     for features, positions in each_batch(state, epoch, batches, size, total, stop_if_asked, config):
-        captions = sample_captions(state, features, positions.numpy(), config)  # (R b S, T)
-        scores = score_samples(pictures, positions.numpy(), captions, samples)  # (R S, b)
+        positions = positions.numpy()  # (R b,)
+        captions = sample_captions(state, features, positions, config)  # (R b S, T)
+        scores = score_samples(pictures, positions, captions, samples)  # (R S, b)
         advantages = compare_samples(scores, samples)  # (R b S,)
-        captions, advantages = add_references(pictures, positions.numpy(), captions, advantages, epoch, config)
+        captions, advantages = add_references(pictures, positions, captions, advantages, epoch, config)
         check_loss(float(step(state, features, tf.constant(captions), config, tf.constant(advantages))), progress, size)
         progress.ciders += sum_processes(scores.sum())
     rate = round(total / progress.seconds, 1)

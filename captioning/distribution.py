@@ -172,3 +172,8 @@ def sum_processes(number):
 def value_of_chief(compute):
     """What `compute` returns on the chief, a float, in all processes. The others do not call it."""
     return sum_processes(float(compute()) if is_chief() else 0.0)
+
+
+def wait_for_chief():
+    """Return when the chief calls this too, and so has written what it was to write before."""
+    value_of_chief(lambda: 0.0)

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 
 from captioning.checkpoints import check_finite, restore_newest, save_checkpoint
-from captioning.distribution import is_chief
+from captioning.distribution import is_chief, wait_for_chief
 from captioning.figures import plot_losses
 from captioning.optimizer import scheduled_rate, self_critical_rate
 from captioning.run_folder import other_folder
@@ -132,8 +132,20 @@ def return_to_best(state, cider, config):
 
 
 def restore_best(state, config):
-    """Take the weights of `best`. Returns the checkpoint's pathlib.Path."""
-    return restore_newest(state.captioner(), [pathlib.Path(config.run_dir, "best")], other_folder(config))
+    """Take the weights of `best`.
+
+    Returns:
+      pathlib.Path of the checkpoint
+
+    Raises:
+      UserError: there is none that can be read.
+    """
+    wait_for_chief()  # it may still be writing this checkpoint
+    folder = pathlib.Path(config.run_dir, "best")
+    restored = restore_newest(state.captioner(), [folder], other_folder(config))
+    if restored is None:
+        raise UserError(f"{folder} holds no checkpoint: {other_folder(config)}")
+    return restored
 
 
 def write_history(history, folder):

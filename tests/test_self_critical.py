@@ -333,7 +333,7 @@ def test_captions_that_break_down_take_the_run_back_to_its_best(trained, tmp_pat
     monkeypatch.setattr(training, "validation_cider", lambda *args: next(ciders))
     continue_run(trained, tmp_path, "--self_critical_epochs", "3")
     printed = capsys.readouterr().out
-    assert "self-critical epochs begin with the weights of epoch 2, at a validation CIDEr of 0.500" in printed
+    assert "self-critical epochs begin with the weights of best/ckpt-2, at a validation CIDEr of 0.500" in printed
     line = "validation CIDEr fell to 0.470 from 0.600: back to the weights of best/ckpt-3, at half the learning rate"
     assert printed.count("fell to") == 1 and line in printed
     progress = Progress()
@@ -357,7 +357,23 @@ def test_the_phase_begins_with_the_best_weights_of_cross_entropy(trained, tmp_pa
     for weight, value in zip(state.trainable_variables, expected, strict=True):
         np.testing.assert_array_equal(weight, value)
     assert (progress.best_cider, progress.cross_entropy_epochs, progress.epoch) == (0.25, 5, 5)
-    assert "begin with the weights of epoch 2, at a validation CIDEr of 0.250" in capsys.readouterr().out
+    assert "begin with the weights of best/ckpt-2, at a validation CIDEr of 0.250" in capsys.readouterr().out
+
+
+def test_a_run_without_its_best_checkpoint_does_not_begin_the_phase(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "best")
+    with pytest.raises(UserError, match="best holds no checkpoint: give another --run_dir"):
+        continue_run(trained, tmp_path, "--self_critical_epochs", "1")
+
+
+@pytest.mark.slow
+def test_references_are_learned_beside_the_samples(trained, tmp_path):
+    losses = {}
+    for weight in "0", "5":
+        continue_run(trained, tmp_path / weight, "--self_critical_epochs", "4", "--reference_weight", weight)
+        losses[weight] = float(rows(tmp_path / weight)[-1]["validation_loss"])
+    assert losses["5"] < losses["0"] - 0.1, losses
 
 
 def test_the_best_weights_are_what_the_guard_brings_back(taught, trained):
