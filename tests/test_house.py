@@ -24,6 +24,7 @@ AT_THE_ROOT = {f"{name}.py" for name in ROOT_LINES} | {
     "captioning",
     "support",
     "README.md",
+    "LICENSE",
     "requirements.txt",
     "requirements-dev.txt",
     "pyproject.toml",
@@ -31,6 +32,8 @@ AT_THE_ROOT = {f"{name}.py" for name in ROOT_LINES} | {
     "tests",
     "images",
     ".ci",
+    ".github",
+    ".pre-commit-config.yaml",
     ".gitignore",
     ".git",
 }
