@@ -33,7 +33,7 @@ from captioning.training_records import LOWER_RATE, SELF_CRITICAL, EpochRow, ann
 from captioning.training_records import last_epoch, restore_best, return_to_best, save_epoch, save_last, warning_only
 from captioning.training_records import write_history
 from captioning.training_samples import Samples, choose_samples, show_samples
-from captioning.vocabulary import PAD, log_frequency_bias
+from captioning.vocabulary import PAD, UNK, log_frequency_bias
 from captioning.word_detector import detection_loss
 from config import Config
 from model import attention_loss, build_captioner, caption_loss
@@ -268,7 +268,7 @@ def train_step(state, features, captions, config, advantages=None):
 def train_replica(state, features, captions, config, advantages):
     """A replica's part of train_step: what is summed over the replicas is what one replica would compute."""
     features, captions = replica_rows(features), replica_rows(captions)
-    word_share, caption_share = shares_of_batch(captions)
+    word_share, caption_share = shares_of_batch(captions, PAD if advantages is None else UNK)
     dropout_seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(state.optimizer.iterations, tf.int64)))  # (2,)
     weights, optimizer = state.trainable_variables, state.scaled_optimizer
     with tf.GradientTape() as tape:
@@ -291,11 +291,20 @@ def train_replica(state, features, captions, config, advantages):
     return loss
 
 
-def shares_of_batch(captions):
-    """This replica's share of the words and of the captions of the whole batch. int (B, T) -> float (), float ()."""
-    words = tf.cast(captions[:, 1:] != PAD, tf.float32)  # (B, T-1)
-    counts = tf.stack((tf.reduce_sum(words), tf.reduce_sum(tf.reduce_max(words, axis=1))))  # (2,)
-    return tf.unstack(counts / sum_replicas(counts))
+def shares_of_batch(captions, left_out=PAD):
+    """This replica's share of the words and of the captions of the whole batch.
+
+    Args:
+      captions: int (B, T)
+      left_out: int, a word that the loss leaves out, besides <pad>.
+
+    Returns:
+      words, captions: float () each
+    """
+    is_word = captions[:, 1:] != PAD  # (B, T-1)
+    learned, real = is_word & (captions[:, 1:] != left_out), tf.reduce_any(is_word, axis=1)  # (B, T-1), (B,)
+    counts = tf.stack([tf.reduce_sum(tf.cast(x, tf.float32)) for x in (learned, real)])  # (2,)
+    return tf.unstack(tf.math.divide_no_nan(counts, sum_replicas(counts)))
 
 
 # --- Validation -------------------------------------------------------------------------------------------------

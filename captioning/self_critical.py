@@ -22,7 +22,7 @@ from captioning.distribution import local_replica_ids, replica_rows, run_on_each
 from captioning.feature_cache import feature_path
 from captioning.kernels import softmax_cross_entropy
 from captioning.metrics import quick_score
-from captioning.vocabulary import PAD, START
+from captioning.vocabulary import PAD, START, UNK
 
 LONGEST_SAMPLE = 20  # words; hardly any caption is longer, and one that has not ended by then scores lower
 COLLAPSE = 0.8  # a validation CIDEr below this share of the best means that the captions have broken down
@@ -204,7 +204,8 @@ def policy_gradient_loss(captions, logits, advantages):
     """REINFORCE: the cross-entropy of each sampled word times the advantage of its caption, averaged over the words.
 
     What sampling may not say is barred from the softmax here too. Otherwise these words, which no sample ever has,
-    would gain whenever a sample loses, until they have all the probability.
+    would gain whenever a sample loses, until they have all the probability. So <unk>, which references hold, cannot be
+    learned and is left out.
 
     Args:
       captions: int (B, T), <start>, words, <end>, then <pad>.
@@ -215,9 +216,11 @@ def policy_gradient_loss(captions, logits, advantages):
     """
     words = tf.transpose(captions[:, 1:])  # (T-1, B)
     is_target = words != PAD  # (T-1, B)
-    losses = softmax_cross_entropy(ban_words(logits), tf.boolean_mask(words, is_target))  # (N,)
     by_word = tf.boolean_mask(tf.broadcast_to(advantages, tf.shape(words)), is_target)  # (N,)
-    return tf.math.divide_no_nan(tf.reduce_sum(losses * by_word), tf.cast(tf.size(losses), losses.dtype))
+    words = tf.boolean_mask(words, is_target)  # (N,)
+    is_learned = tf.cast(words != UNK, logits.dtype)  # (N,)
+    losses = softmax_cross_entropy(ban_words(logits), words) * is_learned  # (N,)
+    return tf.math.divide_no_nan(tf.reduce_sum(losses * by_word), tf.reduce_sum(is_learned))
 
 
 # --- Validation -------------------------------------------------------------------------------------------------

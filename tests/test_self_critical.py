@@ -30,7 +30,7 @@ from captioning.self_critical import (
 )
 from captioning.settings import make_config, read_settings
 from captioning.training_records import return_to_best
-from captioning.vocabulary import END, PAD, SPECIAL_WORDS, START
+from captioning.vocabulary import END, PAD, SPECIAL_WORDS, START, UNK
 from conftest import options, rows, weights
 from model import greedy_decode
 from support.errors import UserError
@@ -204,6 +204,30 @@ def test_the_loss_is_reinforce_with_the_banned_words_barred():
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     gradient = by_word[:, None] * (probabilities - np.eye(7)[words]) / 5
     np.testing.assert_allclose(tape.gradient(loss, logits), gradient, atol=1e-6)
+
+
+def test_an_unknown_word_of_a_reference_teaches_nothing():
+    """It may not be said, so its probability is none, and nothing that is learned raises it."""
+    rng = np.random.default_rng(0)
+    logits = tf.Variable(rng.standard_normal((5, 7)), dtype=tf.float32)  # (N, V)
+    advantages = tf.constant([2.0, 0.5])
+    known = [0, 1, 4, 3]  # of 5, 6, <unk>, the second <end> and the first, in the order of the captions without <unk>
+    with tf.GradientTape(persistent=True) as tape:
+        loss = policy_gradient_loss(tf.constant([[START, 5, UNK, END], [START, 6, END, PAD]]), logits, advantages)
+        kept = tf.gather(logits, known)
+        expected = policy_gradient_loss(tf.constant([[START, 5, END], [START, 6, END]]), kept, advantages[:2])
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    gradient = tape.gradient(loss, logits).numpy()
+    assert not gradient[2].any()
+    assert not gradient[:, UNK].any()
+    np.testing.assert_allclose(gradient, tf.convert_to_tensor(tape.gradient(expected, logits)), atol=1e-7)
+
+
+def test_a_replicas_share_of_the_words_is_of_those_that_are_learned(monkeypatch):
+    captions = tf.constant([[START, 5, UNK, END], [START, UNK, UNK, PAD], [PAD, PAD, PAD, PAD]])
+    monkeypatch.setattr(training, "sum_replicas", lambda counts: tf.constant([8.0, 4.0]))
+    assert [float(share) for share in training.shares_of_batch(captions)] == [5 / 8, 2 / 4]
+    assert [float(share) for share in training.shares_of_batch(captions, UNK)] == [2 / 8, 2 / 4]
 
 
 def test_the_loss_of_no_caption_is_0():
