@@ -121,7 +121,9 @@ def build_state(prepared, precision, config):
     # Without this, much of the first epoch is spent on learning which words are frequent.
     train = [caption for image in prepared.train for caption in image.encoded_captions]
     decoder.output_layer.bias.assign(log_frequency_bias(train, len(prepared.vocabulary)))
-    optimizer = SummedAdam(config.learning_rate, global_clipnorm=config.clip_norm)
+    # The detector's weights are the last: captions must be the same with it and without.
+    apart = len(decoder.detector.trainable_variables)
+    optimizer = SummedAdam(config.learning_rate, apart=apart, global_clipnorm=config.clip_norm)
     state = TrainingState(encoder, decoder, optimizer)
     optimizer.build(state.trainable_variables)
     return state
