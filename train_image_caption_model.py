@@ -244,11 +244,12 @@ def self_critical_epoch(state, pictures, epoch, config, stop_if_asked=lambda: No
     for features, positions in each_batch(state, epoch, batches, size, total, stop_if_asked, config):
         positions = positions.numpy()  # (R b,)
         captions = sample_captions(state, features, positions, config)  # (R b S, T)
+        ciders = score_samples(pictures, positions, captions, samples, with_end=False)  # (R S, b)
         scores = score_samples(pictures, positions, captions, samples)  # (R S, b)
         advantages = compare_samples(scores, samples)  # (R b S,)
         captions, advantages = add_references(pictures, positions, captions, advantages, epoch, config)
         check_loss(float(step(state, features, tf.constant(captions), config, tf.constant(advantages))), progress, size)
-        progress.ciders += sum_processes(scores.sum())
+        progress.ciders += sum_processes(ciders.sum())
     rate = round(total / progress.seconds, 1)
     return EpochRow(epoch + 1, SELF_CRITICAL, sampled_cider=progress.ciders / total, captions_per_second=rate)
 

@@ -15,6 +15,7 @@ from captioning.cider_reward import CiderReward
 from captioning.decoding_rules import BANNED_WORDS
 from captioning.epoch_batches import begin_epoch
 from captioning.feature_cache import feature_path
+from captioning.metrics import quick_score
 from captioning.optimizer import self_critical_rate
 from captioning.prepared_data import load_prepared
 from captioning.self_critical import (
@@ -282,6 +283,32 @@ def taught(trained, tmp_path_factory):
 def test_the_captions_that_are_sampled_get_better(taught):
     sampled = [float(row["sampled_cider"]) for row in rows(taught)[2:]]
     assert np.mean(sampled[-3:]) > 1.2 * np.mean(sampled[:3]) > 0
+
+
+def test_the_cider_of_samples_is_on_the_scale_of_validation(trained, monkeypatch):
+    """The captions that were drawn in an epoch, scored as validation scores them, give the number in history.csv."""
+    config = settings_of(trained, trained / "run", *QUICK, *PHASE)
+    prepared, drawn = load_prepared(config), {}
+    state = training.build_state(prepared, "float32", config)
+    state.progress.cross_entropy_epochs = 0
+
+    def record(state, features, positions, config):
+        captions = sample_captions(state, features, positions, config)
+        by_sample = captions.reshape(config.samples_per_picture, len(positions), -1)  # (S, b, T)
+        drawn.update({position: by_sample[:, b] for b, position in enumerate(positions) if position >= 0})
+        return captions
+
+    monkeypatch.setattr(training, "sample_captions", record)
+    pictures = collect_pictures(prepared.train, prepared.vocabulary, config)
+    row = training.self_critical_epoch(state, pictures, 0, config)
+    references = {position: prepared.train[position].references for position in drawn}
+    write = lambda words: " ".join(prepared.vocabulary[i] for i in words if i not in (PAD, START, END))  # noqa: E731
+    ciders = [
+        quick_score({position: write(captions[number]) for position, captions in drawn.items()}, references)["CIDEr"]
+        for number in range(config.samples_per_picture)
+    ]
+    assert len(drawn) == PICTURES and np.mean(ciders) > 0
+    assert row.sampled_cider == pytest.approx(np.mean(ciders), rel=1e-6)
 
 
 def test_history_tells_the_phases_and_why_an_epoch_was_the_best(taught, trained):
