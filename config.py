@@ -42,7 +42,7 @@ class Config:
     epochs: Annotated[int, (1, None)] = 8  # passes over the training captions, at the most
     batch_size: Annotated[int, (1, 8_192)] = 64  # B: captions per optimiser step
     learning_rate: Annotated[float, (1e-8, 10.0)] = 1e-3  # Adam's step size
-    clip_norm: Annotated[float, (1e-6, None)] = 5.0  # gradients are scaled down to this global norm
+    clip_norm: Annotated[float, (1e-6, None)] = 5.0  # largest global norm of gradients; the detector has its own
     dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training, alike at all words
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # of the large products

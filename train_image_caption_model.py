@@ -33,7 +33,7 @@ from captioning.training_records import LOWER_RATE, SELF_CRITICAL, EpochRow, ann
 from captioning.training_records import last_epoch, restore_best, return_to_best, save_epoch, save_last, warning_only
 from captioning.training_records import write_history
 from captioning.training_samples import Samples, choose_samples, show_samples
-from captioning.vocabulary import PAD, log_frequency_bias
+from captioning.vocabulary import PAD, UNK, log_frequency_bias
 from captioning.word_detector import detection_loss
 from config import Config
 from model import attention_loss, build_captioner, caption_loss
@@ -121,7 +121,9 @@ def build_state(prepared, precision, config):
     # Without this, much of the first epoch is spent on learning which words are frequent.
     train = [caption for image in prepared.train for caption in image.encoded_captions]
     decoder.output_layer.bias.assign(log_frequency_bias(train, len(prepared.vocabulary)))
-    optimizer = SummedAdam(config.learning_rate, global_clipnorm=config.clip_norm)
+    # The detector's weights are the last: captions must be the same with it and without.
+    apart = len(decoder.detector.trainable_variables)
+    optimizer = SummedAdam(config.learning_rate, apart=apart, global_clipnorm=config.clip_norm)
     state = TrainingState(encoder, decoder, optimizer)
     optimizer.build(state.trainable_variables)
     return state
@@ -242,11 +244,12 @@ def self_critical_epoch(state, pictures, epoch, config, stop_if_asked=lambda: No
     for features, positions in each_batch(state, epoch, batches, size, total, stop_if_asked, config):
         positions = positions.numpy()  # (R b,)
         captions = sample_captions(state, features, positions, config)  # (R b S, T)
+        ciders = score_samples(pictures, positions, captions, samples, with_end=False)  # (R S, b)
         scores = score_samples(pictures, positions, captions, samples)  # (R S, b)
         advantages = compare_samples(scores, samples)  # (R b S,)
         captions, advantages = add_references(pictures, positions, captions, advantages, epoch, config)
         check_loss(float(step(state, features, tf.constant(captions), config, tf.constant(advantages))), progress, size)
-        progress.ciders += sum_processes(scores.sum())
+        progress.ciders += sum_processes(ciders.sum())
     rate = round(total / progress.seconds, 1)
     return EpochRow(epoch + 1, SELF_CRITICAL, sampled_cider=progress.ciders / total, captions_per_second=rate)
 
@@ -268,7 +271,7 @@ def train_step(state, features, captions, config, advantages=None):
 def train_replica(state, features, captions, config, advantages):
     """A replica's part of train_step: what is summed over the replicas is what one replica would compute."""
     features, captions = replica_rows(features), replica_rows(captions)
-    word_share, caption_share = shares_of_batch(captions)
+    word_share, caption_share = shares_of_batch(captions, PAD if advantages is None else UNK)
     dropout_seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(state.optimizer.iterations, tf.int64)))  # (2,)
     weights, optimizer = state.trainable_variables, state.scaled_optimizer
     with tf.GradientTape() as tape:
@@ -291,11 +294,20 @@ def train_replica(state, features, captions, config, advantages):
     return loss
 
 
-def shares_of_batch(captions):
-    """This replica's share of the words and of the captions of the whole batch. int (B, T) -> float (), float ()."""
-    words = tf.cast(captions[:, 1:] != PAD, tf.float32)  # (B, T-1)
-    counts = tf.stack((tf.reduce_sum(words), tf.reduce_sum(tf.reduce_max(words, axis=1))))  # (2,)
-    return tf.unstack(counts / sum_replicas(counts))
+def shares_of_batch(captions, left_out=PAD):
+    """This replica's share of the words and of the captions of the whole batch.
+
+    Args:
+      captions: int (B, T)
+      left_out: int, a word that the loss leaves out, besides <pad>.
+
+    Returns:
+      words, captions: float () each
+    """
+    is_word = captions[:, 1:] != PAD  # (B, T-1)
+    learned, real = is_word & (captions[:, 1:] != left_out), tf.reduce_any(is_word, axis=1)  # (B, T-1), (B,)
+    counts = tf.stack([tf.reduce_sum(tf.cast(x, tf.float32)) for x in (learned, real)])  # (2,)
+    return tf.unstack(tf.math.divide_no_nan(counts, sum_replicas(counts)))
 
 
 # --- Validation -------------------------------------------------------------------------------------------------

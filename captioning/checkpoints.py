@@ -27,7 +27,7 @@ class Progress(tf.train.experimental.PythonState):
       order: checksum of the order of the epoch begun last.
       captions_done: captions of that epoch that were trained on.
       nats, words, seconds: sums over these captions. In self-critical epochs nats is 0.
-      ciders: sum of their rewards, in self-critical epochs.
+      ciders: sum of their CIDErs, in self-critical epochs.
       saves: checkpoints written; it numbers them.
       history: list of dicts, a row of history.csv for each epoch.
       cross_entropy_epochs: epochs that were done when the self-critical ones began, -1 where they have not.

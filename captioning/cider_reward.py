@@ -1,4 +1,4 @@
-"""The reward of self-critical training: CIDEr-D of sampled captions against all references of their pictures.
+"""CIDEr-D of sampled captions against all references of their pictures: the reward of self-critical training.
 
 CIDEr-D is from Vedantam et al., 2015 (arXiv 1411.5726). The arithmetic is pycocoevalcap's, which counts how many images
 have an n-gram anew at each call. Here that is counted once, for the training pictures.
@@ -17,7 +17,7 @@ END_WORD = SPECIAL_WORDS[END]  # said at the end of references too, so that a ca
 
 
 class CiderReward:
-    """CIDEr-D with <end> as a word.
+    """CIDEr-D with <end> as a word, or without, which is the CIDEr that captions are evaluated by.
 
     Args:
       references: list of N lists of str, the reference captions of each training picture.
@@ -28,32 +28,36 @@ class CiderReward:
         self.vocabulary = vocabulary
         counts = [len(group) for group in references]
         texts = standardize([text for group in references for text in group]).numpy().tolist()
-        texts = iter(f"{text.decode()} {END_WORD}" for text in texts)
+        texts = iter(text.decode() for text in texts)
         self.references = [[next(texts) for _ in range(count)] for count in counts]
         self.log_images = math.log(len(references))
         frequencies = collections.Counter()  # of each n-gram: the pictures that have it in a reference
         for group in self.references:
-            frequencies.update({ngram for text in group for ngram in precook(text, LONGEST_NGRAM)})
+            frequencies.update({ngram for text in group for ngram in precook(f"{text} {END_WORD}", LONGEST_NGRAM)})
         self.log_frequencies = {ngram: math.log(count) for ngram, count in frequencies.items()}
 
-    def score(self, pictures, captions):
+    def score(self, pictures, captions, with_end=True):
         """Score several captions of each of some pictures.
 
         Args:
           pictures: list of B int, positions in the references.
           captions: list of B lists of S captions, each a list of token ids with <end> and maybe <pad>.
+          with_end: bool, whether <end> is a word, as a reward needs. Without it the mean over all pictures is the
+            CIDEr of captioning.metrics.quick_score.
 
         Returns:
           list of B lists of S float, each from 0 to 10
         """
         rewards = []
         for picture, said in zip(pictures, captions, strict=True):
-            references = [self.weigh_ngrams(text) for text in self.references[picture]]
-            rewards.append([score_caption(self.weigh_ngrams(self.write(words)), references) for words in said])
+            references = [f"{text} {END_WORD}" if with_end else text for text in self.references[picture]]
+            references = [self.weigh_ngrams(text) for text in references]
+            texts = [self.write(words, with_end) for words in said]
+            rewards.append([score_caption(self.weigh_ngrams(text), references) for text in texts])
         return rewards
 
-    def write(self, words):
-        return " ".join(self.vocabulary[i] for i in words if i != PAD)
+    def write(self, words, with_end):
+        return " ".join(self.vocabulary[i] for i in words if i != PAD and (with_end or i != END))
 
     def weigh_ngrams(self, text):
         """A caption's n-grams by how telling they are.

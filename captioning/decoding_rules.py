@@ -17,7 +17,9 @@ class DecodedCaptions(NamedTuple):
     """B captions as the decoder said them."""
 
     words: tf.Tensor  # int (B, L), word ids with <end>, then <pad>
-    log_probs: tf.Tensor  # float (B, L), natural logarithm of each word's probability, 0 for <pad>
+    log_probs: (
+        tf.Tensor
+    )  # float (B, L), natural logarithm of each word's probability of those that can be said; 0 for <pad>
     attention_weights: tf.Tensor  # float (B, L, P)
 
 
@@ -29,6 +31,9 @@ def has_ended(words):
 def next_word_log_probs(logits, words, repeat_block):
     """Log-probabilities of the next word, very low for words that may not be said.
 
+    Probabilities are shared out among the words that the model can say: those that are never said have none of them,
+    however high their logits are.
+
     Args:
       logits: float (B, V)
       words: int (B, T), what has been said, from <start> on.
@@ -37,13 +42,14 @@ def next_word_log_probs(logits, words, repeat_block):
     Returns:
       float (B, V)
     """
-    log_probs = ban_words(tf.nn.log_softmax(logits))  # (B, V)
+    log_probs = tf.nn.log_softmax(ban_words(logits))  # (B, V)
+    # Behind the softmax: before it, a beam would gain the blocked words' probability for having to say another word.
     return block_repeated_ngrams(log_probs, words, repeat_block) if repeat_block else log_probs
 
 
-def ban_words(x):
-    """Make the words very unlikely that are never said. Logits or log-probabilities (N, V) -> the same."""
-    return x + tf.reduce_sum(tf.one_hot(BANNED_WORDS, x.shape[-1], on_value=BANNED_LOG_PROB), 0)  # (N, V)
+def ban_words(logits):
+    """Make the words very unlikely that are never said. float (N, V) -> float (N, V)."""
+    return logits + tf.reduce_sum(tf.one_hot(BANNED_WORDS, logits.shape[-1], on_value=BANNED_LOG_PROB), 0)  # (N, V)
 
 
 def block_repeated_ngrams(log_probs, words, length):

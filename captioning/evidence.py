@@ -15,6 +15,7 @@ and |x_p| not even of that; features are large on things. Letters of shapes as i
 
 import tensorflow as tf
 
+from captioning.decoding_rules import ban_words
 from captioning.kernels import softmax_cross_entropy
 from captioning.vocabulary import START
 from captioning.word_detector import word_maps
@@ -48,7 +49,7 @@ def explain_captions(encoder, decoder, features, words):
         with tf.GradientTape() as tape:
             tape.watch(context_vector)
             hidden = decoder.gru(gates, context_vector, hidden)  # (B, U)
-            log_probs = -softmax_cross_entropy(decoder.output_layer(hidden), word)  # (B,)
+            log_probs = -softmax_cross_entropy(ban_words(decoder.output_layer(hidden)), word)  # (B,)
         gradient = tape.gradient(log_probs, context_vector)  # (B, D)
         gains = tf.linalg.matvec(encoded_features, gradient)  # (B, P)
         weights = attention_weights[:, :, 0]  # (B, P)

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from captioning.caption_files import image_path
-from captioning.decoding_rules import next_word_log_probs
+from captioning.decoding_rules import ban_words, next_word_log_probs
 from captioning.export import new_folder
 from captioning.feature_cache import CHANNELS, LOCATIONS
 from captioning.image_files import IMAGE_SIZE, load_image
@@ -172,7 +172,7 @@ def word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_
         with tf.GradientTape() as backwards:
             backwards.watch(moved)
             logits, next_hidden, weights = decoder(words, moved, hidden, keys)
-            log_probs = tf.gather(tf.nn.log_softmax(logits), said[0, 0], axis=1)  # (P,)
+            log_probs = tf.gather(tf.nn.log_softmax(ban_words(logits)), said[0, 0], axis=1)  # (P,)
         gradients = backwards.gradient(log_probs, moved, ones)  # (P, P, D)
     gains = forwards.gradient(gradients, ones, directions)[tf.newaxis]  # (1, P)
     logs = tf.math.log(weights[:1, :, 0] + 1e-30) + gains + tf.math.log(sightings * feature_norms + 1e-30)  # (1, P)

@@ -31,12 +31,27 @@ class SummedAdam(keras.optimizers.Adam):
     Its arithmetic is Keras's, in one pass over each weight where Keras makes a dozen. Gradients whose norm is within
     `global_clipnorm` are not touched. Keras has no public way to either, so this class overrides and reads private
     names. tests/test_optimizer.py guards them, and requirements.txt keeps Keras below the next minor release.
+
+    Args:
+      apart: int, how many weights, the last of those it is built with, have a norm of their own that is clipped. They
+        do not change how the others learn.
+      *args, **options: of keras.optimizers.Adam, with `global_clipnorm`. Each weight needs a gradient at each step.
     """
+
+    def __init__(self, *args, apart=0, **options):
+        super().__init__(*args, **options)
+        self.apart = apart
 
     def _all_reduce_sum_gradients(self, grads_and_vars):
         return grads_and_vars
 
     def _clip_gradients(self, gradients):
+        first = len(gradients) - self.apart
+        return [*self._clip_together(gradients[:first]), *self._clip_together(gradients[first:])]
+
+    def _clip_together(self, gradients):
+        if not gradients:
+            return []
         # As in Keras, the parts of the embedding's gradient, one for each word said, count one by one.
         norm, limit = tf.linalg.global_norm(gradients), self.global_clipnorm
         gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]

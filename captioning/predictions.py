@@ -15,6 +15,7 @@ class PredictedCaption:
       name: str, the image as the user knows it: a path or an address.
       words: list of str, without <end>.
       log_probs: (len(words),) natural logarithms of the words' probabilities, or one more with that of <end>.
+        Probabilities are of the words that the model can say, so not of <unk>.
       attention_weights: (len(words), P).
       image_id: int, or None for an image that is not of the data set.
       references: list of str, what people wrote about the image.

@@ -22,7 +22,7 @@ from captioning.distribution import local_replica_ids, replica_rows, run_on_each
 from captioning.feature_cache import feature_path
 from captioning.kernels import softmax_cross_entropy
 from captioning.metrics import quick_score
-from captioning.vocabulary import PAD, START
+from captioning.vocabulary import PAD, START, UNK
 
 LONGEST_SAMPLE = 20  # words; hardly any caption is longer, and one that has not ended by then scores lower
 COLLAPSE = 0.8  # a validation CIDEr below this share of the best means that the captions have broken down
@@ -65,7 +65,8 @@ def sample_captions(state, features, positions, config):
       positions: int (R b,), of the pictures; -1 is no picture, whose samples are <pad> alone.
 
     Returns:
-      int (R b S, T): <start>, words, <end>, then <pad>; the rows of one replica after those of the other
+      int (R b S, T): <start>, words, <end> if there was room for it, then <pad>; the rows of one replica after those
+      of the other
     """
     step = sample_step.get_concrete_function(state, tf.TensorSpec((None, *features.shape[1:]), features.dtype), config)
     parts = [part.numpy() for part in step(state, features, config)]
@@ -91,6 +92,8 @@ def sample_replica(state, features, config):
     chances = draw_chances(tf.shape(features)[0], state.optimizer.iterations, config)  # (T-1, b S)
 
     def one_word(words, hidden):
+        # No dropout, though the gradient is taken with it: rewards are for what the model says in use, and dropout is
+        # against learning by heart. So the draws are of a slightly other model than the one that is differentiated.
         logits, hidden, _ = decoder(words[:, -1:], encoded_features, hidden, keys)
         probabilities = tf.nn.softmax(ban_words(logits))  # (b S, V)
         drawn = draw_words(probabilities, chances[tf.shape(words)[1] - 1])  # (b S,)
@@ -136,7 +139,7 @@ def draw_words(probabilities, chances):
 # --- Reward and loss --------------------------------------------------------------------------------------------
 
 
-def score_samples(pictures, positions, captions, samples):
+def score_samples(pictures, positions, captions, samples, with_end=True):
     """CIDEr-D of sampled captions.
 
     Args:
@@ -144,6 +147,7 @@ def score_samples(pictures, positions, captions, samples):
       positions: int (R b,), of the sampled pictures, for the R replicas of this process; -1 is no picture.
       captions: int (R b S, T), as `sample_captions` returns them.
       samples: int, S.
+      with_end: bool, as CiderReward.score takes it.
 
     Returns:
       float (R S, b): a row for each replica's first, second, ... samples; 0 where there is no picture
@@ -154,7 +158,7 @@ def score_samples(pictures, positions, captions, samples):
     known = np.flatnonzero(positions >= 0)
     scores = np.zeros((len(positions), samples))
     if len(known):
-        scores[known] = pictures.reward.score(positions[known].tolist(), said[known].tolist())
+        scores[known] = pictures.reward.score(positions[known].tolist(), said[known].tolist(), with_end)
     return scores.reshape(replicas, -1, samples).transpose(0, 2, 1).reshape(replicas * samples, -1)  # (R S, b)
 
 
@@ -201,13 +205,14 @@ def behind_samples(of_samples, of_references):
 
 
 def policy_gradient_loss(captions, logits, advantages):
-    """REINFORCE: the cross-entropy of each sampled word times the advantage of its caption, averaged over the words.
+    """REINFORCE: the cross-entropy of each word times the advantage of its caption, averaged over the words.
 
     What sampling may not say is barred from the softmax here too. Otherwise these words, which no sample ever has,
-    would gain whenever a sample loses, until they have all the probability.
+    would gain whenever a sample loses, until they have all the probability. So <unk>, which references hold, cannot be
+    learned and is left out.
 
     Args:
-      captions: int (B, T), <start>, words, <end>, then <pad>.
+      captions: int (B, T), samples and references: <start>, words, <end> where it is not cut off, then <pad>.
       logits: float (N, V), for the N words behind <start>, as RNN_Decoder.teacher_forcing returns them.
       advantages: float (B,), of each caption.
 
@@ -215,9 +220,11 @@ def policy_gradient_loss(captions, logits, advantages):
     """
     words = tf.transpose(captions[:, 1:])  # (T-1, B)
     is_target = words != PAD  # (T-1, B)
-    losses = softmax_cross_entropy(ban_words(logits), tf.boolean_mask(words, is_target))  # (N,)
     by_word = tf.boolean_mask(tf.broadcast_to(advantages, tf.shape(words)), is_target)  # (N,)
-    return tf.math.divide_no_nan(tf.reduce_sum(losses * by_word), tf.cast(tf.size(losses), losses.dtype))
+    words = tf.boolean_mask(words, is_target)  # (N,)
+    is_learned = tf.cast(words != UNK, logits.dtype)  # (N,)
+    losses = softmax_cross_entropy(ban_words(logits), words) * is_learned  # (N,)
+    return tf.math.divide_no_nan(tf.reduce_sum(losses * by_word), tf.reduce_sum(is_learned))
 
 
 # --- Validation -------------------------------------------------------------------------------------------------

@@ -29,8 +29,9 @@ class EpochRow:
       phase: CROSS_ENTROPY or SELF_CRITICAL.
       train_loss: float, nats per word with dropout on, or None in a self-critical epoch.
       validation_loss: float, nats per word of the reference captions.
-      sampled_cider: float, mean CIDEr-D of the captions that were drawn, or None where none were.
-      validation_cider: float, CIDEr of greedy captions, or None in an epoch of cross-entropy.
+      sampled_cider: float, mean CIDEr of the captions that were drawn of training pictures, or None where none were.
+      validation_cider: float, CIDEr of greedy captions of validation pictures, or None in an epoch of cross-entropy.
+        Both are computed alike, each with the n-gram counts of its own pictures.
       captions_per_second: float, trained on.
       best_by: str, why this epoch's weights became the best ones; "" where they did not.
     """

@@ -2,8 +2,8 @@
 
 A detector must find each word of the captions at some location, and not in pictures that nobody said it of. So it
 learns where the word is (multiple-instance learning with a noisy-or: Fang et al., 2015, arXiv 1411.4952). It takes the
-captioner's encoded features as they are: no gradient reaches them, and captions are the same with it or without.
-Letters of shapes as in model.py; W counts the words that the captions of a batch say.
+captioner's encoded features as they are: no gradient reaches them, and its own are clipped apart. So captions are the
+same with it or without. Letters of shapes as in model.py; W counts the words that the captions of a batch say.
 """
 
 import keras

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 import model
 from captioning.beam_search import beam_search, best_beam, best_continuations
-from captioning.decoding_rules import BANNED_WORDS
+from captioning.decoding_rules import BANNED_WORDS, ban_words
 from captioning.feature_cache import CHANNELS, LOCATIONS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
@@ -75,7 +75,7 @@ def beams_by_hand(encoder, decoder, features, max_words, width, length_penalty):
             if words[-1] == END:
                 continue
             logits, hidden, _ = decoder(tf.constant([[words[-1]]]), encoded_features, hidden)
-            logs = tf.nn.log_softmax(logits)[0].numpy()
+            logs = tf.nn.log_softmax(ban_words(logits))[0].numpy()
             sayable = (i for i in range(len(logs)) if i not in BANNED_WORDS)
             running += [(score + logs[i], [*words, i], hidden) for i in sayable]
         beams = candidates + sorted(running, key=lambda beam: -beam[0])[:places]
@@ -96,7 +96,7 @@ def test_beam_search_finds_what_it_finds_by_hand(captioner, features, width, len
         assert said == expected
         np.testing.assert_allclose(np.sum(log_probs[b]), score, rtol=1e-4)
         logits, along = decoder.teacher_forcing(tf.constant([[START, *said]]), encoder(features[b : b + 1]))
-        logs = tf.nn.log_softmax(logits).numpy()
+        logs = tf.nn.log_softmax(ban_words(logits)).numpy()
         np.testing.assert_allclose(log_probs[b, : len(said)], logs[range(len(said)), said], rtol=1e-4)
         assert not np.any(log_probs[b, len(said) :])
         np.testing.assert_allclose(attention_weights[b, : len(said)], along[0], atol=1e-5)
@@ -115,7 +115,7 @@ def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(fe
             scores = {}
             for caption in ((END,), (4, END), (5, END)):
                 logits, _ = decoder.teacher_forcing(tf.constant([[START, *caption]]), encoder(features[b : b + 1]))
-                logs = tf.nn.log_softmax(logits).numpy()
+                logs = tf.nn.log_softmax(ban_words(logits)).numpy()
                 scores[caption] = sum(logs[t, word] for t, word in enumerate(caption))
             best = max(scores, key=scores.get)
             assert tuple(said_by(words[b])) == best
@@ -125,10 +125,13 @@ def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(fe
 
 
 def test_special_words_are_never_said(captioner, features, biased):
+    before = beam_search(*captioner, features, 6, 3)
     biased([PAD, UNK, START], 50.0)
-    said = beam_search(*captioner, features, 6, 3).words.numpy()
-    assert not np.isin(said, (UNK, START)).any()
-    assert (said[:, 0] != PAD).all()
+    words, log_probs, _ = beam_search(*captioner, features, 6, 3)
+    assert not np.isin(words, (UNK, START)).any()
+    assert (words[:, 0].numpy() != PAD).all()
+    np.testing.assert_array_equal(words, before.words)
+    np.testing.assert_allclose(log_probs, before.log_probs, rtol=1e-4)  # probabilities are of what can be said
 
 
 def test_captions_repeat_no_sequence(captioner, features, biased):

@@ -5,6 +5,7 @@ import pytest
 from pycocoevalcap.cider.cider import Cider
 
 from captioning.cider_reward import CiderReward
+from captioning.metrics import quick_score
 from captioning.vocabulary import END, PAD, SPECIAL_WORDS
 
 WORDS = "a dog cat boat red blue runs sits on the grass water".split()
@@ -39,6 +40,16 @@ def test_it_is_pycocoevalcaps_cider_with_end_as_a_word(drawn):
         _, expected = Cider().compute_score(ended, said)
         np.testing.assert_allclose(scores[:, sample], expected, rtol=1e-9)
     assert scores.max() > 1 and len(np.unique(scores)) > 60
+
+
+def test_without_end_it_is_the_cider_of_validation(drawn):
+    references, captions = drawn
+    encoded = [[encode(text, 2) for text in group] for group in captions]
+    scores = np.array(CiderReward(references, VOCABULARY).score(range(40), encoded, with_end=False))
+    for sample in range(3):
+        said = {number: group[sample] for number, group in enumerate(captions)}
+        expected = quick_score(said, dict(enumerate(references)))["CIDEr"]
+        assert scores[:, sample].mean() == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_picture_is_scored_by_its_position_whatever_else_is_scored(drawn):

@@ -38,7 +38,20 @@ def test_words_that_may_be_said_keep_their_log_probabilities(length, said, block
     banned = {PAD, UNK, START} | blocked
     assert set(np.flatnonzero(log_probs < BANNED_LOG_PROB / 2)) == banned
     free = [i for i in range(VOCABULARY) if i not in banned]
-    np.testing.assert_allclose(log_probs[free], tf.nn.log_softmax(logits)[0].numpy()[free], rtol=1e-6)
+    sayable = np.delete(np.arange(VOCABULARY), [PAD, UNK, START])  # blocked words keep their share
+    expected = logits[0] - np.log(np.exp(logits[0, sayable]).sum())
+    np.testing.assert_allclose(log_probs[free], expected[free], rtol=1e-5)
+
+
+@pytest.mark.parametrize("banned", [PAD, UNK, START])
+def test_probabilities_are_of_what_can_be_said_however_likely_the_rest(banned):
+    logits = np.random.default_rng(0).standard_normal((1, VOCABULARY)).astype(np.float32)
+    expected = next_word_log_probs(tf.constant(logits), tf.constant([[START, 5, 6]]), 0).numpy()
+    logits[0, banned] += 30
+    log_probs = next_word_log_probs(tf.constant(logits), tf.constant([[START, 5, 6]]), 0).numpy()
+    sayable = np.delete(np.arange(VOCABULARY), [PAD, UNK, START])
+    np.testing.assert_allclose(log_probs[:, sayable], expected[:, sayable], rtol=1e-5)
+    assert np.exp(log_probs).sum() == pytest.approx(1, rel=1e-5)
 
 
 def test_a_caption_has_ended_at_end_and_behind_it():

@@ -5,9 +5,11 @@ import pytest
 import tensorflow as tf
 
 from captioning.captioner import Picture, caption_batch, explain_references
+from captioning.decoding_rules import ban_words
 from captioning.evidence import explain_captions
+from captioning.export_bundle import word_evidence
 from captioning.settings import make_config
-from captioning.vocabulary import END, PAD, START
+from captioning.vocabulary import END, PAD, START, UNK
 from tiny_captioner import VOCABULARY, tiny_captioner
 
 CONFIG = make_config({"encoder_dim": 16, "embedding_dim": 12, "units": 32, "max_words": 6})
@@ -47,7 +49,7 @@ def test_evidence_is_weights_times_what_each_location_says_and_shows_of_the_word
 
     def log_prob(context):
         logits = decoder.output_layer(decoder.gru(gates, context, hidden))
-        return tf.gather(tf.nn.log_softmax(logits), WORDS[:, 0], batch_dims=1).numpy()
+        return tf.gather(tf.nn.log_softmax(ban_words(logits)), WORDS[:, 0], batch_dims=1).numpy()
 
     step = 1e-2 * np.eye(16, dtype=np.float32)
     gradient = np.stack([(log_prob(context + d) - log_prob(context - d)) / 2e-2 for d in step], axis=1)  # (B, D)
@@ -56,6 +58,27 @@ def test_evidence_is_weights_times_what_each_location_says_and_shows_of_the_word
     expected /= expected.numpy().sum(1, keepdims=True)
     np.testing.assert_allclose(evidence[:, 0], expected, atol=0.02)
     assert np.abs(evidence[:, 0] - weights[:, 0]).max() > 0.05
+
+
+@pytest.mark.parametrize("bundled", [False, True])
+def test_evidence_is_of_probabilities_of_what_can_be_said(captioner, features, bundled):
+    """However likely <unk> is, which is never said."""
+    encoder, decoder = captioner.encoder, captioner.decoder
+
+    def evidence():
+        if not bundled:
+            return explain_captions(encoder, decoder, features, WORDS)[1][0, 0].numpy()
+        encoded = encoder(features[:1])
+        state = decoder.initial_hidden(encoded), encoded, decoder.attention.key_layer(encoded)
+        norms = np.linalg.norm(features[:1], axis=2)
+        return word_evidence(decoder, tf.constant([[START]]), WORDS[:1, :1], *state, norms)["evidence"][0].numpy()
+
+    bias = decoder.output_layer.bias
+    before, expected = bias.numpy(), evidence()
+    bias.assign_add(tf.one_hot(UNK, len(VOCABULARY), on_value=30.0))
+    found = evidence()
+    bias.assign(before)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_predictions_get_their_own_evidence(captioner, features, tmp_path):

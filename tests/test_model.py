@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import model
-from captioning.decoding_rules import BANNED_WORDS
+from captioning.decoding_rules import BANNED_WORDS, ban_words
 from captioning.feature_cache import CHANNELS, LOCATIONS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
@@ -226,7 +226,7 @@ def test_greedy_decoding_says_what_single_steps_say(captioner, features, in_grap
         hidden, word = decoder.initial_hidden(encoded_features), START
         for t in range(words.shape[1]):
             logits, hidden, weights = decoder(tf.constant([[word]]), encoded_features, hidden)
-            logs = tf.nn.log_softmax(logits)[0].numpy()
+            logs = tf.nn.log_softmax(ban_words(logits))[0].numpy()
             word = max((i for i in range(VOCABULARY) if i not in BANNED_WORDS), key=lambda i: logs[i])
             assert words[b, t] == word
             np.testing.assert_allclose(attention_weights[b, t], weights[0, :, 0], atol=1e-5)
@@ -258,10 +258,14 @@ def test_greedy_decoding_stops_at_end(captioner, features):
 
 def test_special_words_are_never_said(captioner, features):
     encoder, decoder = captioner
+    with output_bias(decoder, tf.zeros(VOCABULARY)):
+        before = model.greedy_decode(encoder, decoder, features, 6)
     with output_bias(decoder, tf.reduce_sum(tf.one_hot((PAD, UNK, START), VOCABULARY, on_value=50.0), 0)):
-        said = model.greedy_decode(encoder, decoder, features, 6).words.numpy()
-    assert not np.isin(said, (UNK, START)).any()
-    assert (said[:, 0] != PAD).all()
+        words, log_probs, _ = model.greedy_decode(encoder, decoder, features, 6)
+    assert not np.isin(words, (UNK, START)).any()
+    assert (words[:, 0].numpy() != PAD).all()
+    np.testing.assert_array_equal(words, before.words)
+    np.testing.assert_allclose(log_probs, before.log_probs, rtol=1e-4)  # probabilities are of what can be said
 
 
 def test_captions_repeat_no_sequence(captioner, features):

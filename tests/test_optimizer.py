@@ -28,6 +28,15 @@ def test_adam_in_one_pass_is_keras_own():
     assert all(np.abs(end - 1).max() > 0.01 for end in ends[0][:2])  # they have moved
 
 
+def test_the_last_weights_are_clipped_apart():
+    """Adam's first momentum is a tenth of the gradient."""
+    weights = [keras.Variable(np.ones(1, np.float32)) for _ in range(3)]
+    optimizer = SummedAdam(0.1, apart=1, global_clipnorm=5.0)
+    optimizer.build(weights)
+    optimizer.apply([tf.constant([6.0]), tf.constant([8.0]), tf.constant([50.0])], weights)
+    np.testing.assert_allclose(np.ravel(optimizer._momentums), [0.3, 0.4, 0.5], rtol=1e-5)
+
+
 @pytest.mark.parametrize("in_graph", [True, False])
 def test_keras_still_calls_what_is_overridden(in_graph):
     """Were a name gone, Keras would clip and sum each replica's gradients, and nothing else would tell."""

@@ -15,6 +15,7 @@ from captioning.cider_reward import CiderReward
 from captioning.decoding_rules import BANNED_WORDS
 from captioning.epoch_batches import begin_epoch
 from captioning.feature_cache import feature_path
+from captioning.metrics import quick_score
 from captioning.optimizer import self_critical_rate
 from captioning.prepared_data import load_prepared
 from captioning.self_critical import (
@@ -30,7 +31,7 @@ from captioning.self_critical import (
 )
 from captioning.settings import make_config, read_settings
 from captioning.training_records import return_to_best
-from captioning.vocabulary import END, PAD, SPECIAL_WORDS, START
+from captioning.vocabulary import END, PAD, SPECIAL_WORDS, START, UNK
 from conftest import options, rows, weights
 from model import greedy_decode
 from support.errors import UserError
@@ -206,6 +207,30 @@ def test_the_loss_is_reinforce_with_the_banned_words_barred():
     np.testing.assert_allclose(tape.gradient(loss, logits), gradient, atol=1e-6)
 
 
+def test_an_unknown_word_of_a_reference_teaches_nothing():
+    """It may not be said, so its probability is none, and nothing that is learned raises it."""
+    rng = np.random.default_rng(0)
+    logits = tf.Variable(rng.standard_normal((5, 7)), dtype=tf.float32)  # (N, V)
+    advantages = tf.constant([2.0, 0.5])
+    known = [0, 1, 4, 3]  # of 5, 6, <unk>, the second <end> and the first, in the order of the captions without <unk>
+    with tf.GradientTape(persistent=True) as tape:
+        loss = policy_gradient_loss(tf.constant([[START, 5, UNK, END], [START, 6, END, PAD]]), logits, advantages)
+        kept = tf.gather(logits, known)
+        expected = policy_gradient_loss(tf.constant([[START, 5, END], [START, 6, END]]), kept, advantages[:2])
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    gradient = tape.gradient(loss, logits).numpy()
+    assert not gradient[2].any()
+    assert not gradient[:, UNK].any()
+    np.testing.assert_allclose(gradient, tf.convert_to_tensor(tape.gradient(expected, logits)), atol=1e-7)
+
+
+def test_a_replicas_share_of_the_words_is_of_those_that_are_learned(monkeypatch):
+    captions = tf.constant([[START, 5, UNK, END], [START, UNK, UNK, PAD], [PAD, PAD, PAD, PAD]])
+    monkeypatch.setattr(training, "sum_replicas", lambda counts: tf.constant([8.0, 4.0]))
+    assert [float(share) for share in training.shares_of_batch(captions)] == [5 / 8, 2 / 4]
+    assert [float(share) for share in training.shares_of_batch(captions, UNK)] == [2 / 8, 2 / 4]
+
+
 def test_the_loss_of_no_caption_is_0():
     captions = tf.fill((2, 3), PAD)
     assert float(policy_gradient_loss(captions, tf.zeros((0, 7)), tf.zeros(2))) == 0
@@ -258,6 +283,32 @@ def taught(trained, tmp_path_factory):
 def test_the_captions_that_are_sampled_get_better(taught):
     sampled = [float(row["sampled_cider"]) for row in rows(taught)[2:]]
     assert np.mean(sampled[-3:]) > 1.2 * np.mean(sampled[:3]) > 0
+
+
+def test_the_cider_of_samples_is_on_the_scale_of_validation(trained, monkeypatch):
+    """The captions that were drawn in an epoch, scored as validation scores them, give the number in history.csv."""
+    config = settings_of(trained, trained / "run", *QUICK, *PHASE)
+    prepared, drawn = load_prepared(config), {}
+    state = training.build_state(prepared, "float32", config)
+    state.progress.cross_entropy_epochs = 0
+
+    def record(state, features, positions, config):
+        captions = sample_captions(state, features, positions, config)
+        by_sample = captions.reshape(config.samples_per_picture, len(positions), -1)  # (S, b, T)
+        drawn.update({position: by_sample[:, b] for b, position in enumerate(positions) if position >= 0})
+        return captions
+
+    monkeypatch.setattr(training, "sample_captions", record)
+    pictures = collect_pictures(prepared.train, prepared.vocabulary, config)
+    row = training.self_critical_epoch(state, pictures, 0, config)
+    references = {position: prepared.train[position].references for position in drawn}
+    write = lambda words: " ".join(prepared.vocabulary[i] for i in words if i not in (PAD, START, END))  # noqa: E731
+    ciders = [
+        quick_score({position: write(captions[number]) for position, captions in drawn.items()}, references)["CIDEr"]
+        for number in range(config.samples_per_picture)
+    ]
+    assert len(drawn) == PICTURES and np.mean(ciders) > 0
+    assert row.sampled_cider == pytest.approx(np.mean(ciders), rel=1e-6)
 
 
 def test_history_tells_the_phases_and_why_an_epoch_was_the_best(taught, trained):

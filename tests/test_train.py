@@ -64,6 +64,24 @@ def check_same_end(root, expected, atol=1e-6):
     np.testing.assert_allclose(losses(root), losses(expected), atol=1e-5)
 
 
+def test_the_captioner_learns_the_same_with_the_detector_and_without(trained, monkeypatch):
+    """Where gradients are clipped too."""
+    config = settings_of(trained, trained / "run", "--clip_norm", "0.1", "--compile", "off")
+    prepared = load_prepared(config)
+    captions, ends = collect_captions(prepared.train, config), []
+    for loss in (training.detection_loss, lambda *args: 0.0):
+        monkeypatch.setattr(training, "detection_loss", loss)
+        state = training.build_state(prepared, "float32", config)
+        training.train_epoch(state, captions, 0, config)
+        ends.append([weight.numpy() for weight in state.trainable_variables])
+    ids = {id(weight) for weight in state.decoder.detector.trainable_variables}
+    for weight, mine, theirs in zip(state.trainable_variables, *ends, strict=True):
+        if id(weight) in ids:
+            assert np.abs(mine - theirs).max() > 1e-3
+        else:
+            np.testing.assert_allclose(mine, theirs, atol=1e-6, err_msg=weight.path)
+
+
 def after_each_step(monkeypatch, function, step="train_step"):
     """Have the results of the training's steps pass through function(state, number of the step, loss)."""
     real, count = getattr(training, step).get_concrete_function, []
