@@ -16,15 +16,15 @@ import tensorflow as tf
 from captioning.batches import batch_shapes, bucket_by_length, caption_batches, collect_captions, count_tokens
 from captioning.batches import picture_batches
 from captioning.captioner import dataset_pictures
-from captioning.checkpoints import TrainingState, checkpoint_number, list_checkpoints, restore_newest
+from captioning.checkpoints import TrainingState, list_checkpoints, restore_newest
 from captioning.devices import has_fast_bfloat16, set_up_devices
-from captioning.distribution import check_same_everywhere, is_chief, replica_rows, replicas, run_replicas, sum_replicas
-from captioning.distribution import sum_processes, value_of_chief
+from captioning.distribution import check_same_everywhere, check_same_training, is_chief, replica_rows, replicas
+from captioning.distribution import run_replicas, sum_processes, sum_replicas, value_of_chief
 from captioning.epoch_batches import begin_epoch, check_loss, each_batch
 from captioning.feature_cache import reading_features
 from captioning.optimizer import SummedAdam
 from captioning.prepared_data import load_prepared, read_prepared_settings
-from captioning.run_folder import begin_run, check_run_fits, other_folder
+from captioning.run_folder import begin_run, check_new_run, check_run_fits, other_folder
 from captioning.self_critical import COLLAPSE, add_references, collect_pictures, compare_samples
 from captioning.self_critical import policy_gradient_loss, sample_captions, score_samples, validation_cider
 from captioning.settings import DATA_SETTINGS, adopt_settings, make_config, prepare_command
@@ -55,6 +55,7 @@ def main(argv):
 def train_captioner(config):
     """Train as the settings say, or continue to; all processes of a run that has several call this."""
     prepared = load_prepared(config)
+    check_same_training(prepared, config)
     train = collect_captions(prepared.train, config)
     validation = collect_captions(prepared.validation, config)
     with locked(config.run_dir) if is_chief() else contextlib.nullcontext():
@@ -87,17 +88,17 @@ def open_run(prepared, config):
       TrainingState
 
     Raises:
-      UserError: the folder holds a run with another vocabulary, network or sizes, no checkpoint in it can be read, or
-        it is not the same for all workers.
+      UserError: the folder holds a run with another vocabulary, network or sizes, or one that cannot be continued, no
+        checkpoint in it can be read, or it is not the same for all workers.
     """
     folder = pathlib.Path(config.run_dir)
-    saved = list_checkpoints(folder / "last")
-    check_same_everywhere(
-        float(checkpoint_number(saved[0])) if saved else 0.0,
-        f"{folder} does not hold the same on every worker: set --run_dir to one folder that all of them share",
-    )
-    if saved:
+    saved = [f"{kind}/{path.name}" for kind in ("best", "last") for path in list_checkpoints(folder / kind)]
+    holds = ", ".join(saved) or "no checkpoint"
+    check_same_everywhere({"what --run_dir holds": holds}, "set --run_dir to one folder that all of them share")
+    if any(name.startswith("last") for name in saved):
         check_run_fits(folder, config, prepared)
+    else:
+        check_new_run(folder, config)
     if is_chief():
         remove_leftovers(folder)
         begin_run(prepared, config)

@@ -3,14 +3,20 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 import re
 import shutil
+import tempfile
+import weakref
 
 import tensorflow as tf
 
 from captioning.distribution import is_chief
 from support.errors import UserError
 from support.files import free_space
+
+# What TensorFlow writes for a checkpoint, and the folder that it writes it in first. All else is somebody's own.
+WRITTEN = re.compile(r"(ckpt-(?:0|[1-9][0-9]*))(\.index|\.data-[0-9]{5}-of-[0-9]{5}|_temp)")
 
 
 @dataclasses.dataclass(eq=False)
@@ -112,10 +118,10 @@ def save_checkpoint(objects, folder, number):
     finally:
         kept = [path.name for path in list_checkpoints(folder) if checkpoint_number(path) <= number][:2]
         for file in folder.glob("ckpt-*"):
-            name = file.name.partition(".")[0]
-            if file.is_dir() and is_checkpoint_name(name.removesuffix("_temp")):  # of a save that was killed or failed
+            name, part = match.groups() if (match := WRITTEN.fullmatch(file.name)) else ("", "")
+            if part == "_temp" and file.is_dir():  # of a save that was killed or failed
                 shutil.rmtree(file)
-            elif is_checkpoint_name(name) and name not in kept:
+            elif part not in ("", "_temp") and name not in kept and not file.is_dir():
                 file.unlink()
 
 
@@ -135,7 +141,7 @@ def restore_newest(objects, folders, remedy):
     damaged = []
     for path in (path for folder in folders for path in list_checkpoints(folder)):
         try:
-            objects.read(path).assert_existing_objects_matched().expect_partial()
+            objects.read(readable_path(path, objects)).assert_existing_objects_matched().expect_partial()
         except Exception as error:  # TensorFlow raises many kinds for damaged files
             reason = str(error).partition("\n")[0]
             damaged.append(f"{path} cannot be read ({reason})")
@@ -148,14 +154,30 @@ def restore_newest(objects, folders, remedy):
     return None
 
 
+def readable_path(path, owner):
+    """The path of a checkpoint as TensorFlow can read it.
+
+    Where `is_pattern` holds, the path returned goes through a link. The link is there as long as `owner`, because
+    TensorFlow reads again when something is added to what it restored.
+    """
+    if not is_pattern(path):
+        return path
+    folder = tempfile.mkdtemp()
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    link = pathlib.Path(folder, "folder")
+    link.symlink_to(path.parent.absolute(), target_is_directory=True)
+    return link / path.name
+
+
+def is_pattern(path):
+    """Whether TensorFlow cannot read weights by this path: it takes it for a pattern, though not when it writes."""
+    return re.search(r"[\[\\]", pathlib.Path(path).as_posix()) is not None
+
+
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, without endings, the newest first."""
-    paths = (path.with_suffix("") for path in folder.glob("ckpt-*.index"))
-    return sorted((path for path in paths if is_checkpoint_name(path.name)), key=checkpoint_number, reverse=True)
-
-
-def is_checkpoint_name(name):
-    return re.fullmatch("ckpt-[0-9]+", name) is not None
+    paths = (path.with_suffix("") for path in folder.glob("ckpt-*.index") if WRITTEN.fullmatch(path.name))
+    return sorted(paths, key=checkpoint_number, reverse=True)
 
 
 def checkpoint_digest(path):

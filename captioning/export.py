@@ -12,6 +12,7 @@ import shutil
 import tensorflow as tf
 
 from captioning.captioner import decode_captions
+from captioning.checkpoints import is_pattern
 from captioning.graph_images import OK, read_images
 from captioning.vocabulary import END, PAD
 from support.errors import UserError
@@ -28,8 +29,10 @@ def export_captioner(captioner, network, config, folder):
       folder: where to; may be there if it is empty.
 
     Raises:
-      UserError: the folder holds something, or cannot be written.
+      UserError: the folder holds something, cannot be written, or could not be read by TensorFlow.
     """
+    if is_pattern(folder):
+        raise UserError(f"TensorFlow cannot read a model in {folder}, for the [ or \\ in it: give another --export")
     with new_folder(folder) as temporary:
         write_saved_model(captioner, network, config, temporary)
 
@@ -52,7 +55,7 @@ def new_folder(folder):
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, target)
-    except (OSError, tf.errors.OpError) as error:
+    except (OSError, UnicodeEncodeError, tf.errors.OpError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot write {folder}: {reason} ({free_space(target.parent)})") from error
     finally:

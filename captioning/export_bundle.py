@@ -192,7 +192,7 @@ def write_litert(functions, captioner, weights, pictures, folder):
       folder: pathlib.Path
     """
     for file, names in (("encoder", ["encoder"]), ("decoder", ["decoder", "evidence"])):
-        with tempfile.TemporaryDirectory(dir=folder) as saved, silenced_stderr():
+        with tempfile.TemporaryDirectory() as saved, silenced_stderr():  # not in `folder`, see is_pattern
             module = tf.Module()
             module.weights = [weight.value for weight in captioner.encoder.weights + captioner.decoder.weights]
             tf.saved_model.save(module, saved, signatures={name: functions[name] for name in names})

@@ -15,6 +15,7 @@ import shutil
 
 import tensorflow as tf
 
+from captioning.checkpoints import list_checkpoints
 from captioning.feature_cache import random_statistics
 from captioning.feature_manifest import MADE_ELSEWHERE
 from captioning.inception import feature_network
@@ -64,6 +65,19 @@ def begin_run(prepared, config):
     if config.inception_weights == "random" and statistics.exists():
         with replacing(folder / STATISTICS) as temporary:
             shutil.copyfile(statistics, temporary)
+
+
+def check_new_run(folder, config):
+    """Raise UserError where a training that begins in `folder`, which has no checkpoint in `last`, would spoil it.
+
+    The weights in `best` would soon be deleted, and until then lie beside another vocabulary. They are no beginning
+    either: how far that training came and what its best loss was is in `last` alone.
+    """
+    folder, remedy = pathlib.Path(folder), other_folder(config)
+    for path in list_checkpoints(folder / "best"):
+        raise UserError(f"{folder} holds best/{path.name} and no checkpoint in last/ to continue from: {remedy}")
+    if (folder / "settings.json").exists() and folder.resolve() != pathlib.Path(config.data_dir).resolve():
+        raise UserError(f"{folder} holds prepared data, and a run there would replace their words: {remedy}")
 
 
 def check_run_fits(folder, config, prepared):

@@ -74,7 +74,7 @@ def announce_start(state, restored, config):
     if restored:
         print(f"continuing {folder} {done}; {rate}")
     elif pathlib.Path(folder, "history.csv").exists():
-        print(f"no checkpoint is in {folder}/last: training begins anew; {rate}")
+        print(f"no checkpoint is in {folder}: training begins anew; {rate}")
     else:
         print(f"training begins; {rate}")
 
@@ -99,6 +99,8 @@ def save_epoch(state, row, config):
     """
     folder, progress = pathlib.Path(config.run_dir), state.progress
     check_finite(state, LOWER_RATE)
+    if not progress.saves:  # killed between `best` and `last`, the first epoch could not be continued
+        save_checkpoint(state, folder / "last", 0)
     progress.epoch = row.epoch
     if row.phase == CROSS_ENTROPY and row.validation_loss < progress.best_loss:
         progress.best_loss = row.validation_loss

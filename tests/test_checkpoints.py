@@ -176,11 +176,17 @@ def test_a_checkpoint_of_other_objects_is_not_taken_for_one_of_these(tmp_path):
 
 def test_files_of_the_user_are_no_checkpoints_and_stay(tmp_path):
     save(tmp_path, 3)
-    own = ("ckpt-final.index", "ckpt-3 (copy).index", "ckpt-.index", "checkpoint", "ckpt-3 (copy).data-00000-of-00001")
+    own = ["ckpt-final.index", "ckpt-3 (copy).index", "ckpt-.index", "checkpoint", "ckpt-3 (copy).data-00000-of-00001"]
+    own += ["ckpt-3.index.bak", "ckpt-3.txt", "ckpt-03.index", "ckpt-3.data-00000-of-00001.gz", "ckpt-3.data"]
+    own += ["ckpt-3", "ckpt-2_temp", "ckpt-notes.txt"]
     for name in own:
         (tmp_path / name).write_bytes(b"")
+    own += ["ckpt-2", "ckpt-3.old/ckpt-3.index"]  # folders
+    for name in own[-2:]:
+        (tmp_path / name).mkdir(parents=True)
     assert [checkpoint_number(path) for path in list_checkpoints(tmp_path)] == [3]
     save(tmp_path, 4, 5)
+    assert not (tmp_path / "ckpt-3.index").exists()
     assert [checkpoint_number(path) for path in list_checkpoints(tmp_path)] == [5, 4]
     assert all((tmp_path / name).exists() for name in own)
 

@@ -1,5 +1,6 @@
 """Several replicas must be one: on logical CPU devices, and as worker processes on this machine."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from captioning.caption_files import CaptionedImage
 from captioning.checkpoints import list_checkpoints
 from captioning.distribution import (
     check_same_everywhere,
+    check_same_training,
     is_chief,
     open_strategy,
     replica_rows,
@@ -224,6 +226,85 @@ def test_workers_whose_run_folders_differ_are_refused(alone, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["--batch_size", "the vocabulary"])
+def test_workers_with_other_settings_or_words_are_refused_before_the_first_step(alone, tmp_path, what):
+    argv = [*options(alone), *SETTINGS, "--run_dir", str(tmp_path / "run")]
+    other = [*argv, "--batch_size", "16", "--checkpoint_minutes", "7"]  # the latter may differ
+    if what == "the vocabulary":
+        shutil.copytree(alone / "data", tmp_path / "data")
+        words = json.loads((tmp_path / "data" / "vocabulary.json").read_text())
+        (tmp_path / "data" / "vocabulary.json").write_text(json.dumps([*words[:-1], "another"]))
+        other = [*argv, "--data_dir", str(tmp_path / "data")]
+    for _, shown in finish(start_workers(argv, other), status=2):
+        assert f"error: {what} is not the same on every worker (" in shown
+        assert " on worker 0 (127.0.0.1:" in shown and " on worker 1 (127.0.0.1:" in shown
+        assert "Traceback" not in shown
+    assert not list((tmp_path / "run").glob("*"))
+
+
+DATA = Prepared(
+    train=[CaptionedImage(1, "1.jpg", references=["a dog"], encoded_captions=[[START, 4, END]])],
+    validation=[CaptionedImage(2, "2.jpg", references=["a cat"], encoded_captions=[[START, 5, END]])],
+    test=[],
+    vocabulary=["<pad>", "<unk>", "<start>", "<end>", "dog", "cat"],
+    feature_mean=np.zeros(2048, np.float32),
+    feature_std=1.0,
+    network="a network",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        (
+            {},
+            {"learning_rate": 0.01},
+            r"--learning_rate is not the same .*\(0.001 on chief 0 \(h:1\), 0.01 on worker 1 ",
+        ),
+        ({}, {"seed": 7}, "--seed is not .*: give every worker the same value"),
+        ({}, {"max_words": 9}, "--max_words is not"),
+        ({}, {"units": 9}, "--units is not"),
+        (
+            {"vocabulary": [*DATA.vocabulary[:-1], "car"]},
+            {},
+            "the vocabulary is not .*: copy data/coco from one worker",
+        ),
+        ({"train": DATA.validation}, {}, "the training split is not"),
+        ({"validation": DATA.train}, {}, "the validation split is not"),
+        ({"train": [dataclasses.replace(DATA.train[0], references=["dogs"])]}, {}, "the training split is not"),
+        ({"network": "another"}, {}, r"\(a network on chief 0 .*, another on worker 1 \(h:3\)\)"),
+        ({"feature_mean": np.ones(2048, np.float32)}, {}, "the features' statistics is not"),
+        ({"feature_std": 2.0}, {}, "the features' statistics is not"),
+        (
+            {"train": [dataclasses.replace(DATA.train[0], folder="there")]},
+            {"data_dir": "there", "run_dir": "there"},
+            "",
+        ),
+        (
+            {},
+            {"features_dir": "f", "coco_dir": "c", "checkpoint_minutes": 7.0, "decode_batch": 5, "tensorboard": "yes"},
+            "",
+        ),
+    ],
+)
+def test_what_must_be_the_same_on_every_worker_and_what_need_not_be(changes, settings, message, monkeypatch):
+    """The third of three workers is another than the chief and the first."""
+    cluster = {"chief": ["h:1"], "worker": ["h:2", "h:3"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "chief", "index": 0}}))
+    sent = []
+    monkeypatch.setattr(distribution, "gather_texts", lambda text: sent.append(text) or [text])
+    config = make_config({"strategy": "multiworker"})
+    check_same_training(dataclasses.replace(DATA, **changes), dataclasses.replace(config, **settings))
+    monkeypatch.setattr(distribution, "gather_texts", lambda text: [text, text, sent.pop(0)])
+    if message:
+        with pytest.raises(UserError, match=message):
+            check_same_training(DATA, config)
+    else:
+        check_same_training(DATA, config)
+        assert not sent
+
+
 @pytest.mark.parametrize("text", [None, "", "two hosts", "[]", '{"cluster": {"worker": ["127.0.0.1:1"]}}'])
 def test_a_tf_config_that_does_not_say_which_worker_this_is_is_refused(text, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
@@ -325,7 +406,7 @@ def test_a_stray_tf_config_changes_nothing(text, monkeypatch, capsys):
     with replicas(config):
         assert tf.distribute.get_strategy().num_replicas_in_sync == 1
         assert is_chief()
-        check_same_everywhere(3.0, "another worker differs")
+        check_same_everywhere({"a number": 3.0}, "give another")
         print("the chief prints")
     assert capsys.readouterr().out == "the chief prints\n"
     assert compiles_loops(config) == (not tf.config.list_physical_devices("GPU"))
@@ -343,6 +424,7 @@ def test_outside_of_a_strategy_there_is_one_replica_that_has_all_rows():
 
 
 def test_a_single_process_sums_and_gives_what_it_has():
+    assert distribution.gather_texts('{"é": 1}') == ['{"é": 1}']
     assert sum_processes(2.5) == 2.5
     assert value_of_chief(lambda: 0.1) == 0.1
 

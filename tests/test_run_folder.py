@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from captioning.feature_manifest import MADE_ELSEWHERE
 from captioning.inception import network_identity
-from captioning.run_folder import begin_run, check_run_fits, run_network, run_settings
+from captioning.run_folder import begin_run, check_new_run, check_run_fits, run_network, run_settings
 from captioning.settings import make_config
 from captioning.vocabulary import SPECIAL_WORDS
 from config import Config
@@ -102,6 +102,32 @@ def test_a_damaged_file_of_a_run_is_one_line_that_loses_nothing(config, tmp_path
     with pytest.raises(UserError, match=f"{name} .*: give another --run_dir, or move that folder away") as raised:
         check_run_fits(config.run_dir, config, prepared())
     assert "\n" not in str(raised.value) and "delete" not in str(raised.value)
+
+
+def test_a_run_begins_where_there_is_nothing_or_no_weights(config, tmp_path):
+    check_new_run(config.run_dir, config)
+    begin_run(prepared(), config)  # and was then killed
+    (tmp_path / "run" / "best").mkdir()
+    (tmp_path / "run" / "best" / "ckpt-1.data-00000-of-00001").write_bytes(b"half")
+    check_new_run(config.run_dir, config)
+
+
+def test_a_run_does_not_begin_among_another_runs_best_weights(config, tmp_path):
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "ckpt-5.index").write_bytes(b"weights")
+    with pytest.raises(
+        UserError, match="holds best/ckpt-5 and no checkpoint in last/.*move that folder away"
+    ) as raised:
+        check_new_run(config.run_dir, config)
+    assert "\n" not in str(raised.value) and "delete" not in str(raised.value)
+
+
+def test_a_run_does_not_begin_among_other_prepared_data(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="holds prepared data.*give another --run_dir"):
+        check_new_run(config.run_dir, config)
+    check_new_run(config.run_dir, dataclasses.replace(config, data_dir=f"{tmp_path}/run/../run"))  # its own
 
 
 # --- The settings of a run --------------------------------------------------------------------------------------

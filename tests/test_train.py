@@ -259,12 +259,46 @@ def test_another_vocabulary_or_size_is_refused_and_both_are_named(trained, tmp_p
         train(trained, *again, "--epochs", "3")
 
 
+def content(folder):
+    """Dict of path to bytes, of all files in a folder but locks."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+@pytest.mark.parametrize("words", ["the same", "others"])
+def test_a_run_without_last_is_refused_and_stays_as_it_is(trained, tmp_path, words):
+    """As it may have been given to others. The other data have as many words."""
+    copy_run(trained, tmp_path)
+    shutil.rmtree(tmp_path / "run" / "last")
+    before = content(tmp_path / "run")
+    config = settings_of(trained, tmp_path / "run")
+    prepared = load_prepared(config)
+    if words == "others":
+        prepared = dataclasses.replace(prepared, vocabulary=[*prepared.vocabulary[:-1], "another"])
+    with pytest.raises(UserError, match="holds best/ckpt-2 and no checkpoint in last/ .*: give another --run_dir"):
+        training.open_run(prepared, config)
+    assert content(tmp_path / "run") == before
+
+
+def test_a_first_epoch_that_is_killed_between_best_and_last_can_be_continued(trained, tmp_path, monkeypatch):
+    config = settings_of(trained, tmp_path / "run", "--epochs", "1")
+    prepared = load_prepared(config)
+    state = training.open_run(prepared, config)
+    state.progress.captions_done = CAPTIONS
+    monkeypatch.setattr(training_records, "save_last", lambda state, config: cut_power())
+    with pytest.raises(PowerCut):
+        training.save_epoch(state, dataclasses.replace(ROW, epoch=1), config)
+    assert list_checkpoints(tmp_path / "run" / "best")
+    progress = training.open_run(prepared, config).progress
+    assert (progress.epoch, progress.captions_done, progress.history) == (0, CAPTIONS, [])
+
+
 @pytest.mark.slow
 def test_a_run_that_has_lost_its_checkpoints_begins_anew_and_says_so(trained, tmp_path, capsys):
     again = copy_run(trained, tmp_path)
-    shutil.rmtree(tmp_path / "run" / "last")
+    for kind in ("last", "best"):
+        shutil.rmtree(tmp_path / "run" / kind)
     train(trained, *again, "--epochs", "1")
-    assert "last: training begins anew" in capsys.readouterr().out
+    assert "run: training begins anew" in capsys.readouterr().out
     assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
 
 
