@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import zlib
+from stat import S_ISREG
 from typing import NamedTuple
 
 from captioning.devices import usable_cores
@@ -32,11 +33,12 @@ def read_state(path):
 
 
 def find_stat(path):
-    """A file's os.stat_result, or None if there is no such file."""
+    """A file's os.stat_result, or None if there is no such file, or something that is no file, such as a named pipe."""
     try:
-        return os.stat(path)
+        found = os.stat(path)
     except OSError:
         return None
+    return found if S_ISREG(found.st_mode) else None
 
 
 def has_size_and_time(stat, state):
