@@ -123,7 +123,7 @@ def restore_prediction(record, picture=None):
 
     Args:
       record: CaptionRecord
-      picture: Picture whose path and references count instead of the record's, as the file may have moved; or None.
+      picture: Picture whose path and references, if any, count instead of the record's, as files may move; or None.
     """
     return PredictedCaption(
         path=picture.path if picture else pathlib.Path(record.file or record.image),
@@ -132,7 +132,7 @@ def restore_prediction(record, picture=None):
         log_probs=np.array(record.log_probs),
         attention_weights=np.array(record.attention_weights),
         image_id=record.image_id,
-        references=picture.references if picture else record.references or (),
+        references=(picture.references if picture else ()) or record.references or (),
         evidence=None if record.evidence is None else np.array(record.evidence),
     )
 

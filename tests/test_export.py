@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -10,8 +11,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from captioning import graph_images, image_files
 from captioning.captioner import Picture, caption_batch, decode_captions
-from captioning.export import export_captioner
+from captioning.export import export_captioner, new_folder
 from captioning.extraction import extract_features
 from captioning.graph_images import decode_image
 from captioning.image_files import load_image
@@ -20,6 +22,7 @@ from captioning.settings import make_config
 from captioning.vocabulary import END, PAD
 from conftest import write_coco
 from support.errors import UserError
+from test_image_files import png_header
 from tiny_captioner import SIZES, VOCABULARY, colour_network, tiny_captioner
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -95,7 +98,7 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
 
     with extraction_graphs(config):  # this process's, not the model's
         export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
-    assert os.listdir(tmp_path / "deep") == ["exported"]
+    assert sorted(os.listdir(tmp_path / "deep")) == [".exported.export.lock", "exported"]
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -115,6 +118,47 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
         assert np.shape(weights)[1] == 64
         own = weights[: len(caption.words)]
         np.testing.assert_allclose(own, caption.attention_weights, atol=1e-3 if same else 0.1)
+
+
+@pytest.mark.parametrize("first", ["captioning.graph_images", "captioning.image_files"])
+def test_the_limit_of_pixels_is_that_of_the_scripts(first):
+    """Pillow's own, 89 megapixels, is another."""
+    code = f"import {first}, captioning.graph_images as g, captioning.image_files as i; "
+    code += "print(g.MOST_PIXELS == i.MOST_PIXELS, g.MOST_FILE_PIXELS == i.MOST_FILE_PIXELS)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "True True\n", ended.stderr
+
+
+def jpeg(width, height):
+    data = io.BytesIO()
+    Image.new("L", (width, height)).save(data, "JPEG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make", "limits", "status"),
+    [  # (of a picture as it is decoded, of any file), in pixels
+        (lambda: png_header(700, 700), (489_999, 10**6), "too large"),
+        (lambda: png_header(700, 700), (490_000, 10**6), "unreadable"),  # a header and no more
+        (lambda: png_header(700, 700), (10**6, 489_999), "too large"),
+        (lambda: jpeg(1200, 1300), (300 * 325, 1200 * 1300), "ok"),  # decoded at a fourth
+        (lambda: jpeg(1200, 1300), (300 * 325 - 1, 1200 * 1300), "too large"),
+        (lambda: jpeg(1200, 1300), (300 * 325, 1200 * 1300 - 1), "too large"),
+    ],
+)
+def test_a_jpeg_file_is_measured_as_it_is_decoded_as_in_the_scripts(tmp_path, monkeypatch, make, limits, status):
+    for module in (graph_images, image_files):
+        monkeypatch.setattr(module, "MOST_PIXELS", limits[0])
+        monkeypatch.setattr(module, "MOST_FILE_PIXELS", limits[1])
+    data = make()
+    _, found = tf.function(lambda x: graph_images.read_image(x))(tf.constant(data))
+    assert found.numpy().decode() == status
+    (tmp_path / "a").write_bytes(data)
+    if status == "ok":
+        load_image(tmp_path / "a")
+        return
+    with pytest.raises(ValueError, match="pixels are more than" if status == "too large" else "cannot be read"):
+        load_image(tmp_path / "a")
 
 
 decode_in_graph = tf.function(decode_image)
@@ -150,14 +194,18 @@ def test_the_beam_is_the_configs(tmp_path):
     assert not np.allclose(tf.reduce_sum(decoded.log_probs, axis=1), sums, atol=0.1)  # or no beam would be seen
 
 
+LOCK = ".model.export.lock"  # which stays
+
+
 def test_an_empty_folder_is_taken_and_a_killed_exports_rest_goes(tmp_path):
     config = make_config({**SIZES, "max_words": 3})
     captioner = tiny_captioner(config)
     (tmp_path / "model").mkdir()
-    (tmp_path / ".model.export").mkdir()
-    (tmp_path / ".model.export" / "half.pb").write_bytes(b"half")
+    for name in (".tmp-0123-model.export", ".tmp-0123-other_model.export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half.pb").write_bytes(b"half")
     export_captioner(captioner, colour_network, config, tmp_path / "model")
-    assert os.listdir(tmp_path) == ["model"]
+    assert set(os.listdir(tmp_path)) == {"model", LOCK, ".tmp-0123-other_model.export"}
     assert not (tmp_path / "model" / "half.pb").exists()
     assert tf.saved_model.contains_saved_model(str(tmp_path / "model"))
 
@@ -165,6 +213,34 @@ def test_an_empty_folder_is_taken_and_a_killed_exports_rest_goes(tmp_path):
     with pytest.raises(UserError, match="model is there already"):
         export_captioner(captioner, colour_network, config, tmp_path / "model")
     assert (tmp_path / "model" / "saved_model.pb").read_bytes() == kept
+
+
+def test_two_exports_to_one_folder_do_not_mix(tmp_path):
+    """The second one is refused while the first is at work, however the folder is written."""
+    with new_folder(tmp_path / "model") as first:
+        (first / "a").write_text("first")
+        for other in (tmp_path / "model", tmp_path / "deep" / ".." / "model"):
+            with pytest.raises(UserError, match=f"process {os.getpid()} is at work"), new_folder(other):
+                pytest.fail("two at once")
+        with new_folder(tmp_path / "other") as beside:
+            assert beside != first and (first / "a").exists()
+    assert os.listdir(tmp_path / "model") == ["a"]
+
+
+def test_what_came_into_the_folder_meanwhile_stays(tmp_path):
+    with pytest.raises(UserError, match="cannot write .*model"), new_folder(tmp_path / "model") as temporary:
+        (temporary / "a").touch()
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "mine.txt").touch()
+    assert os.listdir(tmp_path / "model") == ["mine.txt"]
+    assert set(os.listdir(tmp_path)) == {"model", LOCK}
+
+
+@pytest.mark.parametrize("name", ["x" * 300, os.fsdecode(b"caf\xe9")])
+def test_a_name_that_cannot_be_is_one_line(tmp_path, name):
+    with pytest.raises(UserError) as raised, new_folder(tmp_path / name):
+        pytest.fail("such a folder")
+    assert str(raised.value).isprintable() and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -179,7 +255,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
         export_captioner(captioner, colour_network, config, tmp_path / "model")
     assert isinstance(error, KeyboardInterrupt) or "No space left on device" in str(raised.value)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [LOCK]
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path):
