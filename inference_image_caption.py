@@ -61,7 +61,11 @@ def add_options(parser):
         default="drawn",
         help="the pictures whose attention weights captions.jsonl keeps: those with a figure, or all (default: drawn)",
     )
-    parser.add_argument("--anew", action="store_true", help="caption pictures again that an earlier run has done")
+    parser.add_argument(
+        "--anew",
+        action="store_true",
+        help="first delete the captions and figures that the output folder's captions.jsonl lists, of all pictures",
+    )
 
 
 def main(argv):
