@@ -27,7 +27,7 @@ from captioning.run_folder import check_model_settings, check_other_data, run_ne
 from captioning.settings import make_config
 from config import Config
 from support.command_line import parse_command_line
-from support.errors import UserError
+from support.errors import UserError, printable
 from support.files import locked, remove_leftovers
 from support.process import run_script
 
@@ -107,11 +107,11 @@ def export(captioner, options, config):
     network = run_network(dataclasses.replace(config, extract_precision="float32"))  # as any machine can compute
     if (options.format or "savedmodel") == "savedmodel":
         export_captioner(captioner, network, config, options.export)
-        print(f"the SavedModel is in {options.export}")
+        print(f"the SavedModel is in {printable(options.export)}")
         return
     weights = check_weights(options.format, options.weights)
     export_bundle(captioner, network, options.format, weights, config, options.export)
-    print(f"the bundle is in {options.export}: see README.md there")
+    print(f"the bundle is in {printable(options.export)}: see README.md there")
 
 
 def split_pictures(split, config):

@@ -13,6 +13,7 @@ from captioning.demo_scenes import read_scenes
 from captioning.known_boxes import boxes_by_position, find_groundings
 from captioning.metrics import METRICS, cider_by_image, format_score, format_table, score_captions, write_metrics
 from captioning.settings import make_config
+from support.errors import printable
 
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
 DECODING = ("length_penalty", "repeat_block", "max_words")  # settings of decoding, besides the beam width
@@ -67,15 +68,15 @@ def evaluate(captioner, pictures, split, output, config):
         file_name=f"evaluation_{name}.html",
         intro=f"{introduce_page(runs, config)} Scored: {how}.",
     )
-    print(f"scored: {how}")
+    print(printable(f"scored: {how}"))
     print(format_table(metrics))
     for run, by_image in texts.items():
         print(f"{run}: {describe_form(list(by_image.values()))}")
     print_scenes(metrics)
     for run, values in (metrics | taught).items():
         print_attention(run, values.get("attention"))
-    print(f"metrics_{name}.json and the captions in COCO's results format are in {output}")
-    print(f"open {pages[0]} to look at the best, the middle and the worst captions")
+    print(f"metrics_{name}.json and the captions in COCO's results format are in {printable(output)}")
+    print(f"open {printable(pages[0])} to look at the best, the middle and the worst captions")
 
 
 def name_files(split, config):

@@ -9,6 +9,7 @@ from stat import S_ISREG
 from typing import NamedTuple
 
 from captioning.devices import usable_cores
+from support.errors import printable
 
 
 class FileState(NamedTuple):
@@ -60,7 +61,8 @@ def renew_states(paths, stats, states):
     renewed = [state if is_same else None for state, is_same in zip(states, same, strict=True)]
     unsure = [i for i, stat in enumerate(stats) if stat is not None and not same[i] and stat.st_size == states[i].size]
     if unsure:
-        print(f"other times than recorded: {len(unsure)}, such as {paths[unsure[0]]}; reading whether more has changed")
+        such = printable(paths[unsure[0]])
+        print(f"other times than recorded: {len(unsure)}, such as {such}; reading whether more has changed")
     with cancelling_pool(usable_cores()) as pool:
         for i, state in zip(unsure, pool.map(read_state, [paths[i] for i in unsure]), strict=True):
             renewed[i] = state if state and state.crc32 == states[i].crc32 else None

@@ -9,7 +9,7 @@ from captioning.attention_page import PageCaption, PagePicture, describe_light, 
 from captioning.caption_records import CaptionRecord, file_state, make_record, restore_prediction
 from captioning.captioner import Captioner, Picture, cached_batches, caption_batch, dataset_pictures
 from captioning.tensorboard_log import log_epoch
-from support.errors import UserError
+from support.errors import UserError, printable
 from support.files import read_json, write_json
 
 SAMPLES = 4  # pictures
@@ -63,7 +63,7 @@ def show_samples(samples, state, row, config):
     with_evidence = config.attention_map == "evidence"
     predictions = [caption for batch in batches for caption in caption_batch(captioner, *batch, greedy, with_evidence)]
     for prediction in predictions:
-        print(f"  {prediction.path.name}: {prediction.caption}")
+        print(printable(f"  {prediction.path.name}: {prediction.caption}"))
     log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)
     epochs = [earlier for earlier in read_samples(folder / "samples.json") if earlier.epoch < epoch]
     epochs.append(SampledEpoch(epoch, [make_record(each, file_state(each.path)) for each in predictions]))

@@ -455,7 +455,7 @@ def test_int8_weights_without_training_pictures_are_one_line(trained, tmp_path, 
         inference.main([*argv, "--format", "litert", "--weights", "int8"])
     message = str(raised.value)
     assert "\n" not in message and str(gone) in message and "--data_dir" in message and "--weights float16" in message
-    assert os.listdir(tmp_path) == ["run"]
+    assert sorted(os.listdir(tmp_path)) == [".bundle.export.lock", "run"]
 
 
 # --- Script 3 ---------------------------------------------------------------------------------------------------
