@@ -27,7 +27,7 @@ from captioning.run_folder import check_model_settings, check_other_data, run_ne
 from captioning.settings import make_config
 from config import Config
 from support.command_line import parse_command_line
-from support.errors import UserError
+from support.errors import UserError, printable
 from support.files import locked, remove_leftovers
 from support.process import run_script
 
@@ -61,7 +61,11 @@ def add_options(parser):
         default="drawn",
         help="the pictures whose attention weights captions.jsonl keeps: those with a figure, or all (default: drawn)",
     )
-    parser.add_argument("--anew", action="store_true", help="caption pictures again that an earlier run has done")
+    parser.add_argument(
+        "--anew",
+        action="store_true",
+        help="first delete the captions and figures that the output folder's captions.jsonl lists, of all pictures",
+    )
 
 
 def main(argv):
@@ -103,11 +107,11 @@ def export(captioner, options, config):
     network = run_network(dataclasses.replace(config, extract_precision="float32"))  # as any machine can compute
     if (options.format or "savedmodel") == "savedmodel":
         export_captioner(captioner, network, config, options.export)
-        print(f"the SavedModel is in {options.export}")
+        print(f"the SavedModel is in {printable(options.export)}")
         return
     weights = check_weights(options.format, options.weights)
     export_bundle(captioner, network, options.format, weights, config, options.export)
-    print(f"the bundle is in {options.export}: see README.md there")
+    print(f"the bundle is in {printable(options.export)}: see README.md there")
 
 
 def split_pictures(split, config):

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from captioning.attention_maps import scale_light, times_level
-from captioning.image_files import upright_rgb
+from captioning.image_files import open_image, upright_rgb
 from captioning.predictions import PredictedCaption
 from support.files import replacing
 
@@ -269,7 +269,7 @@ def read_picture(path):
       (None, None, str why)
     """
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             size = opened.size
             if opened.getexif().get(ExifTags.Base.Orientation) in TURNED:
                 size = size[::-1]

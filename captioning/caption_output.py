@@ -17,11 +17,15 @@ from captioning.attention_page import (
 )
 from captioning.caption_records import (
     appending,
+    begin_captions,
     describe_maker,
     figure_name,
+    file_state,
+    find_finished,
     find_records,
-    keep_finished,
+    keep_latest,
     make_record,
+    picture_key,
     read_record,
     restore_prediction,
     write_table,
@@ -30,7 +34,7 @@ from captioning.captioner import caption_batch
 from captioning.figures import plot_attention
 from captioning.known_boxes import boxes_by_position, find_groundings
 from captioning.own_pictures import describe_skipped
-from support.errors import UserError
+from support.errors import UserError, printable
 
 PRINTED = 100  # pictures up to which each caption is printed; for more a bar tells how far it is
 
@@ -38,7 +42,7 @@ PRINTED = 100  # pictures up to which each caption is printed; for more a bar te
 def write_captions(captioner, pictures, make_batches, output, options, config, skipped=()):
     """Caption pictures, and write captions.jsonl, captions.csv, figures and pages.
 
-    What an earlier run of the same command finished is not done again, unless `options.anew`.
+    What an earlier call finished is not done again, and its other pictures stay, unless `options.anew`.
 
     Args:
       captioner: Captioner
@@ -51,82 +55,115 @@ def write_captions(captioner, pictures, make_batches, output, options, config, s
 
     Returns:
       int, how many of the pictures have a caption
+
+    Raises:
+      UserError: the folder holds captions by another checkpoint or other settings, or it cannot be written.
     """
     path = output / "captions.jsonl"
-    all_attention = options.attention == "all"
-    maker = describe_maker(config, captioner.identity)
-    finished = keep_finished(path, [] if options.anew else pictures, maker, config.figures, all_attention)
-    positions = {picture.name: number for number, picture in enumerate(pictures)}
-    missing = [picture for picture in pictures if picture.name not in finished]
+    begin_captions(path, describe_maker(config, captioner.identity), options.anew)
+    finished = find_finished(path, pictures, config.figures, options.attention == "all")
     if finished:
-        print(f"{len(finished)} of {len(pictures)} pictures were captioned before: --anew captions all")
-    few = len(pictures) <= PRINTED
-    bar = tqdm(total=len(pictures), initial=len(finished), desc="captioning", unit=" pictures", disable=few)
-    done = len(finished)
-    with bar, appending(path) as add:
-        for batch, features in make_batches(missing):
-            shown = all_attention or any(positions[picture.name] < config.figures for picture in batch)
-            with_evidence = shown and config.attention_map == "evidence"
-            for prediction in caption_batch(captioner, batch, features, config, with_evidence):
-                number = positions[prediction.name]
-                drawn = number < config.figures
-                figure = draw_figure(prediction, number, output) if drawn else ""
-                add(make_record(prediction, figure, drawn or all_attention))
-                if few:
-                    print_caption(prediction)
-            done += len(batch)
-            bar.update(len(batch))
+        again = f"--anew deletes all captions in {printable(output)} and begins again"
+        print(f"{len(finished)} of {len(pictures)} pictures were captioned before ({again})")
+    done = caption_missing(captioner, pictures, finished, make_batches, path, options, config)
+    keep_latest(path)
     write_table(output / "captions.csv", path)
     page = write_attention_pages(pictures[: config.figures], path, output, config)
     figures = ", captions.csv and attention figures" if config.figures else " and captions.csv"
-    print(f"captions.jsonl{figures} are in {output}")
+    print(f"captions.jsonl{figures} are in {printable(output)}")
     if done > config.figures:
         print(f"{done} pictures are captioned: --figures {done} draws all of them")
     if skipped:
         print(f"skipped: {describe_skipped(skipped)}")
-    print(f"open {page} to look at the attention" if page else "no page of attention is written: it has no pictures")
+    opened = f"open {printable(page)} to look at the attention"
+    print(opened if page else "no page of attention is written: it has no pictures")
     return done
 
 
-def draw_figure(prediction, number, output):
+def caption_missing(captioner, pictures, finished, make_batches, path, options, config):
+    """Add a line to a captions file for each picture that is not finished, and draw its figure where one is wanted.
+
+    Returns:
+      int, how many of the pictures have a caption
+    """
+    keys = [picture_key(picture.name, picture.path) for picture in pictures]
+    missing = [picture for key, picture in zip(keys, pictures, strict=True) if key not in finished]
+    states = {picture.path: file_state(picture.path) for picture in missing}  # before they are read
+    drawn = {picture.path for picture in pictures[: config.figures]}
+    all_attention, few, done = options.attention == "all", len(pictures) <= PRINTED, len(finished)
+    bar = tqdm(total=len(pictures), initial=done, desc="captioning", unit=" pictures", disable=few)
+    with bar, appending(path) as add:
+        for batch, features in make_batches(missing):
+            shown = all_attention or any(picture.path in drawn for picture in batch)
+            with_evidence = shown and config.attention_map == "evidence"
+            for prediction in caption_batch(captioner, batch, features, config, with_evidence):
+                is_drawn = prediction.path in drawn
+                figure = draw_figure(prediction, path.parent) if is_drawn else ""
+                add(make_record(prediction, states[prediction.path], figure, is_drawn or all_attention))
+                if few:
+                    print_caption(prediction)
+            done += len(batch)
+            bar.update(len(batch))
+    return done
+
+
+def draw_figure(prediction, output):
     """Draw the figure of a picture. Returns its file name, or "" where it cannot be drawn, which is printed."""
-    name = figure_name(number, prediction)
+    name = figure_name(prediction)
     try:
         plot_attention(prediction, output / name)
     except UserError:  # the disk is full
         raise
     except Exception as error:  # the others are as good without it
         reason = " ".join(str(error).split())
-        tqdm.write(f"warning: no figure of {prediction.name}: {reason}")
+        tqdm.write(printable(f"warning: no figure of {prediction.name}: {reason}"))
         return ""
     return name
 
 
 def print_caption(prediction):
-    print(prediction.name)
+    print(printable(prediction.name))
     for reference in prediction.references:
-        print(f"  real       {reference}")
-    print(f"  predicted  {prediction.caption}")
+        print(printable(f"  real       {reference}"))
+    print(printable(f"  predicted  {prediction.caption}"))
 
 
 def write_attention_pages(pictures, records_path, output, config):
-    """Write the pages of the pictures whose attention is kept, or delete those of an earlier run if there is none.
+    """Write the pages: first these pictures, then those of which an earlier call has drawn figures.
+
+    Where there is none, the pages of an earlier call are deleted.
+
+    Args:
+      pictures: list of Pictures. Those whose attention is not kept are left out.
+      records_path: pathlib.Path of captions.jsonl.
+      output: pathlib.Path of the folder.
+      config: Config
 
     Returns:
       pathlib.Path of the first page, or None
     """
-    places = find_records(records_path, {picture.name for picture in pictures})
-    shown = [picture for picture in pictures if picture.name in places]
+    named = {picture_key(picture.name, picture.path): picture for picture in pictures}
+    order = {key: number for number, key in enumerate(named)}
+    shown = sorted(
+        (order.get(record.key, len(order)), place)
+        for record, place in find_records(records_path)
+        if record.attention_weights is not None and (record.figure or record.key in order)
+    )
     if not shown:
         remove_pages(output / "index.html")
         return None
-    read = lambda picture: restore_prediction(read_record(records_path, places[picture.name]), picture)  # noqa: E731
-    boxes = boxes_to_show([read(picture) for picture in shown if picture.image_id is not None], config)
+
+    def read(place):
+        record = read_record(records_path, place)
+        return restore_prediction(record, named.get(record.key))
+
+    captions = lambda: (read(place) for _, place in shown)  # noqa: E731
+    boxes = boxes_to_show([caption for caption in captions() if caption.image_id is not None], config)
     pages = (
         PagePicture(caption.path.name, caption.path, [PageCaption(caption, boxes=boxes.get(caption.image_id, {}))])
-        for caption in map(read, shown)
+        for caption in captions()
     )
-    return write_pages(output, "Where the model looked", pages, intro=describe_light(read(shown[0])))[0]
+    return write_pages(output, "Where the model looked", pages, intro=describe_light(next(captions())))[0]
 
 
 def boxes_to_show(predictions, config):

@@ -12,8 +12,11 @@ from captioning.captioner import cached_batches, caption_batch, explain_referenc
 from captioning.demo_scenes import read_scenes
 from captioning.known_boxes import boxes_by_position, find_groundings
 from captioning.metrics import METRICS, cider_by_image, format_score, format_table, score_captions, write_metrics
+from captioning.settings import make_config
+from support.errors import printable
 
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
+DECODING = ("length_penalty", "repeat_block", "max_words")  # settings of decoding, besides the beam width
 SHOWN = 12  # pictures of the best, of the middle and of the worst score on the page
 
 
@@ -40,44 +43,71 @@ def evaluate(captioner, pictures, split, output, config):
     Args:
       captioner: Captioner
       pictures: list of Pictures with references and cached features.
-      split: str, the name of the split, which goes into the names of the files.
+      split: str, the name of the split, which goes into the names of the files, as `name_files` tells.
       output: pathlib.Path of the folder to write to.
+      config: Config; the settings of decoding.
     """
     runs = {}
     for width in sorted({*EVALUATED_WIDTHS, config.beam_width}):
         settings = dataclasses.replace(config, beam_width=width)
         batches = cached_batches(pictures, settings)
         captions = [c for batch in batches for c in caption_batch(captioner, *batch, settings, with_evidence=True)]
-        runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, config)
+        runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, settings)
     taught = score_references(captioner, pictures, config)
-    scored = {"dataset": config.dataset, "split": split, "images": len(pictures)}
-    scored["checkpoint"] = str(pathlib.Path(config.run_dir, captioner.checkpoint))
-    metrics = {name: run.metrics for name, run in runs.items()}
-    texts = {name: texts_by_image(run.captions) for name, run in runs.items()}
-    write_metrics(output, split, texts, scored | metrics | taught)
+    scored = describe_scored(captioner, pictures, split, config)
+    metrics = {run: evaluated.metrics for run, evaluated in runs.items()}
+    texts = {run: texts_by_image(evaluated.captions) for run, evaluated in runs.items()}
+    name = name_files(split, config)
+    write_metrics(output, name, texts, scored | metrics | taught)
+    how = ", ".join(f"{key} {value}" for key, value in scored.items())
     pages = write_pages(
         output,
         f"Best, middle and worst captions of the {split} split",
         score_pages(runs, pictures, config),
         tables=[score_table(metrics)],
-        file_name=f"evaluation_{split}.html",
-        intro=introduce_page(runs, config),
+        file_name=f"evaluation_{name}.html",
+        intro=f"{introduce_page(runs, config)} Scored: {how}.",
     )
+    print(printable(f"scored: {how}"))
     print(format_table(metrics))
-    for name, by_image in texts.items():
-        print(f"{name}: {describe_form(list(by_image.values()))}")
+    for run, by_image in texts.items():
+        print(f"{run}: {describe_form(list(by_image.values()))}")
     print_scenes(metrics)
-    for name, values in (metrics | taught).items():
-        print_attention(name, values.get("attention"))
-    print(f"metrics_{split}.json and the captions in COCO's results format are in {output}")
-    print(f"open {pages[0]} to look at the best, the middle and the worst captions")
+    for run, values in (metrics | taught).items():
+        print_attention(run, values.get("attention"))
+    print(f"metrics_{name}.json and the captions in COCO's results format are in {printable(output)}")
+    print(f"open {printable(pages[0])} to look at the best, the middle and the worst captions")
+
+
+def name_files(split, config):
+    """What the names of a split's files have in common: the split, and the settings of decoding that are no defaults.
+
+    The default is that of the data set's preset. A beam width is named where it adds a run to EVALUATED_WIDTHS. So two
+    ways of decoding have files of their own, such as metrics_test_length_penalty0.5.json.
+    """
+    default = make_config({"dataset": config.dataset})
+    named = [name for name in DECODING if getattr(config, name) != getattr(default, name)]
+    named += ["beam_width"] if config.beam_width not in EVALUATED_WIDTHS else []
+    return "_".join([split, *(f"{name}{getattr(config, name)}" for name in named)])
+
+
+def describe_scored(captioner, pictures, split, config):
+    """What was scored, and how it was decoded, but for the beam width, which each run has. dict of str to value."""
+    return {
+        "dataset": config.dataset,
+        "split": split,
+        "images": len(pictures),
+        "checkpoint": str(pathlib.Path(config.run_dir, captioner.checkpoint)),
+        "checkpoint_digest": captioner.identity,
+        **{name: getattr(config, name) for name in DECODING},
+    }
 
 
 def score_run(captions, pictures, config):
-    """Score the captions of one way of decoding. Returns Evaluated."""
+    """Score the captions of one way of decoding, that of the settings. Returns Evaluated."""
     references = {picture.image_id: picture.references for picture in pictures}
     texts = texts_by_image(captions)
-    metrics = score_captions(texts, references)
+    metrics = score_captions(texts, references) | {"beam_width": config.beam_width}
     metrics["form"] = dataclasses.asdict(describe_form(list(texts.values())))
     groundings, known = find_groundings(captions, config)
     if config.dataset == "demo":

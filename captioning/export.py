@@ -5,8 +5,10 @@ caption(images=tensorflow.constant([open("image.jpg", "rb").read()]))["captions"
 """
 
 import contextlib
+import glob
 import os
 import pathlib
+import secrets
 import shutil
 
 import tensorflow as tf
@@ -16,7 +18,7 @@ from captioning.checkpoints import is_pattern
 from captioning.graph_images import OK, read_images
 from captioning.vocabulary import END, PAD
 from support.errors import UserError
-from support.files import free_space
+from support.files import TEMPORARY, free_space, locked
 
 
 def export_captioner(captioner, network, config, folder):
@@ -41,25 +43,38 @@ def export_captioner(captioner, network, config, folder):
 def new_folder(folder):
     """Give the block a temporary folder beside `folder`, and rename it to `folder` when the block ends.
 
-    If the block raises an error, nothing is left.
+    If the block raises an error, nothing is left but the empty file of the lock, which keeps out another export to the
+    same folder.
 
     Raises:
-      UserError: the folder holds something, or cannot be written.
+      UserError: the folder holds something or cannot be written, or another process is exporting to it.
     """
     target = pathlib.Path(folder).resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{folder} is there already: name another folder behind --export, or delete it")
-    temporary = target.with_name(f".{target.name}.export")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, target)
-    except (OSError, UnicodeEncodeError, tf.errors.OpError) as error:
+        name = os.fsencode(target.name).decode()
+        check_free(target)
+        with locked(target.parent, f"{name}.export"):
+            check_free(target)  # another export may have ended meanwhile
+            for left in target.parent.glob(f"{TEMPORARY}*-{glob.escape(name)}.export"):  # of an export that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{name}.export")
+            try:
+                temporary.mkdir()
+                yield temporary
+                os.replace(temporary, target)  # fails where the folder holds something by now
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except UnicodeError:
+        raise UserError(f"{folder} is no UTF-8: name another folder behind --export") from None
+    except (OSError, tf.errors.OpError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot write {folder}: {reason} ({free_space(target.parent)})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(target):
+    """UserError where an export would lie on top of something; an empty folder is nothing."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} is there already: name another folder behind --export, or delete it")
 
 
 def write_saved_model(captioner, network, config, folder):

@@ -5,10 +5,9 @@ import textwrap
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from captioning.attention_maps import scale_light, times_level, upsample
-from captioning.image_files import upright_rgb
+from captioning.image_files import open_image, upright_rgb
 from support.files import replacing
 
 PANEL_WIDTH, GAP, LINE, LETTER = 190, 6, 24, 8  # pixels of a figure: of a panel, between panels, of text
@@ -70,7 +69,7 @@ def plot_attention(caption, path):
 def read_panel(path):
     """An image file as RGB, as large as a panel: PANEL_WIDTH wide and at most three times as high."""
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             image = upright_rgb(opened, PANEL_WIDTH)
             scale = min(PANEL_WIDTH / image.width, 3 * PANEL_WIDTH / image.height)
             return image.resize([max(round(side * scale), 1) for side in image.size], reducing_gap=2.0)

@@ -5,9 +5,11 @@ import contextlib
 import os
 import pathlib
 import zlib
+from stat import S_ISREG
 from typing import NamedTuple
 
 from captioning.devices import usable_cores
+from support.errors import printable
 
 
 class FileState(NamedTuple):
@@ -32,11 +34,12 @@ def read_state(path):
 
 
 def find_stat(path):
-    """A file's os.stat_result, or None if there is no such file."""
+    """A file's os.stat_result, or None if there is no such file, or something that is no file, such as a named pipe."""
     try:
-        return os.stat(path)
+        found = os.stat(path)
     except OSError:
         return None
+    return found if S_ISREG(found.st_mode) else None
 
 
 def has_size_and_time(stat, state):
@@ -58,7 +61,8 @@ def renew_states(paths, stats, states):
     renewed = [state if is_same else None for state, is_same in zip(states, same, strict=True)]
     unsure = [i for i, stat in enumerate(stats) if stat is not None and not same[i] and stat.st_size == states[i].size]
     if unsure:
-        print(f"other times than recorded: {len(unsure)}, such as {paths[unsure[0]]}; reading whether more has changed")
+        such = printable(paths[unsure[0]])
+        print(f"other times than recorded: {len(unsure)}, such as {such}; reading whether more has changed")
     with cancelling_pool(usable_cores()) as pool:
         for i, state in zip(unsure, pool.map(read_state, [paths[i] for i in unsure]), strict=True):
             renewed[i] = state if state and state.crc32 == states[i].crc32 else None

@@ -7,12 +7,11 @@ BMP. A picture that cannot be read does not fail the graph. It gets white pixels
 import functools
 
 import tensorflow as tf
-from PIL import Image
 
-from captioning.image_files import IMAGE_SIZE
+from captioning.image_files import IMAGE_SIZE, MOST_FILE_PIXELS, MOST_PIXELS
 
 OK, UNREADABLE, TOO_LARGE = "ok", "unreadable", "too large"  # the statuses
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # of a picture before it is made small, as for the scripts
+JPEG_RATIOS = (1, 2, 4, 8)  # a JPEG file can be decoded at these fractions of its size
 SHORT = 3  # EXIF's number for a type: 16 bits
 
 
@@ -41,7 +40,9 @@ def read_image(data):
 
 def decode_or_refuse(data):
     """What `read_image` returns. A file that cannot be read raises the error of a TensorFlow operation."""
-    if tf.reduce_prod(image_size(data)) > MOST_PIXELS:
+    size = image_size(data)
+    decoded = -(-size // jpeg_ratio(size)) if is_jpeg(data) else size
+    if tf.reduce_prod(size) > MOST_FILE_PIXELS or tf.reduce_prod(decoded) > MOST_PIXELS:
         pixels, status = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8)), TOO_LARGE
     else:
         pixels, status = decode_image(data), OK
@@ -121,9 +122,14 @@ def webp_size(data):
 def decode_jpeg(data):
     """uint8 (height, width, 3). A file much larger than needed comes at 1/2, 1/4 or 1/8 of its size, as from Pillow."""
     decode = functools.partial(tf.io.decode_jpeg, data, 3, dct_method="INTEGER_ACCURATE")  # as Pillow does
-    excess = tf.reduce_min(tf.io.extract_jpeg_shape(data)[:2]) // IMAGE_SIZE
-    ratio = tf.reduce_sum(tf.cast(excess >= (2, 4, 8), tf.int32))
-    return tf.switch_case(ratio, [functools.partial(decode, ratio=ratio) for ratio in (1, 2, 4, 8)])
+    number = tf.reduce_sum(tf.cast(jpeg_ratio(image_size(data)) > JPEG_RATIOS, tf.int32))
+    return tf.switch_case(number, [functools.partial(decode, ratio=ratio) for ratio in JPEG_RATIOS])
+
+
+def jpeg_ratio(size):
+    """Which fraction of its size a JPEG file is decoded at: 1, 2, 4 or 8. int64 (2,) -> int64 ()."""
+    excess = tf.reduce_min(size) // IMAGE_SIZE
+    return tf.reduce_max(tf.where(excess >= JPEG_RATIOS, tf.constant(JPEG_RATIOS, tf.int64), 1))
 
 
 def decode_png(data):

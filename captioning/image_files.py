@@ -1,10 +1,14 @@
 """Image files of any kind, read as the pixels that InceptionV3 takes."""
 
+import os
+import stat
 import warnings
 
 import numpy as np
 import pillow_heif
 from PIL import Image, ImageOps
+
+from support.errors import printable
 
 IMAGE_SIZE = 299  # pixels: InceptionV3 takes squares with sides of this length
 MOST_PIXELS = (
@@ -36,10 +40,18 @@ def load_image(path):
       ValueError: the file is missing or damaged, or has too many pixels.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return np.asarray(upright_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
     except Exception as error:  # on damaged files Pillow's decoders raise errors of many classes
-        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(printable(f"{path} cannot be read as an image ({reason})")) from error
+
+
+def open_image(path):
+    """Pillow's image of a file, opened only. OSError for what is no file: reading a named pipe would wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no regular file")
+    return Image.open(path)
 
 
 def upright_rgb(image, smallest=IMAGE_SIZE):

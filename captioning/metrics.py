@@ -212,22 +212,22 @@ def score_meteor(predicted, references, patience):
 # --- Results ----------------------------------------------------------------------------------------------------
 
 
-def write_metrics(folder, split, captions, metrics):
-    """Write metrics_<split>.json, and for each run a file of captions that COCO's official evaluation can read.
+def write_metrics(folder, name, captions, metrics):
+    """Write metrics_<name>.json, and for each run a file of captions that COCO's official evaluation can read.
 
     Args:
       folder: path of the folder, which is made if it is missing.
-      split: str, a part of all names, as in captions_<split>_<run>_results.json. Blanks in the run's name are left out.
+      name: str, a part of all names, as in captions_<name>_<run>_results.json. Blanks in the run's name are left out.
       captions: dict of run name to dict of image id to str.
-      metrics: what metrics_<split>.json is to hold, as JSON can.
+      metrics: what metrics_<name>.json is to hold, as JSON can.
 
     Raises:
       UserError: the disk is full or the folder cannot be written.
     """
     for run, by_image in captions.items():
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in by_image.items()]
-        write_json(pathlib.Path(folder, f"captions_{split}_{run.replace(' ', '')}_results.json"), results)
-    write_json(pathlib.Path(folder, f"metrics_{split}.json"), metrics, indent=1)
+        write_json(pathlib.Path(folder, f"captions_{name}_{run.replace(' ', '')}_results.json"), results)
+    write_json(pathlib.Path(folder, f"metrics_{name}.json"), metrics, indent=1)
 
 
 def format_table(rows):

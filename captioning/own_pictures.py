@@ -15,7 +15,7 @@ from captioning.captioner import Picture
 from captioning.extraction import extract_features
 from captioning.inception import extraction_graphs
 from support.downloads import download_all
-from support.errors import UserError
+from support.errors import UserError, printable
 
 EXTRACTED = 300  # pictures whose features are held in memory before they are captioned
 LARGEST = 50_000_000  # bytes of a picture fetched from an address
@@ -46,7 +46,7 @@ def find_pictures(names, output, skipped):
         path = pathlib.Path(name)
         if is_address(name):
             pictures.append(Picture(output / "downloads" / local_name(name), name))
-        elif path.is_dir():
+        elif os.path.isdir(path):  # unlike path.is_dir, no error where the name is too long
             check_output(path, output)
             pictures += [Picture(file, str(file)) for file in walk_folder(path, output.resolve(), skipped)]
         else:
@@ -135,7 +135,7 @@ def fetch_pictures(pictures, workers, skipped):
     failed = dict(download_all(jobs, workers, progress=False, **limits))
     for picture in pictures:
         if picture.path in failed:
-            print(f"{picture.name} cannot be fetched ({failed[picture.path]})")
+            print(printable(f"{picture.name} cannot be fetched ({failed[picture.path]})"))
             skipped["not fetched"] += 1
     return [picture for picture in pictures if picture.path not in failed]
 
@@ -161,7 +161,8 @@ def extract_batches(network, pictures, config, skipped):
         for i in range(0, len(extracted), together):
             done, features, failed = zip(*extracted[i : i + together], strict=True)
             for path, reason in itertools.chain(*failed):
-                tqdm.write(f"{by_path[path].name}: {reason}" if is_address(by_path[path].name) else reason)
+                name = by_path[path].name
+                tqdm.write(printable(f"{name}: {reason}" if is_address(name) else reason))
                 skipped["not readable"] += 1
             readable = [by_path[path] for path in itertools.chain(*done)]
             if readable:

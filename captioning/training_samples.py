@@ -6,10 +6,10 @@ import pathlib
 import numpy as np
 
 from captioning.attention_page import PageCaption, PagePicture, describe_light, write_pages
-from captioning.caption_records import CaptionRecord, make_record, restore_prediction
+from captioning.caption_records import CaptionRecord, file_state, make_record, restore_prediction
 from captioning.captioner import Captioner, Picture, cached_batches, caption_batch, dataset_pictures
 from captioning.tensorboard_log import log_epoch
-from support.errors import UserError
+from support.errors import UserError, printable
 from support.files import read_json, write_json
 
 SAMPLES = 4  # pictures
@@ -63,10 +63,10 @@ def show_samples(samples, state, row, config):
     with_evidence = config.attention_map == "evidence"
     predictions = [caption for batch in batches for caption in caption_batch(captioner, *batch, greedy, with_evidence)]
     for prediction in predictions:
-        print(f"  {prediction.path.name}: {prediction.caption}")
+        print(printable(f"  {prediction.path.name}: {prediction.caption}"))
     log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)
     epochs = [earlier for earlier in read_samples(folder / "samples.json") if earlier.epoch < epoch]
-    epochs.append(SampledEpoch(epoch, [make_record(prediction) for prediction in predictions]))
+    epochs.append(SampledEpoch(epoch, [make_record(each, file_state(each.path)) for each in predictions]))
     write_json(folder / "samples.json", [dataclasses.asdict(each) for each in epochs])
     shown = epochs if len(epochs) <= SHOWN_EPOCHS else [epochs[0], *epochs[1 - SHOWN_EPOCHS :]]
     intro = describe_light(predictions[0])

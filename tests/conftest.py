@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import pathlib
+import signal
 import threading
 
 import numpy as np
@@ -104,6 +105,20 @@ def full_disk(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def soon():
+    """A test that takes over a minute, say because it waits for ever, fails."""
+
+    def fail(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 class FileServer:

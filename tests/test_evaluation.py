@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,12 +10,13 @@ from PIL import Image
 
 from captioning.captioner import Picture
 from captioning.demo_scenes import draw_demo
-from captioning.evaluation import SHOWN, Evaluated, evaluate, score_pages
+from captioning.evaluation import SHOWN, Evaluated, evaluate, name_files, score_pages
 from captioning.predictions import PredictedCaption
 from captioning.settings import make_config
 from tiny_captioner import SIZES, tiny_captioner
 
 NUMBERS = range(1, 6)
+MOST = 5  # words, which no default is and so goes into the names of files
 SPLITS = ("validation", "test")
 
 
@@ -45,7 +47,7 @@ def tiny(pictures):
 
 
 def evaluate_tiny(tiny, pictures, split, output, **settings):
-    config = make_config({**SIZES, "max_words": 5, "decode_batch": 3, "run_dir": "runs/x", **settings})
+    config = make_config({**SIZES, "max_words": MOST, "decode_batch": 3, "run_dir": "runs/x", **settings})
     evaluate(tiny, pictures, split, output, config)
 
 
@@ -56,16 +58,59 @@ def test_each_split_has_files_of_its_own(tiny, pictures, tmp_path, capsys):
     evaluate_tiny(tiny, pictures, "test", output, dataset="karpathy")
     assert before == {name: (output / name).read_bytes() for name in before}
     runs = ("greedy", "beam3", "beam5")
-    expected = {f"captions_{split}_{run}_results.json" for split in SPLITS for run in runs}
-    expected |= {f"metrics_{split}.json" for split in SPLITS} | {f"evaluation_{split}.html" for split in SPLITS}
+    named = [f"{split}_max_words{MOST}" for split in SPLITS]
+    expected = {f"captions_{name}_{run}_results.json" for name in named for run in runs}
+    expected |= {f"metrics_{name}.json" for name in named} | {f"evaluation_{name}.html" for name in named}
     assert {path.name for path in output.iterdir()} == expected
     printed = capsys.readouterr().out
-    assert "metrics_validation.json and the captions" in printed and "metrics_test.json and the captions" in printed
+    assert all(f"metrics_{name}.json and the captions" in printed for name in named)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "test"),
+        ({"length_penalty": 0.5}, "test_length_penalty0.5"),
+        ({"repeat_block": 0, "max_words": 12}, "test_repeat_block0_max_words12"),
+        ({"dataset": "demo", "repeat_block": 0}, "test"),
+        ({"dataset": "demo", "repeat_block": 2}, "test_repeat_block2"),
+        ({"beam_width": 3}, "test"),  # is compared in any case
+        ({"beam_width": 2}, "test_beam_width2"),
+    ],
+)
+def test_the_names_of_files_tell_how_captions_were_decoded(settings, name):
+    assert name_files("test", make_config(settings)) == name
+
+
+def test_two_ways_of_decoding_do_not_overwrite_each_others_files(tiny, pictures, tmp_path):
+    evaluate_tiny(tiny, pictures, "test", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for count, other in enumerate(({"length_penalty": 0.0}, {"repeat_block": 0}, {"beam_width": 2}), 2):
+        evaluate_tiny(tiny, pictures, "test", tmp_path / "out", **other)
+        assert len(list((tmp_path / "out").glob("metrics_*.json"))) == count
+        assert before == {name: (tmp_path / "out" / name).read_bytes() for name in before}
+
+
+def test_the_metrics_the_page_and_what_is_printed_say_how_captions_were_decoded(tiny, pictures, tmp_path, capsys):
+    known = dataclasses.replace(tiny, identity="0123abcd")
+    evaluate_tiny(known, pictures, "test", tmp_path / "out", length_penalty=0.5, beam_width=2)
+    (path,) = (tmp_path / "out").glob("metrics_*.json")
+    metrics = json.loads(path.read_text())
+    how = {"checkpoint_digest": "0123abcd", "length_penalty": 0.5, "repeat_block": 2, "max_words": MOST}
+    assert how.items() <= metrics.items()
+    runs = {"greedy": 1, "beam 2": 2, "beam 3": 3, "beam 5": 5}
+    assert {run: metrics[run]["beam_width"] for run in runs} == runs
+    assert {metrics[run]["tokens"] for run in runs} == {"project"}
+    (page,) = (tmp_path / "out").glob("*.html")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scored: ")]
+    for text in (line, page.read_text()):
+        assert "split test, images 5, checkpoint runs/x/best/ckpt-1, checkpoint_digest 0123abcd" in text
+        assert f"length_penalty 0.5, repeat_block 2, max_words {MOST}" in text
 
 
 def test_the_metrics_name_their_data_set_split_and_checkpoint_and_keep_meteors_place(tiny, pictures, tmp_path, capsys):
     evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy", beam_width=2)
-    metrics = json.loads((tmp_path / "out" / "metrics_test.json").read_text())
+    metrics = json.loads((tmp_path / "out" / f"metrics_test_max_words{MOST}_beam_width2.json").read_text())
     assert metrics["dataset"] == "karpathy"
     assert metrics["split"] == "test"
     assert metrics["images"] == 5
@@ -83,7 +128,7 @@ def test_the_metrics_name_their_data_set_split_and_checkpoint_and_keep_meteors_p
 
 
 def said(root, run):
-    results = json.loads((root / "out" / f"captions_test_{run}_results.json").read_text())
+    results = json.loads((root / "out" / f"captions_test_max_words{MOST}_beam_width2_{run}_results.json").read_text())
     return [result["caption"] for result in results]
 
 
@@ -91,7 +136,7 @@ def test_the_results_are_the_captions_of_every_image(tiny, pictures, tmp_path):
     evaluate_tiny(tiny, pictures, "validation", tmp_path / "out")
     by_run = {}
     for run in ("greedy", "beam3"):
-        results = json.loads((tmp_path / "out" / f"captions_validation_{run}_results.json").read_text())
+        results = json.loads((tmp_path / "out" / f"captions_validation_max_words{MOST}_{run}_results.json").read_text())
         assert [result["image_id"] for result in results] == [1, 2, 3, 4, 5]
         by_run[run] = [result["caption"] for result in results]
     assert len(set(by_run["greedy"])) > 2
@@ -101,7 +146,7 @@ def test_the_results_are_the_captions_of_every_image(tiny, pictures, tmp_path):
 def test_demo_captions_are_compared_with_the_scenes(tiny, pictures, tmp_path, capsys):
     draw_demo(tmp_path / "scenes", 10, seed=0)
     evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", dataset="demo", coco_dir=str(tmp_path / "scenes"))
-    metrics = json.loads((tmp_path / "out" / "metrics_validation.json").read_text())
+    metrics = json.loads((tmp_path / "out" / f"metrics_validation_max_words{MOST}.json").read_text())
     assert metrics["greedy"]["scenes"]["objects"] == 0  # no such words
     attention = metrics["greedy"]["attention"]
     assert attention["words"] == 0 and attention["maps"]["attention weights"]["inside"] is None
@@ -118,12 +163,15 @@ def test_attention_is_scored_where_cocos_boxes_are(tiny, pictures, tmp_path):
     }
     (tmp_path / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
     evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
-    metrics = json.loads((tmp_path / "out" / "metrics_validation.json").read_text())
+    metrics = json.loads((tmp_path / "out" / f"metrics_validation_max_words{MOST}.json").read_text())
     assert metrics["greedy"]["attention"].keys() >= {"words", "maps", "absent"}
     assert metrics["greedy"]["attention"]["words"] > 0
     (tmp_path / "annotations" / "instances_train2014.json").unlink()
     evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
-    assert "attention" not in json.loads((tmp_path / "out" / "metrics_validation.json").read_text())["greedy"]
+    assert (
+        "attention"
+        not in json.loads((tmp_path / "out" / f"metrics_validation_max_words{MOST}.json").read_text())["greedy"]
+    )
 
 
 # --- The page ---------------------------------------------------------------------------------------------------
@@ -131,11 +179,11 @@ def test_attention_is_scored_where_cocos_boxes_are(tiny, pictures, tmp_path):
 
 def test_the_page_shows_each_picture_of_a_small_split_once_with_all_runs_side_by_side(tiny, pictures, tmp_path, capsys):
     evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy")
-    page = tmp_path / "out" / "evaluation_test.html"
+    page = tmp_path / "out" / f"evaluation_test_max_words{MOST}.html"
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"open {page} to look at")
     start, *articles = page.read_text().split("<article")
     assert "Best, middle and worst captions of the test split" in start
-    metrics = json.loads((tmp_path / "out" / "metrics_test.json").read_text())
+    metrics = json.loads((tmp_path / "out" / f"metrics_test_max_words{MOST}.json").read_text())
     for run in ("greedy", "beam 3", "beam 5"):  # the table of scores, on top
         assert f'<th scope="row">{run}</th>' in start
         assert f"{metrics[run]['CIDEr']:.3f}"[:4] in start
@@ -188,7 +236,7 @@ def test_the_best_the_middle_and_the_worst_are_chosen_by_the_first_runs_score(co
 @pytest.mark.parametrize("attention_map", ["evidence", "weights"])
 def test_the_page_shows_the_map_that_is_wanted_and_says_which(tiny, pictures, tmp_path, attention_map):
     evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy", attention_map=attention_map)
-    page = (tmp_path / "out" / "evaluation_test.html").read_text()
+    page = (tmp_path / "out" / f"evaluation_test_max_words{MOST}.html").read_text()
     assert f"worst CIDEr of all {len(pictures)}, greedy. The light shows the " in page
     assert ("The light shows the evidence" in page) == (attention_map == "evidence")
     assert ("The light shows the attention weights" in page) == (attention_map == "weights")
@@ -211,7 +259,9 @@ def test_boxes_of_what_a_word_names_are_on_the_page(tiny, pictures, tmp_path):
     }
     (tmp_path / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
     evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
-    buttons = re.findall(r"<button.*?</button>", (tmp_path / "out" / "evaluation_validation.html").read_text())
+    buttons = re.findall(
+        r"<button.*?</button>", (tmp_path / "out" / f"evaluation_validation_max_words{MOST}.html").read_text()
+    )
     with_boxes = [button for button in buttons if "data-boxes" in button]
     assert with_boxes and all('data-boxes="[[0.0, 0.0, 0.5, 1.0]]"' in button for button in with_boxes)
     assert all(button.endswith(">word1</button>") for button in with_boxes)

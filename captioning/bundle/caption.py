@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 FOLDER = pathlib.Path(__file__).resolve().parent
 PAD, UNK, START, END = range(4)  # the first words of the vocabulary
 MOST_PIXELS, MOST_FILE_PIXELS = 100_000_000, 250_000_000  # of a picture as it is decoded, and of any file
+# Of what Pillow reads: kinds of picture files, which are looked for in folders
+FORMATS = "AVIF BMP DIB GIF HEIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
 WIDTH, GAP, COLUMNS, LINE = 224, 4, 5, 26  # of a figure: pixels of a column and between two, columns, pixels of text
 
 
@@ -41,22 +43,32 @@ def main(argv):
             encoded = encode(pixels=read_pixels(path, settings["sizes"]["image"])[np.newaxis])
             found, _ = beam_search(encoded, decode, options)
             words = [vocabulary[i] for i in found if i != END]
-            print(f"{path}: {' '.join(words)}", flush=True)
+            print(printable(f"{path}: {' '.join(words)}"), flush=True)
             if options.figure:
                 maps = find_evidence(encoded, load_model("evidence", settings["format"]), found[: len(words)])
                 draw_attention(path, words, maps).save(options.figure)
         except Exception as error:  # Pillow raises errors of many classes
-            print(f"{path}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(printable(f"{path}: {type(error).__name__}: {error}"), file=sys.stderr)
             failed += 1
     return 1 if failed else 0
 
 
 def find_pictures(names):
     """The files that are named, and the picture files in the folders that are named. list of str -> list of paths"""
-    known = Image.registered_extensions()
-    inside = lambda folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)  # noqa: E731
-    found = [inside(path) if path.is_dir() else [path] for path in map(pathlib.Path, names)]
-    return list(dict.fromkeys(path for paths in found for path in paths))
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+    found = {}
+    for name in names:
+        paths = [pathlib.Path(place, file) for place, _, files in os.walk(name) for file in files]
+        # Files that begin with ._ hold what macOS notes beside pictures.
+        paths = sorted(path for path in paths if path.suffix.lower() in known and not path.name.startswith("._"))
+        for path in paths if os.path.isdir(name) else [pathlib.Path(name)]:
+            found.setdefault(os.path.abspath(path), path)
+    return list(found.values())
+
+
+def printable(text):
+    """A text that no terminal takes for orders: what cannot be seen is written as Python would, as in \\x1b."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def load_model(name, runtime):
@@ -79,6 +91,8 @@ def read_pixels(path, side):
 
 def open_picture(path, smallest):
     """A picture of any kind, upright, in RGB, on white. A large JPEG file comes smaller, which saves time."""
+    if not os.path.isfile(path):
+        raise OSError("there is no such file")  # a named pipe would be waited for
     with Image.open(path) as image:
         image.draft("RGB", (smallest, smallest))
         if image.format == "EPS" or image.width * image.height > MOST_PIXELS:
