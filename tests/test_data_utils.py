@@ -306,7 +306,7 @@ def test_inception_end_to_end_with_random_weights(coco):
     sample = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(float)
     np.testing.assert_allclose(prepared.feature_mean, sample.mean((0, 1)), atol=1e-3)
     assert prepared.feature_std == pytest.approx(np.std(sample - sample.mean((0, 1))), rel=1e-3)
-    assert prepared.network == network_identity(config)
+    assert prepared.network == network_identity(config, features / "random_statistics.npz")
 
     statistics = (features / "random_statistics.npz").rename(coco / "kept.npz")
     network = feature_network(config, statistics, expected_identity=prepared.network)
