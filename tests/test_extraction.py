@@ -278,7 +278,6 @@ def test_names_that_differ_in_case_alone_need_a_disk_that_tells_them_apart(confi
     images = [CaptionedImage(1, "A.png"), CaptionedImage(2, "b.png"), CaptionedImage(3, "a.png")]
     if ignores:
         monkeypatch.setattr(pathlib.Path, "exists", exists_in_any_case)
-    if ignores:
         with pytest.raises(UserError, match=r"features of A and a would be one file.*name a --features_dir on another"):
             find_missing(images, config)
     assert not list(features_folder(config).glob(".*"))
@@ -413,6 +412,13 @@ def test_a_gap_in_features_made_elsewhere_is_not_filled(config, images, elsewher
     for path in (elsewhere[2], elsewhere[4]):
         np.save(path, np.zeros((64, 2048), np.float32))
     assert find_missing(images, config) == []
+
+
+def test_features_made_elsewhere_must_fit_into_the_number_type_that_they_are_read_in(config, images, elsewhere):
+    np.save(elsewhere[2], np.full((64, 2048), 70_000, np.float32))
+    with pytest.raises(UserError, match=rf"1 of 6 .*too large for --feature_dtype float16, such as {elsewhere[2]}"):
+        find_missing(images, config)
+    assert find_missing(images, dataclasses.replace(config, feature_dtype="float32")) == []
 
 
 def test_features_made_elsewhere_that_changed_are_read_again(config, images, elsewhere):
