@@ -86,8 +86,7 @@ def feature_graph(config, statistics=None, calibration_paths=None, expected_iden
       UserError: the weights or their statistics are missing or damaged, or the network is not the one expected.
     """
     is_random = config.inception_weights == "random"
-    if not is_random or calibration_paths is None or pathlib.Path(statistics).exists():  # else it has no identity yet
-        check_identity(network_identity(config, statistics or "random_statistics.npz"), expected_identity)
+    check_identity(config, statistics, expected_identity)
     precision = extraction_precision(config)
     inception = load_inception(config.inception_weights, precision)
     if is_random:
@@ -134,13 +133,21 @@ def compiled_once(graph):
     return call
 
 
-def check_identity(identity, expected):
-    """Raise UserError if the network is not the one that made the features which a model was trained on."""
+def check_identity(config, statistics, expected):
+    """Raise UserError if the network is not the one that made the features which a model was trained on.
+
+    Args:
+      config, statistics: as `network_identity` takes them.
+      expected: str, what `network_identity` said of that network, MADE_ELSEWHERE, or None for any.
+    """
     if expected == MADE_ELSEWHERE:
         raise UserError(
             "this model was trained on features made by another program, and only that program's network can read new "
             "pictures for it: train a model on features that python data_utils.py made"
         )
+    identity = network_identity(config)
+    if statistics and f"{expected} ".startswith(f"{identity} "):  # the seed fits, and the calibration may not
+        identity = network_identity(config, statistics)
     if expected not in (None, identity):
         raise UserError(
             f"this model was trained on features of another network ({expected}) than the settings name ({identity}): "

@@ -46,8 +46,8 @@ def kept_network(folder, config, statistics, expected_identity):
     Raises:
       UserError: as `feature_graph` does.
     """
+    check_identity(config, statistics, expected_identity)
     made_of = describe_network(config, statistics)
-    check_identity(made_of["network"], expected_identity)
     graph = read_graph(folder, made_of)
     if graph is None:
         made = feature_graph(config, statistics, expected_identity=expected_identity)

@@ -7,6 +7,7 @@ but reading, writing and fsync takes time. FOLDER is on the disk to be measured;
 """
 
 import contextlib
+import io
 import os
 import pathlib
 import sys
@@ -48,7 +49,10 @@ def extract(images, data_dir, coco_dir):
     config = make_config({"coco_dir": coco_dir, "data_dir": data_dir})
     pathlib.Path(data_dir, "features").mkdir(parents=True)
     begun = time.perf_counter()
-    with mock.patch.object(extraction, "feature_network", lambda *args: average), contextlib.redirect_stderr(None):
+    with (
+        mock.patch.object(extraction, "feature_network", lambda *args: average),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         extraction.cache_features(images, [], config)
     return time.perf_counter() - begun
 
