@@ -3,7 +3,7 @@
 PYTHONPATH=. python tests/benchmarks/fsync_cost.py [FOLDER]
 
 It extracts the demo's drawn scenes, with a network that only averages pixels in place of InceptionV3, so that nothing
-but reading, writing and fsync takes time. FOLDER is on the disk to be measured; without it, the present folder is.
+but reading, writing and fsync takes time. FOLDER is on the disk to be measured; without it, that of temporary files is.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from captioning.caption_files import CaptionedImage
 from captioning.demo_scenes import draw_demo
 from captioning.settings import make_config
 
-IMAGES, ROUNDS = 800, 5
+IMAGES, ROUNDS = 160, 9
 
 
 def main(argv):
-    with tempfile.TemporaryDirectory(dir=argv[0] if argv else ".") as folder:
+    with tempfile.TemporaryDirectory(dir=argv[0] if argv else None) as folder:
         config = make_config({"coco_dir": f"{folder}/scenes"})
         draw_demo(config.coco_dir, IMAGES, config.seed, replace=True)
         names = sorted(path.name for path in pathlib.Path(config.coco_dir, config.coco_split).iterdir())
