@@ -28,7 +28,7 @@ class Config:
     # Features: InceptionV3 over each image, once
     inception_weights: str = "imagenet"  # imagenet, random, or the path of a .weights.h5 file without the top
     features_dir: str = ""  # feature cache, one .npy per image; empty for <data_dir>/features
-    feature_dtype: Literal["float16", "float32"] = "float16"  # number type on disk: 262 or 524 kB per image
+    feature_dtype: Literal["float16", "float32"] = "float16"  # number type of features: 262 or 524 kB per image
     extract_batch: Annotated[int, (1, 1024)] = 16  # images per InceptionV3 call
     extract_precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of InceptionV3; auto: the faster on this CPU
 

@@ -37,7 +37,7 @@ def main(argv):
         images = all_images(splits)
         missing = find_missing(images, config)
         retract_prepared(config)
-        skipped = fetch_images(missing, config)
+        skipped = fetch_images(missing, config, total=len(images))
         readable = [image for image in missing if image.file_name not in skipped]
         skipped |= cache_features(readable, calibration_paths(splits, config), config)
         save_prepared(splits, skipped, config)
@@ -107,7 +107,7 @@ def extract_shard(number, count, config):
     missing = find_missing(images, config, shared=True)
     calibration = calibration_paths(splits, config)
     check_calibration(calibration, config)
-    skipped = fetch_images(missing, config, shared=True)
+    skipped = fetch_images(missing, config, shared=True, total=len(images))
     readable = [image for image in missing if image.file_name not in skipped]
     skipped |= cache_features(readable, calibration, config, shared=True)
     print(

@@ -336,7 +336,7 @@ def read_sizes(records, image_ids, rejected):
 
 
 def read_boxes(records, names, sizes, rejected):
-    """Read the list "annotations".
+    """Read the list "annotations". Crowds are left out: COCO's own evaluation ignores such regions.
 
     Args:
       records: list of records.
@@ -353,7 +353,7 @@ def read_boxes(records, names, sizes, rejected):
             rejected.add("an annotation without image_id, category_id or a box", record)
         elif record["category_id"] not in names:
             rejected.add("an annotation of a category that is not listed", record)
-        elif record["image_id"] in sizes:
+        elif record["image_id"] in sizes and not record.get("iscrowd"):
             boxes[record["image_id"], names[record["category_id"]]].append(record["bbox"])
     return dict(boxes)
 

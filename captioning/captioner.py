@@ -123,7 +123,9 @@ def cached_batches(pictures, config):
     if not pictures:
         return
     paths = [str(picture.feature_path) for picture in pictures]
-    dataset = parallel_map(read_feature, paths).batch(size).prefetch(1)
+    # Rounded as in training, where features made elsewhere have more digits than the settings name.
+    read = lambda path: tf.cast(read_feature(path, config.feature_dtype), tf.float32)  # noqa: E731
+    dataset = parallel_map(read, paths).batch(size).prefetch(1)
     with reading_features(prepare_command(config)):
         for number, batch in enumerate(dataset):
             yield pictures[number * size : (number + 1) * size], batch  # (B, P, F)

@@ -34,6 +34,7 @@ COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists the
         "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
     ),
 }
+DISPENSABLE = 0.1  # share of the images that a data set can do without, whatever the server answers
 SPLITS = ("train2014", "val2014", "train2017", "val2017")  # those with captions
 
 
@@ -83,25 +84,27 @@ def fetch_archive(name, folder, wanted=None, shard=None):
         archive.unlink()
 
 
-def fetch_images(images, config, shared=False):
+def fetch_images(images, config, shared=False, total=None):
     """Download those of the images whose files are missing.
 
     Args:
       images: list of CaptionedImage.
       shared: bool, whether other processes may be downloading other images to the same folder.
+      total: int, images that the data set needs, those that are at hand among them; None for no more than `images`.
 
     Returns:
       dict of file name to reason, for the images that could not be had
 
     Raises:
-      UserError: there is no archive of this split, the network fails, or the disk is full.
+      UserError: there is no archive of this split, the network fails, the server refuses most of the images and these
+        are more than the data set can do without, or the disk is full.
     """
     missing = [image for image in images if not image_path(image, config).is_file()]
     if not missing:
         return {}
     if config.image_source == "zip":
         return fetch_images_by_archive(missing, config)
-    return fetch_images_one_by_one(missing, config, shared)
+    return fetch_images_one_by_one(missing, config, shared, total or len(images))
 
 
 def fetch_images_by_archive(missing, config):
@@ -124,14 +127,15 @@ def fetch_images_by_archive(missing, config):
     return skipped | {name: "not in the zip file" for name in sorted(absent - skipped.keys())}
 
 
-def fetch_images_one_by_one(missing, config, shared):
+def fetch_images_one_by_one(missing, config, shared, total):
     """Download missing images from the addresses in the captions file. The rest is as in `fetch_images`."""
     skipped = {image.file_name: no_address(image, config) for image in missing if image.url is None}
     jobs = [(image.url, image_path(image, config)) for image in missing if image.url is not None]
     if not jobs:
         return skipped
     with locked(root_folder(config), "download", shared):
-        failed = download_all(jobs, config.download_workers)
+        # The few that are refused in every run must not block the others for good.
+        failed = download_all(jobs, config.download_workers, need_most=len(jobs) > DISPENSABLE * total)
     return skipped | {pathlib.Path(path).name: reason for path, reason in failed}
 
 

@@ -2,8 +2,10 @@
 
 import collections
 import contextlib
+import functools
 import itertools
 import pathlib
+import tempfile
 
 import numpy as np
 import tensorflow as tf
@@ -25,9 +27,10 @@ from captioning.feature_manifest import (
     MADE_ELSEWHERE,
     Entry,
     Manifest,
+    keep_live,
     merge_journals,
     open_journal,
-    read_live_manifest,
+    read_manifest,
     scan_features,
     ways_out,
     write_manifest,
@@ -36,6 +39,7 @@ from captioning.file_states import FileState, cancelling_pool, find_stat, read_s
 from captioning.image_files import load_image
 from captioning.inception import extraction_graphs, feature_network, network_identity
 from support.errors import UserError
+from support.files import TEMPORARY
 
 EXTRACT_WORKERS = 3  # batches at work at a time on a CPU. A thread each reads a batch and then computes it.
 UNKNOWN = FileState(-1, -1, -1)  # no file is like that
@@ -48,6 +52,8 @@ CALIBRATION_IMAGES = 64  # training images that random weights get their batch-n
 def find_missing(images, config, shared=False):
     """Find the images whose features must be extracted. Reads neither pictures nor features that have not changed.
 
+    A feature of which the manifest has no line, as after a power cut, is extracted again: nothing tells what made it.
+
     Args:
       images: list of CaptionedImage.
       shared: bool, whether other processes may be writing features to the same folder.
@@ -59,8 +65,10 @@ def find_missing(images, config, shared=False):
       UserError: the features were made by another network, or elsewhere and are not complete.
     """
     folder = features_folder(config)
+    check_case(images, folder)
     files = scan_features(folder)
-    manifest = read_live_manifest(folder, files)
+    recorded = read_manifest(folder, files)
+    manifest = keep_live(folder, files, recorded)
     if files and manifest.network in (None, MADE_ELSEWHERE):
         complete = check_made_elsewhere(images, manifest, files, config)
         if not shared:
@@ -68,24 +76,29 @@ def find_missing(images, config, shared=False):
         print(f"features: {len(images)} of {len(images)} are in {folder} already, made elsewhere")
         return []
 
-    identity = network_identity(config)
-    check_foreign(images, manifest, files, config)
+    check_replaced(images, recorded, manifest, files, config)
+    unknown = [feature_path(image, config) for image in files_without_line(images, recorded, files)]
     manifest, changed = check_pictures(images, manifest, config)
     usable = manifest.entries.keys() - changed
-    if manifest.network not in (None, identity) and (usable or shared):
+    begun, statistics = network_identity(config), random_statistics(config)
+    identity = network_identity(config, statistics) if statistics.exists() else begun
+    is_same = f"{manifest.network} ".startswith(f"{begun} ")  # but for the calibration
+    if usable and is_same and config.inception_weights == "random" and not statistics.exists():
+        raise UserError(
+            f"{statistics} is missing, and without it no other feature can be made by the same network: "
+            f"{ways_out(folder)}"
+        )
+    if manifest.network not in (None, begun, identity) and (usable or shared):
         raise UserError(
             f"the features in {folder} were made by another network ({manifest.network}) than the settings name "
             f"({identity}): {ways_out(folder)}"
         )
-    if usable and config.inception_weights == "random" and not random_statistics(config).exists():
-        raise UserError(
-            f"{random_statistics(config)} is missing, and without it no other feature can be made by the same network: "
-            f"{ways_out(folder)}"
-        )
     if not shared:
-        manifest = settle(manifest, usable, identity, config)
+        manifest = settle(manifest, usable, begun, config)
     missing = [image for image in images if feature_stem(image) not in usable]
     print(f"features: {len(images) - len(missing)} of {len(images)} are in {folder} already")
+    if unknown:
+        print(f"features without a line in the manifest: {len(unknown)}, such as {unknown[0]}; extracted again")
     if changed:
         print(f"pictures that have changed since: {len(changed)}; their features are extracted again")
     return missing
@@ -107,7 +120,8 @@ def check_made_elsewhere(images, manifest, files, config):
     new = files_without_line(images, manifest, files)
     entries = dict(manifest.entries)
     with cancelling_pool(usable_cores()) as pool:
-        states = pool.map(check_feature_file, [feature_path(image, config) for image in new])
+        check = functools.partial(check_feature_file, dtype=config.feature_dtype)
+        states = pool.map(check, [feature_path(image, config) for image in new])
         states = tqdm(states, "checking features made elsewhere", total=len(new), unit=" files", disable=not new)
         for image, state in zip(new, states, strict=True):
             if state:
@@ -115,23 +129,52 @@ def check_made_elsewhere(images, manifest, files, config):
     gaps = [image for image in images if feature_stem(image) not in entries]
     if gaps:
         raise UserError(
-            f"{len(gaps)} of {len(images)} features are missing or damaged, such as {feature_path(gaps[0], config)}. "
+            f"{len(gaps)} of {len(images)} features are missing, damaged or too large for --feature_dtype "
+            f"{config.feature_dtype}, such as {feature_path(gaps[0], config)}. "
             "The features in this folder were made elsewhere, and another network does not fill their gaps: "
             "make these with the program that made the others, or name another --features_dir"
         )
     return Manifest(MADE_ELSEWHERE, entries, manifest.journals)
 
 
-def check_foreign(images, manifest, files, config):
-    """Raise UserError if some feature files are whole, but not those that this program wrote."""
-    paths = [feature_path(image, config) for image in files_without_line(images, manifest, files)]
+def check_case(images, folder):
+    """Raise UserError if names of images differ in case alone, and the folder's disk takes them for one."""
+    stems = {}
+    for stem in map(feature_stem, images):
+        other = stems.setdefault(stem.casefold(), stem)
+        if other != stem and ignores_case(folder):
+            raise UserError(
+                f"the features of {other} and {stem} would be one file, as the disk of {folder} does not tell capitals "
+                "from small letters: name a --features_dir on another disk, or rename an image"
+            )
+
+
+def ignores_case(folder):
+    """Whether the folder's disk takes names for one that differ in case alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=folder) as file:
+        return folder.joinpath(pathlib.PurePath(file.name).name.upper()).exists()
+
+
+def check_replaced(images, recorded, live, files, config):
+    """Raise UserError if somebody put other whole features in the place of those that this program wrote.
+
+    Where the picture has changed too, they are this program's, and their line was lost.
+
+    Args:
+      recorded, live: Manifest of all lines, and of those whose feature files are unchanged.
+      files: dict of stem to os.stat_result, the feature files.
+    """
+    suspects = [image for image in files_without_line(images, live, files) if feature_stem(image) in recorded.entries]
+    _, changed = check_pictures(suspects, recorded, config)
+    paths = [feature_path(image, config) for image in suspects if feature_stem(image) not in changed]
     with cancelling_pool(usable_cores()) as pool:
         foreign = [path for path, state in zip(paths, pool.map(check_feature_file, paths), strict=True) if state]
     if foreign:
         raise UserError(
-            f"{foreign[0]} is not the feature file that python data_utils.py wrote there ({manifest.network}), "
-            f"nor are {len(foreign) - 1} others what it wrote: move features made elsewhere to a --features_dir of "
-            "their own, or delete them"
+            f"{foreign[0]} is not the feature file that python data_utils.py wrote there ({recorded.network}), nor are "
+            f"{len(foreign) - 1} others what it wrote. Features made elsewhere need a --features_dir of their own: "
+            f"{ways_out(features_folder(config))}"
         )
 
 
@@ -168,7 +211,7 @@ def settle(manifest, usable, identity, config):
     Args:
       manifest: Manifest of the features that are known and unchanged.
       usable: set of the stems whose picture has not changed either.
-      identity: str, `network_identity`.
+      identity: str, `network_identity`, of random weights that without their calibration, which is still to come.
 
     Returns:
       Manifest
@@ -209,14 +252,15 @@ def cache_features(images, calibration, config, shared=False):
     if not images:
         return {}
     folder, skipped, pictures = features_folder(config), {}, {}
+    statistics = random_statistics(config)
     targets = {image_path(image, config): feature_path(image, config) for image in images}
 
     def load_and_note(path):
         pictures[path] = read_state(path)  # before the pixels: a change in between shows in the next run
         return load_image(path)
 
-    with open_journal(folder, network_identity(config)) as journal:
-        network = feature_network(config, random_statistics(config), calibration)
+    network = feature_network(config, statistics, calibration)
+    with open_journal(folder, network_identity(config, statistics)) as journal:
         with extraction_graphs(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
             for paths, features, failed in extract_features(
                 network, list(targets), config.extract_batch, load_and_note

@@ -48,7 +48,7 @@ def random_statistics(config):
 
 
 def write_features(paths, features, dtype, journal=None, pictures=None):
-    """Write each image's features as a .npy file of its own.
+    """Write each image's features as a .npy file of its own, which takes its name when its line is on the disk.
 
     Args:
       paths: list of B paths.
@@ -67,18 +67,22 @@ def write_features(paths, features, dtype, journal=None, pictures=None):
             f"the network's features of {paths[finite.argmin()].stem} are not finite numbers in {dtype}: "
             "give --feature_dtype float32 --extract_precision float32, or other --inception_weights"
         )
-    for path, feature, picture in zip(paths, stored.numpy(), pictures or [None] * len(paths), strict=True):
-        data = io.BytesIO()
-        np.save(data, feature, allow_pickle=False)
-        with replacing(path) as temporary:
+    entries = {}
+    with contextlib.ExitStack() as renamed:
+        for path, feature, picture in zip(paths, stored.numpy(), pictures or [None] * len(paths), strict=True):
+            data = io.BytesIO()
+            np.save(data, feature, allow_pickle=False)
+            temporary = renamed.enter_context(replacing(path))
             temporary.write_bytes(data.getbuffer())
-            if journal:
-                state = make_state(temporary.stat(), zlib.crc32(data.getbuffer()))
-                journal.add(path.stem, Entry(state, picture))
+            entries[path.stem] = Entry(make_state(temporary.stat(), zlib.crc32(data.getbuffer())), picture)
+        if journal:
+            journal.add(entries)
 
 
-def read_feature(path, dtype="float32"):
+def read_feature(path, dtype):
     """Read one cached feature inside a TensorFlow graph, whichever of the two number types it has on disk.
+
+    Whoever trains or captions names the same type, `config.feature_dtype`: what is trained on is captioned with.
 
     A file that cannot be one ends the pipeline with an error. `reading_features` turns that into one line.
 
@@ -144,8 +148,11 @@ def parallel_map(function, inputs, workers=None):
     return dataset.map(function, num_parallel_calls=workers or usable_cores()).with_options(options)
 
 
-def check_feature_file(path):
+def check_feature_file(path, dtype="float32"):
     """Read a feature file that another program made, and check it.
+
+    Args:
+      dtype: "float16" or "float32", the number type that the features must fit into.
 
     Returns:
       FileState, or None if it is not (64, 2048) of finite float16 or float32 numbers that `read_feature` can read.
@@ -161,7 +168,7 @@ def check_feature_file(path):
         and features.dtype in (np.float16, np.float32)
         and features.flags.c_contiguous
         and len(data) == int(npy_header_length(data[:12])) + features.nbytes
-        and bool(np.isfinite(features).all())
+        and bool(np.abs(features).max() <= np.finfo(dtype).max)  # false for NaN
     )
     return make_state(stat, zlib.crc32(data)) if is_whole else None
 

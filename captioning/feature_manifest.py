@@ -7,8 +7,9 @@ A line has the size, modification time and CRC-32 of the feature file, and of th
 that still has this size and time is taken for unchanged and not read. If only the time differs, as after copying the
 folder, the file is read, and its CRC-32 decides.
 
-A feature's line is written before the feature takes its name. A process killed between the two leaves a line without a
-feature, which does no harm. Each process writes a journal of its own, so that several hosts can add features at once. A
+The lines of a batch are written, and are on the disk, before its features take their names. What a kill or a power cut
+leaves in between is a line without a feature, or with a shorter one, which is made again. A feature without a line is
+made again too. Each process writes a journal of its own, so that several hosts can add features at once. A
 run that has the folder for itself merges the journals into the manifest.
 """
 
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 from captioning.file_states import FileState, has_size_and_time, renew_states
 from support.errors import UserError
-from support.files import write_bytes
+from support.files import write_durably
 
 MANIFEST = "manifest.jsonl"
 MADE_ELSEWHERE = "made elsewhere"  # in the place of a network's identity, where another program made the features
@@ -41,7 +42,8 @@ class Manifest:
     """What is known of the features in a folder.
 
     Attributes:
-      network: str, identity of the network that made them, MADE_ELSEWHERE, or None where nothing is known.
+      network: str, identity of the network that made them, MADE_ELSEWHERE, or None where nothing is known. Without
+        lines it may be that of random weights which have no calibration yet.
       entries: dict of stem to Entry.
       journals: list of paths, the journals that are part of it.
     """
@@ -77,9 +79,9 @@ def read_manifest(folder, files):
       that fits the file, or else the last.
 
     Raises:
-      UserError: it is damaged, or two networks have made features in this folder.
+      UserError: no file is left whole that names the network, or two networks have made features in this folder.
     """
-    networks, entries = {}, {}
+    networks, entries, begun, damage = {}, {}, None, None
     journals = sorted(pathlib.Path(folder).glob("manifest-*.jsonl"))
     for path in [pathlib.Path(folder, MANIFEST), *journals]:
         try:
@@ -88,14 +90,24 @@ def read_manifest(folder, files):
             if path in journals:  # another process has merged it meanwhile
                 return read_manifest(folder, files)
             continue
-        networks[network] = path
+        except UserError as error:
+            if path not in journals:
+                raise
+            damage = error  # features whose lines are lost with it are made again
+            continue
+        if found or path in journals:
+            networks[network] = path
+        else:
+            begun = network  # by a run that had the folder for itself; nothing is made by this network yet
         for stem, entry in found:
             if stem not in entries or not has_size_and_time(files.get(stem), entries[stem].feature):
                 entries[stem] = entry
+    if damage and not networks and begun is None:
+        raise damage
     if len(networks) > 1:
         first, second = list(networks)[:2]
         raise UserError(f"{folder} holds features of two networks ({first}; {second}): {ways_out(folder)}")
-    return Manifest(next(iter(networks), None), entries, journals)
+    return Manifest(next(iter(networks), begun), entries, journals)
 
 
 def read_lines(path):
@@ -137,7 +149,7 @@ def write_manifest(folder, manifest):
     data = b"".join([format_header(manifest.network), *lines])
     path = pathlib.Path(folder, MANIFEST)
     if not path.is_file() or path.read_bytes() != data:
-        write_bytes(path, data)
+        write_durably(path, data)
     for journal in manifest.journals:
         journal.unlink(missing_ok=True)
 
@@ -155,12 +167,21 @@ class Journal:
 
     def __init__(self, path, network):
         self.path = path
-        write_bytes(path, format_header(network))
+        write_durably(path, format_header(network))
         self.file = open(path, "ab", buffering=0)
         self.is_empty = True
 
-    def add(self, stem, entry):
-        self.file.write(format_line(stem, entry))
+    def add(self, entries):
+        """Add the lines of a batch, a dict of stem to Entry, all or none. They outlive a power cut from now on."""
+        data = b"".join(format_line(stem, entry) for stem, entry in entries.items())
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[self.file.write(data) :]  # which may write less than it is given
+            os.fsync(self.file.fileno())
+        except OSError:
+            self.file.truncate(end)  # half a line would spoil the next
+            raise
         self.is_empty = False
 
 
@@ -184,12 +205,15 @@ def open_journal(folder, network):
 
 
 def read_live_manifest(folder, files):
-    """Read the manifest, of which only the lines remain whose feature files are unchanged, with their present times.
+    return keep_live(folder, files, read_manifest(folder, files))
+
+
+def keep_live(folder, files, manifest):
+    """The Manifest with only those lines whose feature files are unchanged, with their present times.
 
     Args:
       files: dict of stem to os.stat_result, as `scan_features` returns.
     """
-    manifest = read_manifest(folder, files)
     stems = [stem for stem in manifest.entries if stem in files]
     paths = [pathlib.Path(folder, f"{stem}.npy") for stem in stems]
     states = [manifest.entries[stem].feature for stem in stems]

@@ -17,30 +17,47 @@ from captioning.rounding import round_weights
 from support.errors import UserError
 from support.files import replacing
 
+STATISTICS_REMEDY = (
+    "without this file the same network cannot be made again, so copy it from the folder of the features, "
+    "or delete the features and run python data_utils.py to make them anew"
+)
 
-def network_identity(config):
+
+def network_identity(config, statistics=None):
     """Name the network in one line, so that other weights have another name. Looks at no feature and no picture.
 
     Args:
       config: Config. `inception_weights` is "imagenet", "random" or the path of a weights file.
+      statistics: path of the batch-norm statistics of random weights, which are a part of these, or None to name the
+        seed alone. Other weights do not need it.
 
     Returns:
       str
 
     Raises:
-      UserError: the weights file is missing.
+      UserError: the weights file or the statistics are missing.
     """
     weights = config.inception_weights
     if weights == "imagenet":
         return "InceptionV3, weights imagenet"
     if weights == "random":
-        return f"InceptionV3, random weights of seed {config.seed}"
+        name = f"InceptionV3, random weights of seed {config.seed}"
+        if statistics is None:
+            return name
+        try:
+            return f"{name} and calibration {file_digest(statistics)}"
+        except OSError as error:
+            kind = type(error).__name__
+            raise UserError(f"{statistics} is missing or damaged ({kind}): {STATISTICS_REMEDY}") from None
     try:
-        with open(weights, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return f"InceptionV3, weights of SHA-256 {file_digest(weights)}"
     except OSError:
         raise UserError(f"--inception_weights {weights} is not a file: name one, or take imagenet or random") from None
-    return f"InceptionV3, weights of SHA-256 {digest[:16]}"
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def feature_network(config, statistics=None, calibration_paths=None, expected_identity=None):
@@ -68,15 +85,17 @@ def feature_graph(config, statistics=None, calibration_paths=None, expected_iden
     Raises:
       UserError: the weights or their statistics are missing or damaged, or the network is not the one expected.
     """
-    identity = network_identity(config)
-    check_identity(identity, expected_identity)
+    is_random = config.inception_weights == "random"
+    check_identity(config, statistics, expected_identity)
     precision = extraction_precision(config)
     inception = load_inception(config.inception_weights, precision)
-    if config.inception_weights == "random":
+    if is_random:
         set_random_weights(inception, config.seed)
         if calibration_paths is not None and not pathlib.Path(statistics).exists():
-            write_statistics(statistics, calibrate(inception, calibration_paths), identity)
-        set_statistics(inception, statistics, identity)
+            values = calibrate(inception, calibration_paths)
+            if not pathlib.Path(statistics).exists():  # another shard may have been quicker
+                write_statistics(statistics, values, network_identity(config))
+        set_statistics(inception, statistics, network_identity(config))
     rounded = precision == "bfloat16"
     factors = round_weights(inception) if rounded else 1.0  # (F,)
 
@@ -114,17 +133,25 @@ def compiled_once(graph):
     return call
 
 
-def check_identity(identity, expected):
-    """Raise UserError if the network is not the one that made the features which a model was trained on."""
+def check_identity(config, statistics, expected):
+    """Raise UserError if the network is not the one that made the features which a model was trained on.
+
+    Args:
+      config, statistics: as `network_identity` takes them.
+      expected: str, what `network_identity` said of that network, MADE_ELSEWHERE, or None for any.
+    """
     if expected == MADE_ELSEWHERE:
         raise UserError(
             "this model was trained on features made by another program, and only that program's network can read new "
             "pictures for it: train a model on features that python data_utils.py made"
         )
+    identity = network_identity(config)
+    if statistics and f"{expected} ".startswith(f"{identity} "):  # the seed fits, and the calibration may not
+        identity = network_identity(config, statistics)
     if expected not in (None, identity):
         raise UserError(
             f"this model was trained on features of another network ({expected}) than the settings name ({identity}): "
-            "give the --inception_weights and --seed that it was trained with"
+            "give the --inception_weights and --seed that it was trained with, and random weights their own statistics"
         )
 
 
@@ -251,15 +278,12 @@ def set_statistics(inception, path, identity):
     Args:
       inception: Keras model.
       path: path of the file.
-      identity: str, `network_identity` of the network that they must belong to.
+      identity: str, `network_identity`, without statistics, of the network that they must belong to.
 
     Raises:
       UserError: the file is missing or damaged, or belongs to another network.
     """
-    remedy = (
-        "without this file the same network cannot be made again, so copy it from the folder of the features, "
-        "or delete the features and run python data_utils.py to make them anew"
-    )
+    remedy = STATISTICS_REMEDY
     variables = [variable for norm in batch_norms(inception) for variable in (norm.moving_mean, norm.moving_variance)]
     try:
         with np.load(path, allow_pickle=False) as saved:

@@ -46,8 +46,8 @@ def kept_network(folder, config, statistics, expected_identity):
     Raises:
       UserError: as `feature_graph` does.
     """
+    check_identity(config, statistics, expected_identity)
     made_of = describe_network(config, statistics)
-    check_identity(made_of["network"], expected_identity)
     graph = read_graph(folder, made_of)
     if graph is None:
         made = feature_graph(config, statistics, expected_identity=expected_identity)
@@ -61,11 +61,9 @@ def kept_network(folder, config, statistics, expected_identity):
 
 def describe_network(config, statistics):
     """All that the graph depends on. Returns a dict of name to str."""
-    has_statistics = config.inception_weights == "random" and pathlib.Path(statistics).is_file()
     here = pathlib.Path(__file__)
     return {
-        "network": network_identity(config),
-        "statistics": digest(pathlib.Path(statistics).read_bytes()) if has_statistics else "",
+        "network": network_identity(config, statistics),
         "precision": extraction_precision(config),
         "code": digest(b"".join(here.with_name(name).read_bytes() for name in SOURCES)),
         "libraries": f"TensorFlow {tf.version.VERSION}, Keras {keras.version()}",

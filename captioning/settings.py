@@ -26,6 +26,7 @@ DATA_SETTINGS = (
     "seed",
     "inception_weights",
     "features_dir",
+    "feature_dtype",
 )
 
 # What the shapes of the weights depend on, besides the vocabulary. Script 3 takes these from the run.

@@ -13,7 +13,6 @@ import shutil
 import stat
 import threading
 import time
-import urllib.parse
 import zipfile
 import zlib
 
@@ -21,15 +20,14 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from support import files
+from support import connections, files
 from support.errors import UserError
 
-USER_AGENT = "show-attend-and-tell-captioner/1.0"  # some servers refuse programs that do not say who they are
 PIECE = 1 << 18  # bytes read at a time
+LARGEST = 50_000_000  # bytes of a file whose size nobody knows beforehand, such as an image
 IN_A_ROW = 20  # downloads that may fail one after the other before the rest is given up
+DENIALS = {401, 403, 407, 451}  # HTTP statuses that speak of who asks, or how often, and not of the file
 EXPANSION, SLACK = 100, 10_000_000  # an archive may unpack to this many times its size, plus this many bytes
-
-PER_THREAD = threading.local()
 
 
 class DownloadError(UserError):
@@ -38,15 +36,17 @@ class DownloadError(UserError):
     Attributes:
       reason: str, a few words.
       refused: bool, whether another attempt would fail as well.
+      absent: bool, whether that is because of the file, and not because the server refuses to serve.
     """
 
-    def __init__(self, url, path, reason, refused=False):
+    def __init__(self, url, path, reason, refused=False, absent=None):
         super().__init__(
             f"{url} cannot be downloaded ({reason}): download it with a browser, put it at {path} "
             "and run the same command again"
         )
         self.reason = reason
         self.refused = refused
+        self.absent = refused if absent is None else absent
 
 
 class AttemptFailed(Exception):
@@ -57,25 +57,26 @@ class WrongPart(AttemptFailed):
     """The .part file is not the beginning of the file that the server has now. Another attempt starts over."""
 
 
-def download_all(jobs, workers, attempts=3, timeout=20.0, back_off=1.0, progress=True, limit=None, give_up=IN_A_ROW):
+def download_all(jobs, workers, progress=True, give_up=IN_A_ROW, need_most=False, attempts=3, **options):
     """Fetch many small files, several at a time. Files that are there already cost nothing.
 
     Args:
       jobs: list of (url, path).
       workers: int, files fetched at a time.
-      attempts, timeout, back_off, limit: as in `download`, for each file.
       give_up: int, files that may fail one after the other before the rest is given up; None to try them all.
+      need_most: bool, whether the rest is also given up where most files failed or were refused, 404 aside.
+      attempts, options: as in `download`, for each file.
 
     Returns:
       sorted list of (pathlib.Path, str reason) of the files that could not be fetched
 
     Raises:
-      UserError: `give_up` files failed one after the other, none of them by a refusal such as 404; or a file cannot be
-        written.
+      UserError: `give_up` files failed one after the other, none of them by a refusal such as 404; most failed, where
+        most are needed; or a file cannot be written.
     """
     urls = {pathlib.Path(path): url for url, path in jobs}
     missing = [(url, path) for path, url in urls.items() if not is_present(path, None)]
-    try_one = functools.partial(try_download, attempts=attempts, timeout=timeout, back_off=back_off, limit=limit)
+    try_one = functools.partial(try_download, attempts=attempts, **options)
     waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
     for job in missing:
         waiting.put(job)
@@ -84,7 +85,7 @@ def download_all(jobs, workers, attempts=3, timeout=20.0, back_off=1.0, progress
         threading.Thread(target=work, args=(try_one, waiting, results), daemon=True).start()
     try:
         with tqdm(total=len(urls), initial=len(urls) - len(missing), unit="file", disable=not progress) as bar:
-            return collect_failures(results, len(missing), give_up, bar)
+            return collect_failures(results, len(missing), give_up, need_most, bar)
     finally:
         empty(waiting)  # so that the threads end
 
@@ -112,21 +113,28 @@ def try_download(job, **options):
     return url, path, None
 
 
-def collect_failures(results, count, give_up, bar):
+def collect_failures(results, count, give_up, need_most, bar):
     """Read `count` results of `try_download`; the arguments, the list returned and the errors are `download_all`'s."""
-    failed, in_a_row = [], 0
-    for _ in range(count):
+    failed, in_a_row, not_served = [], 0, 0
+    for done in range(1, count + 1):
         url, path, error = next_result(results)
         bar.update()
         if error and not isinstance(error, DownloadError):
             raise error
+        in_a_row = in_a_row + 1 if error and not error.refused else 0
         if error:
             failed.append((path, error.reason))
-        in_a_row = in_a_row + 1 if error and not error.refused else 0
+            last = f"{url} ({error.reason})"
+            not_served += not error.absent
         if in_a_row == give_up:
             raise UserError(
-                f"{give_up} downloads in a row failed, the last of them {url} ({error.reason}): "
+                f"{give_up} downloads in a row failed, the last of them {last}: "
                 "check the network and run the same command again"
+            )
+        if need_most and done >= min(give_up or count, count) and not_served > done / 2:
+            raise UserError(
+                f"{not_served} of {done} downloads were refused or failed, such as {last}: "
+                "the server may have been asked too often, so run the same command again later; what has come is kept"
             )
     return sorted(failed)
 
@@ -137,7 +145,7 @@ def next_result(results):
             return results.get(timeout=0.5)  # a wait without end could miss a Ctrl-C that comes as it begins
 
 
-def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=None):
+def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=LARGEST):
     """Fetch `url` to `path`. What has come is kept in `path`.part, and the next attempt or run continues it.
 
     A file that is already at `path` stays as it is, unless it is empty or does not have `size` bytes.
@@ -146,9 +154,9 @@ def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_o
       size: int, bytes of the file; None to believe the length that the server announces.
       sha256: str, hexadecimal digest of the file, which is checked when all of it has come; None for no check.
       attempts: int, tries in all. After the second wrong digest or file too long there is no other.
-      timeout: float, seconds that the server may be silent.
+      timeout: float, seconds that the server may be silent, and after which it must keep up `connections.LEAST_SPEED`.
       back_off: float, seconds before the second attempt, doubled before each further one.
-      limit: int, bytes that a file of unknown size may have at most; None for no limit.
+      limit: int, bytes that a file may have at most where `size` is None.
 
     Raises:
       DownloadError: the address is not http or https, the server refuses it, or the last attempt failed.
@@ -188,7 +196,7 @@ def fetch(url, path, size, sha256, timeout, progress, limit):
         if start != size:
             with open_url(url, path, start, timeout) as response:
                 first, whole = announced_extent(response, size, sha256)
-                if limit and whole and whole > limit:
+                if whole and not size and whole > limit:
                     raise DownloadError(url, path, f"it is longer than {limit:,} bytes", refused=True)
                 prepare_part(part, tag, response, start, first)
                 receive(response, part, first, whole, progress, limit)
@@ -214,13 +222,8 @@ def open_url(url, path, start, timeout):
       AttemptFailed, WrongPart: as their names say.
     """
     try:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise ValueError("only http and https addresses are fetched")
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        response = thread_session().get(url, headers=headers, stream=True, timeout=timeout)
-    except requests.exceptions.InvalidSchema as error:  # of a redirect
-        raise DownloadError(url, path, f"only http and https addresses are fetched: {error}", refused=True) from None
-    except (ValueError, requests.exceptions.TooManyRedirects) as error:
+        response = connections.get(url, {"Range": f"bytes={start}-"} if start else {}, timeout)
+    except ValueError as error:  # of the address, or of one that it redirects to
         raise DownloadError(url, path, str(error), refused=True) from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
         raise AttemptFailed(describe(error)) from None
@@ -231,17 +234,9 @@ def open_url(url, path, start, timeout):
         raise WrongPart("the file on the server is not the one begun")
     refused = 400 <= response.status_code < 500 and response.status_code not in (408, 429)
     if refused:
-        raise DownloadError(url, path, f"HTTP status {response.status_code}", refused=True)
+        absent = response.status_code not in DENIALS
+        raise DownloadError(url, path, f"HTTP status {response.status_code}", refused, absent)
     raise AttemptFailed(f"HTTP status {response.status_code}")
-
-
-def thread_session():
-    """This thread's requests.Session, which keeps connections open from one file to the next."""
-    if not hasattr(PER_THREAD, "session"):
-        PER_THREAD.session = requests.Session()
-        # "identity" asks for the file's own bytes, as ranges and digests count these.
-        PER_THREAD.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
-    return PER_THREAD.session
 
 
 def describe(error):
@@ -295,7 +290,7 @@ def receive(response, part, first, whole, progress, limit):
 
     Args:
       first: int, the response's first byte.
-      whole: int, bytes that the file must have in the end; None to take what comes, up to `limit`.
+      whole: int, bytes that the file must have in the end; None to take what comes, up to `limit` bytes.
 
     Raises:
       AttemptFailed, WrongPart: as their names say.
@@ -306,10 +301,10 @@ def receive(response, part, first, whole, progress, limit):
         for piece in read_pieces(response):
             file.write(piece)
             bar.update(len(piece))
-            if most and file.tell() > most:
+            if file.tell() > most:
                 break
     found = part.stat().st_size
-    if most and found > most:
+    if found > most:
         raise WrongPart(f"it is longer than {most:,} bytes")
     if found < (whole or 1):
         raise AttemptFailed(f"the connection ended after {found:,} bytes")

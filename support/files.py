@@ -76,6 +76,20 @@ def write_bytes(path, data):
         temporary.write_bytes(data)
 
 
+def write_durably(path, data):
+    """Write a file that outlives a power cut once this returns."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.name == "posix":  # Windows syncs no folders
+        folder = os.open(pathlib.Path(path).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the file's name
+        finally:
+            os.close(folder)
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Give the block a temporary path beside `path`, with the same ending, and rename it to `path` when the block ends.

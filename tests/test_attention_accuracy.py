@@ -253,6 +253,19 @@ def test_all_boxes_of_a_category_in_the_image_count(instances):
     assert shares(groundings) == {"words": 1, "inside": 0.0, "chance": 2 / 64}
 
 
+def test_crowds_are_left_out(instances):
+    """COCO's own evaluation ignores them: their boxes hold much else."""
+    data = copy.deepcopy(INSTANCES)
+    crowd = {"image_id": 1, "category_id": 14, "bbox": [0, 0, 640, 480], "iscrowd": 1}
+    data["annotations"] = [crowd, {"image_id": 1, "category_id": 14, "bbox": [0, 0, 40, 30], "iscrowd": 0}]
+    instances.write_text(json.dumps(data))
+    (grounding,), _ = coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)
+    assert grounding.boxes == [[0, 0, 40, 30]]
+    data["annotations"] = [crowd]
+    instances.write_text(json.dumps(data))
+    assert coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)[0] == []
+
+
 @pytest.mark.parametrize("text", ["no json", "[]", '{"images": [], "categories": []}'])
 def test_a_wrong_instances_file_is_one_line(instances, text):
     instances.write_text(text)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from captioning import captioner as captioner_module
+from captioning.batches import read_features
 from captioning.caption_files import CaptionedImage
 from captioning.captioner import (
     Picture,
@@ -52,6 +53,21 @@ def damage(folder):
 
 
 # --- Features ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_trained_on_is_captioned_with(tmp_path, stored, dtype):
+    """Features made elsewhere may have more digits than the settings name."""
+    config = make_config({"features_dir": str(tmp_path), "feature_dtype": dtype})
+    made = np.random.default_rng(0).standard_normal((64, 2048)).astype(stored)
+    images = [CaptionedImage(1, "a.jpg")]
+    np.save(tmp_path / "a.npy", made)
+    trained = read_features(tf.constant([str(tmp_path / "a.npy")]), config)
+    ((_, captioned),) = cached_batches(dataset_pictures(images, config), config)
+    assert captioned.dtype == tf.float32
+    np.testing.assert_array_equal(captioned, tf.cast(trained, tf.float32))
+    np.testing.assert_array_equal(captioned[0], made.astype(dtype).astype(np.float32))
 
 
 def test_each_picture_gets_its_own_cached_features(tmp_path):

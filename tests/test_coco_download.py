@@ -124,6 +124,26 @@ def test_only_missing_images_are_fetched(config, server):
     assert sorted(set(server.requests)) == ["/missing.jpg", "/train2014/a.jpg", "/train2014/c%20d.jpg"]
 
 
+@pytest.mark.parametrize("code", [403, 429])
+def test_a_server_that_refuses_most_images_stops_the_script_with_one_line(config, server, monkeypatch, code):
+    images = serve_images(server, "train2014", [f"{number}.jpg" for number in range(10)])
+    refuse(server, monkeypatch, code, ["/train2014/1.jpg"])
+    with pytest.raises(UserError, match=rf"^9 of 10 downloads were refused .*HTTP status {code}\).*again later[^\n]*$"):
+        fetch_images(images, config)
+    assert files_below(config.coco_dir) == {"train2014/1.jpg"}
+    assert len(fetch_images(images, config, total=100)) == 9  # few of the images, though all that are asked for
+
+
+def refuse(server, monkeypatch, code, served):
+    """Let the server answer with a status other than 200, but for some paths."""
+    handler = server.http.RequestHandlerClass
+    answer = handler.do_GET
+    monkeypatch.setattr(
+        handler, "do_GET", lambda self: answer(self) if self.path in served else self.send_error(code), raising=False
+    )
+    monkeypatch.setattr("support.downloads.time.sleep", lambda seconds: None)
+
+
 def test_nothing_is_asked_where_nothing_is_missing(config, karpathy):
     assert fetch_images([], config) == fetch_images([], dataclasses.replace(karpathy, image_source="zip")) == {}
     assert not pathlib.Path(config.coco_dir).exists()

@@ -1,5 +1,6 @@
 """Downloads from a server that resets, stalls, refuses and lies, and zip files made to do harm."""
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -286,6 +287,83 @@ def test_no_more_than_the_limit_is_fetched(server, tmp_path, announced):
     assert (tmp_path / "a").read_bytes() == DATA
 
 
+def trickle(begin, piece=b"a"):
+    """What `begin` sends, then a piece every tenth of a second until the client hangs up."""
+
+    def answer(handler, state):
+        try:
+            begin(handler)
+            while not state.released.wait(0.1):
+                handler.wfile.write(piece)
+        except ConnectionError:
+            state.hung_up.set()
+
+    return answer
+
+
+SLOW = {
+    "body": trickle(lambda handler: send(handler, 200, {"Content-Length": len(DATA)})),
+    "chunks": trickle(lambda handler: send(handler, 200, {"Transfer-Encoding": "chunked"}), b"1\r\na\r\n"),
+    "length of a chunk": trickle(lambda handler: send(handler, 200, {"Transfer-Encoding": "chunked"}), b"0"),
+    "status": trickle(lambda handler: None),
+    "headers": trickle(lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\nname: ")),
+    "redirect": trickle(lambda handler: send(handler, 302, {"Location": "/slow"})),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_server_that_sends_a_byte_now_and_then_is_given_up(server, tmp_path, kind):
+    server.hung_up = threading.Event()
+    server.answers = {"/a": [SLOW[kind]], "/slow": [SLOW["body"]]}
+    begun = time.monotonic()
+    with pytest.raises(downloads.DownloadError, match="slower than 5,000 bytes a second"):
+        downloads.download(f"{server.url}/a", tmp_path / "a", attempts=1, **{**QUICK, "timeout": 0.4})
+    assert time.monotonic() - begun < 5
+    wait_until(server.hung_up.is_set)
+    assert not (tmp_path / "a").exists()
+
+
+def test_server_that_is_fast_enough_may_take_longer_than_the_timeout(server, tmp_path):
+    def answer(handler, state):
+        send(handler, 200, {"Content-Length": len(DATA)})
+        for start in range(0, len(DATA), len(DATA) // 8):
+            time.sleep(0.1)
+            handler.wfile.write(DATA[start : start + len(DATA) // 8])
+
+    server.answers["/a"] = [answer]
+    downloads.download(f"{server.url}/a", tmp_path / "a", attempts=1, **{**QUICK, "timeout": 0.4})
+    assert (tmp_path / "a").read_bytes() == DATA
+
+
+def test_no_file_is_without_a_limit(server, tmp_path, monkeypatch):
+    """The body has no end, and nobody said how long it may be."""
+    monkeypatch.setattr(downloads.download, "__defaults__", limited_defaults(1_000_000))
+    chunk = b"%x\r\n%b\r\n" % (len(DATA), DATA)
+
+    def endless(handler, state):
+        with contextlib.suppress(ConnectionError):
+            send(handler, 200, {"Transfer-Encoding": "chunked"}, chunk)
+            while not state.released.is_set():
+                handler.wfile.write(chunk)
+
+    server.answers["/a"] = [endless]
+    ((_, reason),) = downloads.download_all([(f"{server.url}/a", tmp_path / "a")], 1, **QUICK)
+    assert reason == "it is longer than 1,000,000 bytes"
+    assert names_in(tmp_path) == []
+
+
+def limited_defaults(limit):
+    """The defaults of `download` with another limit than LARGEST, which takes a while to fetch."""
+    assert downloads.LARGEST in downloads.download.__defaults__
+    return tuple(limit if value == downloads.LARGEST else value for value in downloads.download.__defaults__)
+
+
+def test_file_of_known_size_may_be_larger_than_the_limit(server, tmp_path):
+    server.answers["/a"] = [ranged(DATA)]
+    downloads.download(f"{server.url}/a", tmp_path / "a", size=len(DATA), limit=10, **QUICK)
+    assert (tmp_path / "a").read_bytes() == DATA
+
+
 def test_wrong_digest_is_tried_twice_and_deleted(server, tmp_path):
     server.answers["/a"] = [ranged(OTHER)]
     with pytest.raises(downloads.DownloadError, match="SHA-256"):
@@ -418,6 +496,54 @@ def test_redirect_in_a_circle_or_to_no_address_is_refused(server, tmp_path, plac
         downloads.download(f"{server.url}/a", tmp_path / "a", **QUICK)
     assert caught.value.refused
     assert len(server.requests) < 50
+
+
+@pytest.mark.parametrize(
+    ("host", "refused"),
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("[::1]", True),
+        ("10.1.2.3", True),
+        ("192.168.0.1", True),
+        ("169.254.169.254", True),  # where clouds keep their secrets
+        ("[::ffff:127.0.0.1]", True),
+        ("[fe80::1]", True),
+        ("0.0.0.0", True),
+        ("2130706433", True),  # 127.0.0.1 as one number
+        ("8.8.8.8", False),
+        ("pictures.invalid", False),
+    ],
+)
+def test_redirect_from_a_public_address_into_the_own_network_is_refused(server, tmp_path, monkeypatch, host, refused):
+    """The server is the proxy of all hosts: so it answers for the public ones, and sees what is asked of the others."""
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("no_proxy", "")
+    server.answers = {"http://1.1.1.1/a": [status(302, Location=f"http://{host}/b")], f"http://{host}/b": [plain(DATA)]}
+    if not refused:
+        return downloads.download("http://1.1.1.1/a", tmp_path / "a", **QUICK)
+    with pytest.raises(downloads.DownloadError, match="leads to http://.*/b, which is not public") as caught:
+        downloads.download("http://1.1.1.1/a", tmp_path / "a", **QUICK)
+    assert caught.value.refused
+    assert [path for path, _ in server.requests] == ["http://1.1.1.1/a"]
+    assert names_in(tmp_path) == []
+
+
+def test_body_of_a_redirect_is_not_read(server, tmp_path):
+    """Which could have no end, and fill the memory."""
+    ended = threading.Event()
+
+    def endless(handler, state):
+        try:
+            send(handler, 302, {"Location": "/b"}, DATA)
+            for _ in range(100):
+                handler.wfile.write(DATA)
+        except ConnectionError:
+            ended.set()
+
+    server.answers = {"/a": [endless], "/b": [plain(DATA)]}
+    downloads.download(f"{server.url}/a", tmp_path / "a", attempts=1, **QUICK)
+    wait_until(ended.is_set)
 
 
 def test_compressed_body_is_neither_asked_for_nor_decoded(server, tmp_path):
@@ -603,6 +729,25 @@ def test_all_are_tried_where_none_gives_up(server, tmp_path):
     server.answers = {f"/{number}": [status(503)] for number in range(30)}
     jobs = [(f"{server.url}/{number}", tmp_path / str(number)) for number in range(30)]
     assert len(downloads.download_all(jobs, 4, attempts=1, give_up=None, **QUICK)) == 30
+
+
+@pytest.mark.parametrize("count", [12, 300])
+@pytest.mark.parametrize("code", [401, 403, 429, 503])
+def test_most_files_refused_stop_where_most_are_needed(server, tmp_path, code, count):
+    """Every third file is served, as by a server that allows a few requests a minute: few in a row are refused."""
+    jobs = [(f"{server.url}/{number}", tmp_path / str(number)) for number in range(count)]
+    server.answers = {f"/{number}": [status(code)] for number in range(count)}
+    server.answers |= {f"/{number}": [plain(DATA[:1000])] for number in range(2, count, 3)}
+    with pytest.raises(UserError, match=rf"were refused or failed, such as .*{code}.*run the same command again later"):
+        downloads.download_all(jobs, 2, need_most=True, attempts=1, **QUICK)
+    assert len(server.requests) < 60
+    assert len(downloads.download_all(jobs, 2, attempts=1, **QUICK)) == count // 3 * 2
+
+
+def test_most_files_missing_do_not_stop_though_most_are_needed(server, tmp_path):
+    jobs = [(f"{server.url}/{number}", tmp_path / str(number)) for number in range(60)]
+    server.answers = {f"/{number}": [plain(DATA[:100])] for number in range(20)} | {"/59": [status(403)]}
+    assert len(downloads.download_all(jobs, 4, need_most=True, **QUICK)) == 40
 
 
 def test_closed_port_stops_early(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_features_are_read_in_the_graph_as_numpy_reads_them(tmp_path, dtype, ver
     features = noise()[0].astype(dtype)
     path = tmp_path / "a.npy"
     save_version(path, features, version)
-    read = tf.function(read_feature)(str(path))
+    read = tf.function(read_feature)(str(path), "float32")
     assert read.shape == (64, 2048)
     np.testing.assert_array_equal(read, features.astype(np.float32))
     assert check_feature_file(path) == read_state(path)
@@ -117,7 +117,8 @@ def test_a_header_of_another_length_is_read_right(tmp_path):
 
 
 def read_all(paths):
-    dataset = parallel_map(read_feature, [str(path) for path in paths]).batch(2).prefetch(1)
+    dataset = parallel_map(lambda path: read_feature(path, dtype="float16"), [str(path) for path in paths])
+    dataset = dataset.batch(2).prefetch(1)
     with reading_features("run the first script"):
         return sum(len(batch) for batch in dataset)
 
@@ -142,7 +143,7 @@ def test_no_truncated_feature_passes_for_a_whole_one(tmp_path, dtype):
     for kept in (0, 3, 9, 128, 128 + 4096, 100_000, 262_143, 262_144, 262_272 - 16, -4096, -16, -1):
         path.write_bytes(data[:kept])
         with pytest.raises(UserError, match=rf"^{path} is damaged: do this$"), reading_features("do this"):
-            read(tf.constant(str(path)))
+            read(tf.constant(str(path)), "float32")
 
 
 def test_a_feature_that_is_gone_is_one_line_while_training_reads(tmp_path):
@@ -254,7 +255,7 @@ def test_a_feature_file_that_passes_is_read_as_numpy_reads_it(header, itemsize):
         path = pathlib.Path(folder, "a.npy")
         path.write_bytes(header + numbers.tobytes())
         if check_feature_file(path):
-            np.testing.assert_array_equal(read_feature(str(path)), np.load(path).astype(np.float32))
+            np.testing.assert_array_equal(read_feature(str(path), "float32"), np.load(path).astype(np.float32))
 
 
 # --- Features of prepared images

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pathlib
@@ -30,7 +31,7 @@ def add_feature(folder, stem, journal, content=b"numbers"):
     path = pathlib.Path(folder, f"{stem}.npy")
     path.write_bytes(content)
     entry = Entry(read_state(path), PICTURE)
-    journal.add(stem, entry)
+    journal.add({stem: entry})
     return entry
 
 
@@ -88,8 +89,8 @@ def test_a_line_without_its_feature_does_no_harm(tmp_path):
     """A process was killed after it wrote the line, and before it renamed the feature."""
     with open_journal(tmp_path, "a network") as journal:
         old = add_feature(tmp_path, "a", journal)
-        journal.add("a", Entry(FileState(7, 8, 9), FileState(1, 1, 1)))  # made again
-        journal.add("b", Entry(FileState(7, 8, 9), PICTURE))
+        journal.add({"a": Entry(FileState(7, 8, 9), FileState(1, 1, 1))})  # made again
+        journal.add({"b": Entry(FileState(7, 8, 9), PICTURE)})
     assert read_live_manifest(tmp_path, scan_features(tmp_path)).entries == {"a": old}
     merge_journals(tmp_path)
     assert read(tmp_path).entries == {"a": old}
@@ -112,6 +113,51 @@ def test_a_half_line_is_left_out(tmp_path):
     with open(journal.path, "r+b") as file:
         file.truncate(journal.path.stat().st_size - 3)
     assert read(tmp_path).entries == {"a": entry}
+
+
+class ShortWrites:
+    """In place of a journal's file: each write takes some bytes only, and after so many the disk is full."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        count = self.file.write(data[: min(20, self.room)])
+        self.room -= count
+        if not count:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return count
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_what_a_short_write_left_out_is_written(tmp_path):
+    with open_journal(tmp_path, "a network") as journal:
+        journal.file = ShortWrites(journal.file, 10_000)
+        entries = {stem: add_feature(tmp_path, stem, journal) for stem in "ab"}
+    assert read(tmp_path).entries == entries
+
+
+def test_lines_for_which_there_is_no_room_do_not_spoil_the_next(tmp_path):
+    with open_journal(tmp_path, "a network") as journal:
+        file, journal.file = journal.file, ShortWrites(journal.file, 30)
+        with pytest.raises(OSError, match="No space"):
+            add_feature(tmp_path, "a", journal)
+        journal.file = file
+        entry = add_feature(tmp_path, "b", journal)
+    assert read(tmp_path).entries == {"b": entry}
+    assert len(journal.path.read_bytes().splitlines()) == 2
+
+
+def test_a_journal_without_its_first_line_is_left_out_where_others_name_the_network(tmp_path):
+    (tmp_path / "manifest-1-a.jsonl").write_bytes(b"\0" * 50)
+    with pytest.raises(UserError, match="manifest-1-a.jsonl is damaged"):
+        read(tmp_path)
+    with open_journal(tmp_path, "a network") as journal:
+        entry = add_feature(tmp_path, "a", journal)
+    merge_journals(tmp_path)
+    assert read(tmp_path) == Manifest("a network", {"a": entry}, [])
 
 
 def test_changed_features_are_not_live_and_copied_ones_are(tmp_path):

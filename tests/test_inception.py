@@ -156,6 +156,33 @@ def test_pictures_that_cannot_be_read_do_not_calibrate(tiny, tmp_path, pictures)
     assert not (tmp_path / "c.npz").exists()
 
 
+def test_other_calibrations_of_a_seed_are_other_networks(tiny, tmp_path, pictures):
+    paths, config, places = pictures[0], random_config(), [tmp_path / f"{name}.npz" for name in "abc"]
+    for place, calibration in zip(places, (paths[:3], paths[3:], paths[:3]), strict=True):
+        feature_network(config, place, calibration)
+    names = [network_identity(config, place) for place in places]
+    assert names[0] == names[2] != names[1]
+    assert network_identity(make_config(), places[0]) == network_identity(make_config())
+    feature_network(config, places[2], expected_identity=names[0])
+    with pytest.raises(UserError, match=r"another network \(.*seed 42 and calibration .*\) than .*seed 42 and calib"):
+        feature_network(config, places[1], expected_identity=names[0])
+
+
+def test_a_shard_takes_the_calibration_of_one_that_was_quicker(tiny, tmp_path, pictures, monkeypatch):
+    paths, place = pictures[0], tmp_path / "a.npz"
+    calibrate = inception.calibrate
+
+    def calibrate_slowly(network, calibration):
+        values = calibrate(network, calibration)
+        inception.write_statistics(place, [2 * value for value in values], network_identity(random_config()))
+        return values
+
+    monkeypatch.setattr(inception, "calibrate", calibrate_slowly)
+    feature_network(random_config(), place, paths)
+    first = network_identity(random_config(), place)
+    feature_network(random_config(), place, paths, expected_identity=first)
+
+
 def test_statistics_of_another_seed_are_one_line(tiny, tmp_path, pictures):
     statistics = tmp_path / "a.npz"
     feature_network(random_config(), statistics, pictures[0])

@@ -25,7 +25,8 @@ def tiny(monkeypatch):
 
 def keep(folder, config=None, expected=None):
     config = config or make_config()
-    return kept_network(folder, config, folder / "random_statistics.npz", expected or network_identity(config))
+    statistics = folder / "random_statistics.npz"
+    return kept_network(folder, config, statistics, expected or network_identity(config, statistics))
 
 
 def features(network, pixels=PIXELS):

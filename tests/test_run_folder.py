@@ -254,6 +254,8 @@ def test_random_weights_without_their_statistics_are_one_line(config, tmp_path):
     begin_with(config, RANDOM)
     with pytest.raises(UserError, match="random_statistics.npz is missing"):
         run_network(config)
-    np.savez(tmp_path / "run" / "random_statistics.npz", np.zeros(3), identity="another network")
+    statistics = tmp_path / "run" / "random_statistics.npz"
+    np.savez(statistics, np.zeros(3), identity="another network")
+    begin_with(config, network_identity(config, statistics))
     with pytest.raises(UserError, match="random_statistics.npz is missing or damaged"):
         run_network(config)

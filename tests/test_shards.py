@@ -172,11 +172,12 @@ def test_random_weights_need_the_same_images_in_every_shard(plain):
 
 def test_a_shard_does_not_draw_over_another_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(extraction, "feature_network", brightness)
-    data_utils.main([*demo_options(tmp_path), "--shard", "1/2"])
+    command = [*demo_options(tmp_path), "--inception_weights", "imagenet"]
+    data_utils.main([*command, "--shard", "1/2"])
     assert len(list((tmp_path / "features").glob("*.npy"))) == 5
     before = {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("[!.]*.*")}
     with pytest.raises(UserError, match="scenes of other settings"):
-        data_utils.main([*demo_options(tmp_path), "--seed", "1", "--shard", "1/2"])
+        data_utils.main([*command, "--seed", "1", "--shard", "1/2"])
     assert {path: path.read_bytes() for path in (tmp_path / "scenes").rglob("[!.]*.*")} == before
 
 
