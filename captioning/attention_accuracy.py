@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from captioning.attention_maps import upsample
-from captioning.caption_files import RejectedRecords
+from captioning.data.captioned_images import RejectedRecords
 from captioning.demo_scores import locate_nouns
 from support.errors import UserError
 from support.files import read_json
@@ -58,7 +58,7 @@ class Grounding:
       attention_weights: (P,).
       size: (width, height) of the image in pixels.
       boxes: list of [x, y, w, h] in pixels from the upper left corner, as in COCO.
-      image_id: int
+      image_id: int or str
       positions: range, the positions in the caption of the word, or words, that name the object.
       evidence: (P,), or None where it is not known, see captioning/evidence.py.
       feature_norms: (P,), length of the feature at each location, or None where it is not known.
@@ -67,7 +67,7 @@ class Grounding:
     attention_weights: np.ndarray
     size: tuple[int, int]
     boxes: list[list[float]]
-    image_id: int | None = None
+    image_id: int | str | None = None
     positions: range = range(0)
     evidence: np.ndarray | None = None
     feature_norms: np.ndarray | None = None

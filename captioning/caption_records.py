@@ -31,7 +31,7 @@ class CaptionRecord:
       caption: str
       log_probability: float, natural, of the whole caption.
       size, modified: bytes of the picture's file, and its modification time in nanoseconds.
-      image_id: int, or None for a picture that is not of the data set.
+      image_id: int or str, or None for a picture that is not of the data set.
       figure: str, the name of its figure in the same folder, "" for none.
       words, log_probs, attention_weights, evidence: as in PredictedCaption. None where attention is not kept.
     """
@@ -41,7 +41,7 @@ class CaptionRecord:
     log_probability: float
     size: int
     modified: int
-    image_id: int | None = None
+    image_id: int | str | None = None
     figure: str = ""
     words: list[str] | None = None
     log_probs: list[float] | None = None

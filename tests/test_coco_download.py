@@ -5,8 +5,8 @@ import zipfile
 import pytest
 from PIL import Image
 
-from captioning.caption_files import CaptionedImage, image_path
 from captioning.coco_download import COCO_ARCHIVES, SPLITS, fetch_archive, fetch_images, find_annotations
+from captioning.data.captioned_images import CaptionedImage, image_path
 from captioning.settings import make_config
 from support.errors import UserError
 from support.files import locked

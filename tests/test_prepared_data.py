@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioning.caption_files import read_coco_captions
+from captioning.data.coco import read_coco_captions
 from captioning.extraction import find_missing
 from captioning.feature_cache import CHANNELS, feature_path
 from captioning.feature_manifest import MADE_ELSEWHERE, MANIFEST
