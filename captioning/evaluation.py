@@ -4,14 +4,19 @@ import dataclasses
 import math
 import pathlib
 
+import numpy as np
+
 from captioning import demo_scores
 from captioning.attention_accuracy import attention_accuracy
 from captioning.attention_page import PageCaption, PagePicture, describe_light, write_pages
 from captioning.caption_form import describe_form
 from captioning.captioner import cached_batches, caption_batch, explain_references
 from captioning.demo_scenes import read_scenes
+from captioning.feature_cache import LOCATIONS
 from captioning.known_boxes import boxes_by_position, find_groundings
 from captioning.metrics import METRICS, cider_by_image, format_score, format_table, score_captions, write_metrics
+from captioning.predictions import PredictedCaption
+from support.errors import UserError
 
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
 SHOWN = 12  # pictures of the best, of the middle and of the worst score on the page
@@ -43,13 +48,14 @@ def evaluate(captioner, pictures, split, output, config):
       split: str, the name of the split, which goes into the names of the files.
       output: pathlib.Path of the folder to write to.
     """
+    with_boxes = can_use_boxes(pictures, config)
     runs = {}
     for width in sorted({*EVALUATED_WIDTHS, config.beam_width}):
         settings = dataclasses.replace(config, beam_width=width)
         batches = cached_batches(pictures, settings)
         captions = [c for batch in batches for c in caption_batch(captioner, *batch, settings, with_evidence=True)]
-        runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, config)
-    taught = score_references(captioner, pictures, config)
+        runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, config, with_boxes)
+    taught = score_references(captioner, pictures, config) if with_boxes else {}
     scored = {"dataset": config.dataset, "split": split, "images": len(pictures)}
     scored["checkpoint"] = str(pathlib.Path(config.run_dir, captioner.checkpoint))
     metrics = {name: run.metrics for name, run in runs.items()}
@@ -73,13 +79,26 @@ def evaluate(captioner, pictures, split, output, config):
     print(f"open {pages[0]} to look at the best, the middle and the worst captions")
 
 
-def score_run(captions, pictures, config):
+def can_use_boxes(pictures, config):
+    """Whether the boxes of what captions name are known. Those that cannot be used are told in one line."""
+    blank = [
+        PredictedCaption(picture.path, picture.name, [], np.zeros(0), np.zeros((0, LOCATIONS)), picture.image_id)
+        for picture in pictures
+    ]
+    try:
+        return find_groundings(blank, config)[0] is not None
+    except UserError as error:
+        print(f"note: boxes cannot be used, so attention is not scored by them: {error}")
+        return False
+
+
+def score_run(captions, pictures, config, with_boxes):
     """Score the captions of one way of decoding. Returns Evaluated."""
     references = {picture.image_id: picture.references for picture in pictures}
     texts = texts_by_image(captions)
     metrics = score_captions(texts, references)
     metrics["form"] = dataclasses.asdict(describe_form(list(texts.values())))
-    groundings, known = find_groundings(captions, config)
+    groundings, known = find_groundings(captions, config) if with_boxes else (None, {})
     if config.dataset == "demo":
         scenes = read_scenes(config.coco_dir)
         theirs = [scenes[caption.image_id] for caption in captions]
@@ -93,10 +112,8 @@ def score_references(captioner, pictures, config):
     """Where the model looks while it is made to say the reference captions.
 
     Returns:
-      {"references": {"attention": scores}}, or an empty dict where no boxes are known
+      {"references": {"attention": scores}}
     """
-    if find_groundings([], config)[0] is None:
-        return {}
     groundings, known = find_groundings(explain_references(captioner, pictures, config), config)
     return {"references": {"attention": attention_accuracy(groundings) | known}}
 

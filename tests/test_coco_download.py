@@ -170,8 +170,8 @@ def test_karpathys_images_come_from_the_archives_of_their_folders(karpathy, serv
         CaptionedImage(5, "e.jpg", "deeper/folder"),
     ]
     skipped = fetch_images(images, config)
-    assert skipped.keys() == {"c.jpg", "d.jpg", "e.jpg"}
-    assert skipped["c.jpg"] == "not in the zip file"
-    assert "gives no address" in skipped["d.jpg"] and "gives no address" in skipped["e.jpg"]
+    assert skipped.keys() == {"val2014/c.jpg", "d.jpg", "deeper/folder/e.jpg"}
+    assert skipped["val2014/c.jpg"] == "not in the zip file"
+    assert "gives no address" in skipped["d.jpg"] and "gives no address" in skipped["deeper/folder/e.jpg"]
     expected = {"train2014/a.jpg", "val2014/b.jpg", "train2014.zip", "val2014.zip"}
     assert files_below(karpathy.images) == expected
