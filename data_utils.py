@@ -11,7 +11,7 @@ import re
 
 from captioning.coco_download import SPLITS as COCO_SPLITS
 from captioning.coco_download import captions_path, fetch_images, find_annotations
-from captioning.data.captioned_images import images_folder, name_features, names_on_disk
+from captioning.data.captioned_images import images_folder, match_names, name_features, names_on_disk
 from captioning.data.coco import read_coco_captions, split_of_file
 from captioning.data.folders import read_folder
 from captioning.data.karpathy import read_karpathy
@@ -19,7 +19,7 @@ from captioning.data.tables import Source, read_table
 from captioning.demo_scenes import draw_demo
 from captioning.devices import set_up_devices
 from captioning.extraction import cache_features, calibration_paths, find_missing
-from captioning.feature_cache import features_folder, random_statistics
+from captioning.feature_cache import feature_stem, features_folder, random_statistics
 from captioning.image_files import set_up_pillow
 from captioning.prepared_data import retract_prepared, save_prepared
 from captioning.settings import read_settings
@@ -88,7 +88,20 @@ def read_splits(config, shard=None):
             prepare_demo(config, shard)
         splits = read_coco(config, shard)
     splits = {split: names_on_disk(images, config) for split, images in splits.items()}
-    return complete_splits(name_features(splits), config)
+    splits = name_features(splits)
+    splits = {split: features_on_disk(images, features_folder(config)) for split, images in splits.items()}
+    return complete_splits(splits, config)
+
+
+def features_on_disk(images, folder):
+    """Images whose features, made elsewhere, are named in another spelling of Unicode, get the name that is there."""
+    listed, found = {}, []
+    for image in images:
+        if not (stem := feature_stem(image)).isascii():
+            name = match_names(folder, f"{stem}.npy", listed).removesuffix(".npy")
+            image = image if name == stem else dataclasses.replace(image, feature_stem=name)
+        found.append(image)
+    return found
 
 
 def check_files_named(config):

@@ -70,7 +70,9 @@ def read_sidecars(folder, files, max_words):
         except UserError as error:
             rejected.add("a text that cannot be read", str(error))
             continue
-        rows += [Row(number, name, line, None, f"{text}: {line}") for number, line in enumerate(lines, 1) if line.strip()]
+        rows += [
+            Row(number, name, line, None, f"{text}: {line}") for number, line in enumerate(lines, 1) if line.strip()
+        ]
     if not rows:
         raise UserError(
             f"{folder} has no {' or '.join(METADATA)} and no image with a .txt file beside it{rejected.main_reason()}: "

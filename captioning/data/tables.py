@@ -114,7 +114,9 @@ def make_splits(rows, source, max_words, rejected, first_id=1):
     if empty or not splits:
         of_split = f" of the split {empty[0]}" if empty else ""
         reason = rejected.main_reason() or " (it has no rows)"
-        raise UserError(f"{source.path} has no usable captions{of_split}{reason}: see that it names images and captions")
+        raise UserError(
+            f"{source.path} has no usable captions{of_split}{reason}: see that it names images and captions"
+        )
     rejected.report()
     return splits
 
@@ -197,8 +199,9 @@ def find_columns(names, columns):
     places = {}
     for place, name in enumerate(names):
         places.setdefault(plain(name), place)
-    wanted = [[plain(column)] if column else usual for column, usual in zip(columns, (IMAGE_COLUMNS, CAPTION_COLUMNS))]
-    return [next((places[name] for name in group if name in places), None) for group in (*wanted, ["split"])]
+    image_column, caption_column = ([plain(column)] if column else [] for column in columns)
+    groups = (image_column or IMAGE_COLUMNS, caption_column or CAPTION_COLUMNS, ["split"])
+    return [next((places[name] for name in group if name in places), None) for group in groups]
 
 
 def plain(name):
@@ -284,7 +287,9 @@ def read_text(path):
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     convert = "save it as UTF-8, in Excel as 'CSV UTF-8', or convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
     if b"\0" in data[:2]:
-        raise UserError(f"{path} is UTF-16 without a byte order mark, or no text: {convert.replace('WINDOWS-1252', 'UTF-16')}")
+        raise UserError(
+            f"{path} is UTF-16 without a byte order mark, or no text: {convert.replace('WINDOWS-1252', 'UTF-16')}"
+        )
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:

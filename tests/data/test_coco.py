@@ -118,7 +118,11 @@ def test_a_wrong_captions_file_is_one_line(tmp_path, text):
         (str, int, ["1", "2", "3", "4"]),
         (int, float, [1, 2, 3, 4]),
         (float, lambda n: f"{n}.0", [1, 2, 3, 4]),
-        (lambda n: f"d7495e8d036dd20{n}", lambda n: f"d7495e8d036dd20{n}", [f"d7495e8d036dd20{n}" for n in range(1, 5)]),
+        (
+            lambda n: f"d7495e8d036dd20{n}",
+            lambda n: f"d7495e8d036dd20{n}",
+            [f"d7495e8d036dd20{n}" for n in range(1, 5)],
+        ),
     ],
 )
 def test_ids_are_numbers_or_texts_on_either_side(tmp_path, capsys, listed, noted, kept):
@@ -162,7 +166,9 @@ def test_a_file_of_which_nothing_can_be_used_says_why(tmp_path):
     data = coco_data()
     for image in data["images"]:
         image["file_name"] = "/data/" + image["file_name"]
-    with pytest.raises(UserError, match="for 0 images, .*8 left out: a caption of an image that is not listed, such as"):
+    with pytest.raises(
+        UserError, match="for 0 images, .*8 left out: a caption of an image that is not listed, such as"
+    ):
         read_coco(tmp_path, data)
 
 

@@ -29,7 +29,8 @@ def test_an_image_folder_of_hugging_face(tmp_path, capsys, name):
     assert read(fill(tmp_path / "one", {name: table})) == {"train": {"a.jpg": ["a dog"], "deep/b.jpg": ["a cat"]}}
     splits = {f"{split}/{name}": table for split in ("train", "validation", "test")}
     assert read(fill(tmp_path / "three", splits)) == {
-        split: {f"{split}/a.jpg": ["a dog"], f"{split}/deep/b.jpg": ["a cat"]} for split in ("train", "validation", "test")
+        split: {f"{split}/a.jpg": ["a dog"], f"{split}/deep/b.jpg": ["a cat"]}
+        for split in ("train", "validation", "test")
     }
     assert capsys.readouterr().out == ""
 
@@ -45,7 +46,13 @@ def test_of_two_tables_in_a_folder_the_csv_is_read(tmp_path):
 
 
 def test_texts_beside_images_have_a_caption_a_line(tmp_path, capsys):
-    files = {"a.jpg": "", "a.txt": "\ufeffa dog\r\n\r\na cat\r\n", "deep/b.PNG": "", "deep/b.TXT": "a bird", "c.jpg": ""}
+    files = {
+        "a.jpg": "",
+        "a.txt": "\ufeffa dog\r\n\r\na cat\r\n",
+        "deep/b.PNG": "",
+        "deep/b.TXT": "a bird",
+        "c.jpg": "",
+    }
     files |= {"d.jpg": "", "d.txt": b"caf\xe9", "README.txt": "read me", ".hidden/e.jpg": "", ".hidden/e.txt": "no"}
     assert read(fill(tmp_path, files)) == {"train": {"a.jpg": ["a dog", "a cat"], "deep/b.PNG": ["a bird"]}}
     said = sorted(line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
@@ -61,7 +68,9 @@ def test_texts_in_the_folders_of_splits(tmp_path):
 
 def test_a_folder_without_captions_is_one_line(tmp_path):
     root = fill(tmp_path, {"a.jpg": "", "b.txt": "a dog"})
-    with pytest.raises(UserError, match=r"no metadata.csv or metadata.jsonl .* \(1 left out: .*'a.jpg'\): .*--captions"):
+    with pytest.raises(
+        UserError, match=r"no metadata.csv or metadata.jsonl .* \(1 left out: .*'a.jpg'\): .*--captions"
+    ):
         read(root)
 
 

@@ -151,7 +151,9 @@ def test_a_file_without_images_to_train_on_is_one_line(tmp_path):
 def test_a_split_that_a_file_names_and_of_which_nothing_can_be_used_is_one_line(tmp_path, named):
     records = [record | ({"sentences": []} if record["split"] == named else {}) for record in RECORDS]
     split = {"val": "validation"}.get(named, named)
-    with pytest.raises(UserError, match=rf"no usable image of the split {split} \(\d left out: an image without a usable"):
+    with pytest.raises(
+        UserError, match=rf"no usable image of the split {split} \(\d left out: an image without a usable"
+    ):
         read(tmp_path, records)
 
 
@@ -183,7 +185,9 @@ def test_missing_files_and_folders_are_one_line(tmp_path):
 
 def test_wrong_types_anywhere_are_left_out_or_one_line(tmp_path, monkeypatch):
     """Values somewhere in the file become others. What comes back is sound, or a UserError comes."""
-    monkeypatch.setattr("captioning.data.captioned_images.count_words", lambda captions: [2] * len(captions))  # for its speed
+    monkeypatch.setattr(
+        "captioning.data.captioned_images.count_words", lambda captions: [2] * len(captions)
+    )  # for its speed
     rng = random.Random(0)
     for _ in range(300):
         data = {"images": copy.deepcopy(RECORDS)}

@@ -36,7 +36,7 @@ EXPECTED = {"1.jpg": ["a dog, it runs", "a cat"], "2.jpg": ["a bird"]}
         "1.jpg,a dog, it runs\n1.jpg,a cat\n2.jpg,a bird\n",
         "image_name| comment_number| comment\n1.jpg| 0| a dog, it runs\n1.jpg| 1| a cat\n2.jpg| 0| a bird\n",
         "1.jpg| 0| a dog, it runs\n1.jpg| 1| a cat\n2.jpg| 0| a bird\n",
-        '\n\nnumber;Caption;;Image Name\r\n1;"a dog, it runs";;1.jpg\r\n\r\n2;a cat;;1.jpg\r\n;;;\r\n3;a bird;;2.jpg;;\r\n',
+        '\n\nno;Caption;;Image Name\r\n1;"a dog, it runs";;1.jpg\r\n\r\n2;a cat;;1.jpg\r\n;;;\r\n3;a bird;;2.jpg;;\r\n',
         'sep=;\r\nimage;caption\r\n1.jpg;"a dog, it runs"\r\n1.jpg;a cat\r\n2.jpg;a bird\r\n',
         'image,caption\n1.jpg,"[""a dog, it runs"", ""a cat""]"\n2.jpg,a bird\n',
         "image,captions\n1.jpg,\"['a dog, it runs', 'a cat']\"\n2.jpg,a bird\n",
@@ -98,13 +98,17 @@ def test_a_file_in_cocos_layout_is_read_as_such(tmp_path):
 def test_the_splits_of_a_column_and_of_folders(tmp_path, capsys):
     rows = [("1.jpg", "train"), ("2.jpg", "VAL"), ("3.jpg", "test"), ("4.jpg", "valid"), ("5.jpg", "restval")]
     expected = {"train": ["1.jpg", "5.jpg"], "validation": ["2.jpg", "4.jpg"], "test": ["3.jpg"]}
-    splits = read(tmp_path, "image,caption,split\n" + "".join(f"{name},a dog, it runs,{split}\n" for name, split in rows))
+    splits = read(
+        tmp_path, "image,caption,split\n" + "".join(f"{name},a dog, it runs,{split}\n" for name, split in rows)
+    )
     assert {split: [image.name for image in images] for split, images in splits.items()} == expected
     assert splits["test"][0].references == ["a dog, it runs"]
     named = read(tmp_path, "image,caption\ntrain/1.jpg,a\nvalidation/1.jpg,b\ntest\\1.jpg,c\n")
     assert {split: images[0].name for split, images in named.items()} == {s: f"{s}/1.jpg" for s in named}
     assert read(tmp_path, "image,caption\ntrain/1.jpg,a\nother/1.jpg,b\n").keys() == {"train"}
-    assert read(tmp_path, "image,caption,split\n1.jpg,a,train\n2.jpg,b,train\n", split="validation").keys() == {"validation"}
+    assert read(tmp_path, "image,caption,split\n1.jpg,a,train\n2.jpg,b,train\n", split="validation").keys() == {
+        "validation"
+    }
     assert capsys.readouterr().out == ""
 
 
@@ -170,8 +174,14 @@ def test_a_line_of_json_that_cannot_be_used_is_left_out_and_named(tmp_path, caps
         ("", "is empty"),
         (" \n\n", "is empty"),
         ("image,caption\n", "no usable captions (it has no rows)"),
-        ("image,caption\n/data/1.jpg,a dog\n", "(1 left out: a file name that leads out of the images' folder, such as line 2:"),
-        ("image,caption,split\n1.jpg,a,train\n2.jpg,!?,test\n", "no usable captions of the split test (1 left out: a caption"),
+        (
+            "image,caption\n/data/1.jpg,a dog\n",
+            "(1 left out: a file name that leads out of the images' folder, such as line 2:",
+        ),
+        (
+            "image,caption,split\n1.jpg,a,train\n2.jpg,!?,test\n",
+            "no usable captions of the split test (1 left out: a caption",
+        ),
         ("no table at all", "has the columns 'no table at all'"),
         ("a" * 10_000_000, "has the columns 'aaa"),
         (",".join("abc" for _ in range(1_000_000)), "has the columns 'abc', "),
