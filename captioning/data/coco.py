@@ -47,8 +47,8 @@ def captions_of(data, path, max_words, scored=False, remedy=REMEDY):
     """The CaptionedImages of what a file in COCO's layout holds. The rest is as in `read_coco_captions`."""
     if isinstance(data, dict) and data.get("images") and "annotations" not in data:
         raise UserError(
-            f"{path} lists images without captions, as COCO's image_info files do, and nothing can be trained or scored on "
-            "it: give a file with captions, such as captions_train2014.json"
+            f"{path} lists images without captions, as COCO's image_info files do, and nothing can be trained on or "
+            "scored: give a file with captions, such as captions_train2014.json"
         )
     if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in ("images", "annotations")):
         raise UserError(f'{path} does not have the lists "images" and "annotations" of COCO captions: {remedy}')

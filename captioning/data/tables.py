@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import unicodedata
+from typing import NamedTuple
 
 from captioning.data.captioned_images import (
     SPLITS,
@@ -32,8 +33,7 @@ MOST_LINES = 100  # of a caption in quotes; after as many lines a quote counts a
 LONGEST_LIST = 1_000_000  # letters of a list in a cell
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row of a table. The values are those of a JSON file, or texts.
 
     Attributes:
@@ -128,7 +128,7 @@ def collect_images(rows, source, rejected, first_id):
       (list of CaptionedImage; dict of image id to split, None where the rows name none; list of (image id, caption,
       number of its line))
     """
-    images, split_of, captions, seen = {}, {}, [], set()
+    images, split_of, captions = {}, {}, {}
     for row in rows:
         folder, file_name = split_file_name(clean_image_name(row.image))
         split = source.split or find_split(row.split)
@@ -139,20 +139,21 @@ def collect_images(rows, source, rejected, first_id):
             rejected.add("a split other than train, validation and test", row.shown, row.line)
             continue
         folder = "/".join(filter(None, (source.folder, folder)))
-        new = CaptionedImage(first_id + len(images), file_name, folder)
-        image = images.setdefault(unicodedata.normalize("NFC", new.name), new)
+        name = unicodedata.normalize("NFC", f"{folder}/{file_name}")
+        if name not in images:
+            images[name] = CaptionedImage(first_id + len(images), file_name, folder)
+        image = images[name]
         if split_of.setdefault(image.image_id, split) != split:
             rejected.add("a row of an image that is in another split", row.shown, row.line)
             continue
         for caption in list_captions(row.captions):
             if problem := find_caption_problem(caption):
                 rejected.add(problem, row.shown, row.line)
-            elif (image.image_id, caption) in seen:
+            elif (image.image_id, caption) in captions:
                 rejected.add("a caption that repeats another of the same image", row.shown, row.line)
             else:
-                seen.add((image.image_id, caption))
-                captions.append((image.image_id, caption, row.line))
-    return list(images.values()), split_of, captions
+                captions[image.image_id, caption] = row.line
+    return list(images.values()), split_of, [(*key, line) for key, line in captions.items()]
 
 
 def clean_image_name(value):
@@ -246,7 +247,7 @@ def parse_json(text):
 
 
 def read_json_rows(path, text, data, columns, rejected):
-    """The Rows of JSON Lines, or of a list of objects.
+    """Yield the Rows of JSON Lines, or of a list of objects.
 
     Args:
       data: list of records; or None or a dict, where `text` is JSON Lines.
@@ -259,15 +260,13 @@ def read_json_rows(path, text, data, columns, rejected):
     names = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
     places = check_columns(path, names, columns)
     keys = [None if place is None else names[place] for place in places]
-    rows = []
     for number, record in records:
         if not isinstance(record, dict):
             rejected.add("what is not a JSON object", record, number)
             continue
         image, captions, split = (record.get(key) for key in keys)
         split = "" if split is None and keys[2] is not None else split
-        rows.append(Row(number, image, captions, split, record))
-    return rows
+        yield Row(number, image, captions, split, record)
 
 
 # --- Text -------------------------------------------------------------------------------------------------------
@@ -304,7 +303,7 @@ def split_lines(text):
 
 
 def read_text_rows(path, text, columns, rejected):
-    """The Rows of a table with a delimiter, with or without a header."""
+    """Yield the Rows of a table with a delimiter, with or without a header."""
     lines = split_lines(text)
     start = next((number for number, line in enumerate(lines) if line.strip()), None)
     if start is None:
@@ -315,14 +314,12 @@ def read_text_rows(path, text, columns, rejected):
         delimiters = DELIMITERS
     first = lines[start] if start < len(lines) else ""
     delimiter, places, width, has_header = find_layout(path, first, delimiters, columns)
-    rows = []
     for number, cells, raw in split_records(lines, start + has_header, delimiter, width, places[1]):
         if len(cells) <= max(places[0], places[1]):
             rejected.add("a row with too few columns", raw, number)
             continue
         split = None if places[2] is None else cells[places[2]] if places[2] < len(cells) else ""
-        rows.append(Row(number, cells[places[0]], cells[places[1]], split, raw))
-    return rows
+        yield Row(number, cells[places[0]], cells[places[1]], split, raw)
 
 
 def find_layout(path, first, delimiters, columns):
