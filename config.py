@@ -10,17 +10,22 @@ from typing import Annotated, Literal
 @dataclass(frozen=True)
 class Config:
     # Data: what data_utils.py prepares
-    dataset: Literal["coco", "demo", "karpathy"] = "coco"  # MS-COCO, scenes drawn by the project, or a split file
+    dataset: Literal["coco", "demo", "karpathy", "table"] = "coco"  # MS-COCO, drawn scenes, a split file, your own
     data_dir: str = "data/coco"  # folder that data_utils.py writes to and the later scripts read
     coco_dir: str = "."  # folder with annotations/ and the image folder, as COCO's zip files unpack
     coco_split: str = "train2014"  # COCO files to read: annotations/captions_<coco_split>.json and <coco_split>/
     karpathy_json: str = ""  # dataset karpathy: the file dataset_coco.json, dataset_flickr8k.json or _flickr30k.json
-    images: str = ""  # dataset karpathy: folder with the images, in COCO's case train2014/ and val2014/
+    images: str = ""  # datasets karpathy and table: folder with the images, in COCO's case train2014/ and val2014/
+    captions: str = ""  # dataset table: CSV, TSV, JSON Lines or COCO's JSON; empty: the captions lie among the images
+    validation_captions: str = ""  # datasets table and coco: captions to validate on, instead of a share of the images
+    test_captions: str = ""  # datasets table and coco: captions that are only scored, by --evaluate --split test
+    image_column: str = ""  # dataset table: the column of the file names, where it has no usual name
+    caption_column: str = ""  # dataset table: the column of the captions, where it has no usual name
     image_source: Literal["each", "zip"] = "each"  # missing images: fetch each one needed, or the 13.5 GB zip file
     download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
     demo_images: Annotated[int, (10, 1_000_000)] = 2_500  # scenes drawn for the demo
     num_examples: Annotated[int, (2, None)] | None = 30_000  # captions drawn from the data set, None for all
-    val_fraction: Annotated[float, (0.01, 0.9)] = 0.2  # share of the images kept for validation
+    val_fraction: Annotated[float, (0.0, 0.9)] = 0.2  # share of the images kept for validation, if no file names them
     vocab_size: Annotated[int, (5, 1_000_000)] = 5_000  # V: the most frequent words, with <pad> <unk> <start> <end>
     max_words: Annotated[int, (1, 200)] = 40  # longer captions are left out of training, and decoding stops there
     seed: Annotated[int, (0, 2**31 - 1)] = 42  # fixes the draw, the split, the initial weights and every shuffle
@@ -86,4 +91,5 @@ PRESETS = {
         "run_dir": "runs/karpathy",
         "num_examples": None,
     },
+    "table": {"data_dir": "data/table", "run_dir": "runs/table", "num_examples": None},
 }

@@ -127,7 +127,7 @@ def split_pictures(split, config):
     check_other_data(config.run_dir, config, prepared)
     images = getattr(prepared, split)
     if not images:
-        raise UserError(f"{config.data_dir} has no {split} split: leave out --split, or prepare --dataset karpathy")
+        raise UserError(f"{config.data_dir} has no {split} split: leave out --split, or prepare data that have one")
     return dataset_pictures(images, config)
 
 

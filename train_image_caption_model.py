@@ -1,6 +1,6 @@
 """Script 2: train the captioner on what data_utils.py prepared; the same command continues a run that stopped.
 
-python train_image_caption_model.py [--dataset coco|demo|karpathy] [--data_dir DIR] [--<setting> VALUE ...]
+python train_image_caption_model.py [--dataset coco|demo|karpathy|table] [--data_dir DIR] [--<setting> VALUE ...]
 """
 
 import support.before_tensorflow  # noqa: F401, I001  must come first

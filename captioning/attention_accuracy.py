@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from captioning.attention_maps import upsample
-from captioning.caption_files import RejectedRecords
+from captioning.data.captioned_images import RejectedRecords, clean_id
 from captioning.demo_scores import locate_nouns
 from support.errors import UserError
 from support.files import read_json
@@ -58,7 +58,7 @@ class Grounding:
       attention_weights: (P,).
       size: (width, height) of the image in pixels.
       boxes: list of [x, y, w, h] in pixels from the upper left corner, as in COCO.
-      image_id: int
+      image_id: int or str
       positions: range, the positions in the caption of the word, or words, that name the object.
       evidence: (P,), or None where it is not known, see captioning/evidence.py.
       feature_norms: (P,), length of the feature at each location, or None where it is not known.
@@ -67,7 +67,7 @@ class Grounding:
     attention_weights: np.ndarray
     size: tuple[int, int]
     boxes: list[list[float]]
-    image_id: int | None = None
+    image_id: int | str | None = None
     positions: range = range(0)
     evidence: np.ndarray | None = None
     feature_norms: np.ndarray | None = None
@@ -294,11 +294,12 @@ def read_instances(path, image_ids):
         )
     rejected = RejectedRecords(path)
     names = read_categories(data["categories"], rejected)
-    sizes = read_sizes(data["images"], image_ids, rejected)
-    boxes = read_boxes(data["annotations"], names, sizes, rejected)
-    rejected.report()
+    known = {str(image_id): image_id for image_id in image_ids}
+    sizes = read_sizes(data["images"], known, rejected)
     if image_ids and not sizes:
-        raise UserError(f"{path} lists none of the captioned images: {INSTANCES_REMEDY}")
+        raise UserError(f"{path} lists none of the captioned images{rejected.main_reason()}: {INSTANCES_REMEDY}")
+    boxes = read_boxes(data["annotations"], names, known, sizes, rejected)
+    rejected.report()
     return set(names.values()), sizes, boxes
 
 
@@ -313,12 +314,12 @@ def read_categories(records, rejected):
     return names
 
 
-def read_sizes(records, image_ids, rejected):
+def read_sizes(records, known, rejected):
     """Read the list "images".
 
     Args:
       records: list of records.
-      image_ids: set of the ids of the images to read.
+      known: dict of str of an id to the id, those of the images to read.
       rejected: RejectedRecords.
 
     Returns:
@@ -326,21 +327,22 @@ def read_sizes(records, image_ids, rejected):
     """
     sizes = {}
     for record in records:
-        if not has_types(record, id=int, width=int, height=int):
+        if not has_types(record, width=int, height=int) or clean_id(record.get("id")) is None:
             rejected.add("an image without id, width or height", record)
         elif not all(1 <= record[side] <= LARGEST_SIDE for side in ("width", "height")):
             rejected.add("an image of an impossible size", record)
-        elif record["id"] in image_ids:
-            sizes[record["id"]] = (record["width"], record["height"])
+        elif (image_id := known.get(str(clean_id(record["id"])))) is not None:
+            sizes[image_id] = (record["width"], record["height"])
     return sizes
 
 
-def read_boxes(records, names, sizes, rejected):
+def read_boxes(records, names, known, sizes, rejected):
     """Read the list "annotations". Crowds are left out: COCO's own evaluation ignores such regions.
 
     Args:
       records: list of records.
       names: dict of category id to name.
+      known: as in `read_sizes`.
       sizes: dict of image id to size. Boxes of other images are left out.
       rejected: RejectedRecords.
 
@@ -349,12 +351,13 @@ def read_boxes(records, names, sizes, rejected):
     """
     boxes = collections.defaultdict(list)
     for record in records:
-        if not has_types(record, image_id=int, category_id=int) or not is_box(record.get("bbox")):
+        image_id = clean_id(record.get("image_id")) if isinstance(record, dict) else None
+        if image_id is None or not has_types(record, category_id=int) or not is_box(record.get("bbox")):
             rejected.add("an annotation without image_id, category_id or a box", record)
         elif record["category_id"] not in names:
             rejected.add("an annotation of a category that is not listed", record)
-        elif record["image_id"] in sizes and not record.get("iscrowd"):
-            boxes[record["image_id"], names[record["category_id"]]].append(record["bbox"])
+        elif (image_id := known.get(str(image_id))) in sizes and not record.get("iscrowd"):
+            boxes[image_id, names[record["category_id"]]].append(record["bbox"])
     return dict(boxes)
 
 

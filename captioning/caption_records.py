@@ -35,7 +35,7 @@ class CaptionRecord:
       caption: str
       log_probability: float, natural, of the whole caption.
       size, modified: bytes of the picture's file, and its modification time in nanoseconds.
-      image_id: int, or None for a picture that is not of the data set.
+      image_id: int or str, or None for a picture that is not of the data set.
       file: str, the absolute path of the picture's file, "" where `image` is that.
       figure: str, the name of its figure in the same folder, "" for none.
       words, log_probs, attention_weights, evidence, references: as in PredictedCaption. None where attention is not
@@ -47,7 +47,7 @@ class CaptionRecord:
     log_probability: float
     size: int
     modified: int
-    image_id: int | None = None
+    image_id: int | str | None = None
     file: str = ""
     figure: str = ""
     words: list[str] | None = None

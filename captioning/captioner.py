@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from captioning.beam_search import beam_search
-from captioning.caption_files import image_path
 from captioning.checkpoints import captioner_checkpoint, checkpoint_digest, restore_newest
+from captioning.data.captioned_images import image_path
 from captioning.decoding_rules import DecodedCaptions, has_ended
 from captioning.evidence import explain_captions
 from captioning.feature_cache import feature_path, parallel_map, read_feature, reading_features
@@ -56,7 +56,7 @@ class Picture:
 
     path: pathlib.Path
     name: str
-    image_id: int | None = None
+    image_id: int | str | None = None
     references: list[str] = ()
     feature_path: pathlib.Path | None = None
 

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from captioning.caption_files import image_path
+from captioning.data.captioned_images import image_path
 from support.downloads import download, download_all, unpack
 from support.errors import UserError
 from support.files import locked
@@ -38,6 +38,10 @@ DISPENSABLE = 0.1  # share of the images that a data set can do without, whateve
 SPLITS = ("train2014", "val2014", "train2017", "val2017")  # those with captions
 
 
+def captions_path(config):
+    return pathlib.Path(config.coco_dir, "annotations", f"captions_{config.coco_split}.json")
+
+
 def find_annotations(config, shard=None):
     """Find the caption file of COCO's split, and download it if it is missing.
 
@@ -51,7 +55,7 @@ def find_annotations(config, shard=None):
       UserError: the file is missing and COCO has none for this split, or the download failed.
     """
     split = config.coco_split
-    path = pathlib.Path(config.coco_dir, "annotations", f"captions_{split}.json")
+    path = captions_path(config)
     if not path.is_file():
         if split not in SPLITS:
             raise UserError(
@@ -93,7 +97,7 @@ def fetch_images(images, config, shared=False, total=None):
       total: int, images that the data set needs, those that are at hand among them; None for no more than `images`.
 
     Returns:
-      dict of file name to reason, for the images that could not be had
+      dict of an image's name to reason, for the images that could not be had
 
     Raises:
       UserError: there is no archive of this split, the network fails, the server refuses most of the images and these
@@ -112,10 +116,11 @@ def fetch_images_by_archive(missing, config):
     skipped, wanted = {}, {}  # wanted: dict of split to the set of its members' names
     for image in missing:
         split = coco_split(image, config)
-        if config.dataset == "karpathy" and split not in SPLITS:  # Flickr's
-            skipped[image.file_name] = no_address(image, config)
+        if config.dataset in ("karpathy", "table") and split not in SPLITS:  # Flickr's
+            skipped[image.name] = no_address(image, config)
         else:
-            wanted.setdefault(split, set()).add(f"{split}/{image.file_name}")
+            member = image_path(image, config).relative_to(root_folder(config))
+            wanted.setdefault(split, set()).add(member.as_posix())
     for split, names in wanted.items():
         if f"zips/{split}.zip" not in COCO_ARCHIVES:
             raise UserError(
@@ -123,29 +128,30 @@ def fetch_images_by_archive(missing, config):
                 "give --image_source each"
             )
         fetch_archive(f"zips/{split}.zip", root_folder(config), names.__contains__)
-    absent = {image.file_name for image in missing if not image_path(image, config).is_file()}
+    absent = {image.name for image in missing if not image_path(image, config).is_file()}
     return skipped | {name: "not in the zip file" for name in sorted(absent - skipped.keys())}
 
 
 def fetch_images_one_by_one(missing, config, shared, total):
     """Download missing images from the addresses in the captions file. The rest is as in `fetch_images`."""
-    skipped = {image.file_name: no_address(image, config) for image in missing if image.url is None}
-    jobs = [(image.url, image_path(image, config)) for image in missing if image.url is not None]
+    skipped = {image.name: no_address(image, config) for image in missing if image.url is None}
+    with_address = {image_path(image, config): image for image in missing if image.url is not None}
+    jobs = [(image.url, path) for path, image in with_address.items()]
     if not jobs:
         return skipped
     with locked(root_folder(config), "download", shared):
         # The few that are refused in every run must not block the others for good.
         failed = download_all(jobs, config.download_workers, need_most=len(jobs) > DISPENSABLE * total)
-    return skipped | {pathlib.Path(path).name: reason for path, reason in failed}
+    return skipped | {with_address[pathlib.Path(path)].name: reason for path, reason in failed}
 
 
 def root_folder(config):
     """The folder that holds the folders of COCO's splits, such as train2014."""
-    return pathlib.Path(config.images if config.dataset == "karpathy" else config.coco_dir)
+    return pathlib.Path(config.images if config.dataset in ("karpathy", "table") else config.coco_dir)
 
 
 def coco_split(image, config):
-    return image.folder if config.dataset == "karpathy" else config.coco_split
+    return image.folder if config.dataset in ("karpathy", "table") else image.coco_split or config.coco_split
 
 
 def no_address(image, config):

@@ -4,16 +4,20 @@ import dataclasses
 import math
 import pathlib
 
+import numpy as np
+
 from captioning import demo_scores
 from captioning.attention_accuracy import attention_accuracy
 from captioning.attention_page import PageCaption, PagePicture, describe_light, write_pages
 from captioning.caption_form import describe_form
 from captioning.captioner import cached_batches, caption_batch, explain_references
 from captioning.demo_scenes import read_scenes
+from captioning.feature_cache import LOCATIONS
 from captioning.known_boxes import boxes_by_position, find_groundings
 from captioning.metrics import METRICS, cider_by_image, format_score, format_table, score_captions, write_metrics
+from captioning.predictions import PredictedCaption
 from captioning.settings import make_config
-from support.errors import printable
+from support.errors import UserError, printable
 
 EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
 DECODING = ("length_penalty", "repeat_block", "max_words")  # settings of decoding, besides the beam width
@@ -47,13 +51,14 @@ def evaluate(captioner, pictures, split, output, config):
       output: pathlib.Path of the folder to write to.
       config: Config; the settings of decoding.
     """
+    with_boxes = can_use_boxes(pictures, config)
     runs = {}
     for width in sorted({*EVALUATED_WIDTHS, config.beam_width}):
         settings = dataclasses.replace(config, beam_width=width)
         batches = cached_batches(pictures, settings)
         captions = [c for batch in batches for c in caption_batch(captioner, *batch, settings, with_evidence=True)]
-        runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, settings)
-    taught = score_references(captioner, pictures, config)
+        runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, settings, with_boxes)
+    taught = score_references(captioner, pictures, config) if with_boxes else {}
     scored = describe_scored(captioner, pictures, split, config)
     metrics = {run: evaluated.metrics for run, evaluated in runs.items()}
     texts = {run: texts_by_image(evaluated.captions) for run, evaluated in runs.items()}
@@ -103,13 +108,26 @@ def describe_scored(captioner, pictures, split, config):
     }
 
 
-def score_run(captions, pictures, config):
+def can_use_boxes(pictures, config):
+    """Whether the boxes of what captions name are known. Those that cannot be used are told in one line."""
+    blank = [
+        PredictedCaption(picture.path, picture.name, [], np.zeros(0), np.zeros((0, LOCATIONS)), picture.image_id)
+        for picture in pictures
+    ]
+    try:
+        return find_groundings(blank, config)[0] is not None
+    except UserError as error:
+        print(f"note: boxes cannot be used, so attention is not scored by them: {error}")
+        return False
+
+
+def score_run(captions, pictures, config, with_boxes):
     """Score the captions of one way of decoding, that of the settings. Returns Evaluated."""
     references = {picture.image_id: picture.references for picture in pictures}
     texts = texts_by_image(captions)
     metrics = score_captions(texts, references) | {"beam_width": config.beam_width}
     metrics["form"] = dataclasses.asdict(describe_form(list(texts.values())))
-    groundings, known = find_groundings(captions, config)
+    groundings, known = find_groundings(captions, config) if with_boxes else (None, {})
     if config.dataset == "demo":
         scenes = read_scenes(config.coco_dir)
         theirs = [scenes[caption.image_id] for caption in captions]
@@ -123,10 +141,8 @@ def score_references(captioner, pictures, config):
     """Where the model looks while it is made to say the reference captions.
 
     Returns:
-      {"references": {"attention": scores}}, or an empty dict where no boxes are known
+      {"references": {"attention": scores}}
     """
-    if find_groundings([], config)[0] is None:
-        return {}
     groundings, known = find_groundings(explain_references(captioner, pictures, config), config)
     return {"references": {"attention": attention_accuracy(groundings) | known}}
 

@@ -15,7 +15,7 @@ import tempfile
 import numpy as np
 import tensorflow as tf
 
-from captioning.caption_files import image_path
+from captioning.data.captioned_images import image_path
 from captioning.decoding_rules import ban_words, next_word_log_probs
 from captioning.export import new_folder
 from captioning.feature_cache import CHANNELS, LOCATIONS

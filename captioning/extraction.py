@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from captioning.caption_files import image_path
+from captioning.data.captioned_images import image_path
 from captioning.devices import usable_cores
 from captioning.feature_cache import (
     CHANNELS,
@@ -244,7 +244,7 @@ def cache_features(images, calibration, config, shared=False):
       shared: bool, whether other processes may be writing features to the same folder.
 
     Returns:
-      dict of file name to reason, for pictures that cannot be read
+      dict of an image's name to reason, for pictures that cannot be read
 
     Raises:
       UserError: the weights cannot be had, the cache is another network's, or the disk is full.
@@ -253,6 +253,7 @@ def cache_features(images, calibration, config, shared=False):
         return {}
     folder, skipped, pictures = features_folder(config), {}, {}
     statistics = random_statistics(config)
+    names = {image_path(image, config): image.name for image in images}
     targets = {image_path(image, config): feature_path(image, config) for image in images}
 
     def load_and_note(path):
@@ -269,7 +270,7 @@ def cache_features(images, calibration, config, shared=False):
                 write_features([targets[path] for path in paths], features, config.feature_dtype, journal, states)
                 for path, reason in failed:
                     bar.write(reason)
-                    skipped[path.name] = reason
+                    skipped[names[path]] = reason
                 bar.update(len(paths) + len(failed))
     if not shared:
         merge_journals(folder)

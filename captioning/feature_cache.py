@@ -36,7 +36,7 @@ def feature_path(image, config):
 
 
 def feature_stem(image):
-    return pathlib.PurePath(image.file_name).stem
+    return image.feature_stem or pathlib.PurePath(image.file_name).stem
 
 
 def random_statistics(config):

@@ -20,11 +20,19 @@ def find_groundings(captions, config):
     """
     if config.dataset == "demo":
         return demo_groundings(captions, read_scenes(config.coco_dir)), {}
-    instances = pathlib.Path(config.coco_dir, "annotations", f"instances_{config.coco_split}.json")
+    instances = instances_path(captions, config)
     if config.dataset != "coco" or not instances.exists():
         return None, {}
     groundings, absent = coco_groundings(captions, instances)
     return groundings, {"absent": absent}
+
+
+def instances_path(captions, config):
+    """Where COCO's instances of the captioned images are: those of the split in whose folder the images lie."""
+    annotations, split = pathlib.Path(config.coco_dir, "annotations"), config.coco_split
+    if captions and captions[0].path.is_relative_to(config.coco_dir):
+        split = captions[0].path.relative_to(config.coco_dir).parts[0]
+    return annotations / f"instances_{split}.json"
 
 
 def boxes_by_position(groundings):

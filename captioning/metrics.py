@@ -14,6 +14,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+from captioning.data.captioned_images import id_order
 from captioning.vocabulary import standardize
 from support.errors import UserError
 from support.files import write_json
@@ -96,7 +97,7 @@ def pair_by_image(predicted, references):
     """
     if not predicted:
         raise UserError("there are no captions to score: run python data_utils.py again to prepare validation images")
-    image_ids = sorted(predicted.keys() | references.keys())
+    image_ids = sorted(predicted.keys() | references.keys(), key=id_order)
     for image_id in image_ids:
         if image_id not in predicted or not references.get(image_id):
             missing = "references" if image_id in predicted else "caption"

@@ -17,7 +17,7 @@ class PredictedCaption:
       log_probs: (len(words),) natural logarithms of the words' probabilities, or one more with that of <end>.
         Probabilities are of the words that the model can say, so not of <unk>.
       attention_weights: (len(words), P).
-      image_id: int, or None for an image that is not of the data set.
+      image_id: int or str, or None for an image that is not of the data set.
       references: list of str, what people wrote about the image.
       evidence: (len(words), P), see captioning/evidence.py, or None where it was not asked for.
       feature_norms: (P,), length of the image's feature at each location, or None.
@@ -28,7 +28,7 @@ class PredictedCaption:
     words: list[str]
     log_probs: np.ndarray
     attention_weights: np.ndarray
-    image_id: int | None = None
+    image_id: int | str | None = None
     references: list[str] = ()
     evidence: np.ndarray | None = None
     feature_norms: np.ndarray | None = None

@@ -1,7 +1,7 @@
 """What script 1 leaves for the others: splits with encoded captions, the vocabulary and the features' statistics.
 
 settings.json                                 what the data were prepared with; it vouches for the other files
-train.json, validation.json, test.json        the images of each split; only Karpathy's data sets have a test split
+train.json, validation.json, test.json        the images of each split; not all data have a test split
 vocabulary.json                               the words
 feature_statistics.npz                        mean and standard deviation of the features
 skipped.json                                  the images that were left out, and why
@@ -12,9 +12,10 @@ import pathlib
 
 import numpy as np
 
-from captioning.caption_files import CaptionedImage, clean_folder, find_image_problem
+from captioning.data.captioned_images import CaptionedImage, clean_folder, clean_id, find_name_problem
 from captioning.feature_cache import CHANNELS, check_features, feature_path, read_network
 from captioning.settings import DATA_SETTINGS, dataset_option, quote
+from captioning.splits import check_validation
 from captioning.vocabulary import build_vocabulary, encode_captions, read_vocabulary
 from support.errors import UserError
 from support.files import read_json, remove_leftovers, replacing, write_json
@@ -56,16 +57,17 @@ def save_prepared(splits, skipped, config):
     """Encode the captions and write the files of the prepared data, settings.json last.
 
     Args:
-      splits: dict of "train", "validation" and, for Karpathy's data sets, "test" to lists of CaptionedImage.
-      skipped: dict of file name to reason, for images to leave out.
+      splits: dict of "train", "validation" and, where there is one, "test" to lists of CaptionedImage.
+      skipped: dict of an image's name to reason, for images to leave out.
 
     Raises:
       UserError: a split has no image left, or a file cannot be written.
     """
-    splits = {name: [image for image in images if image.file_name not in skipped] for name, images in splits.items()}
+    splits = {name: [image for image in images if image.name not in skipped] for name, images in splits.items()}
     for name, images in splits.items():
         if not images:
             raise UserError(f"no readable {name} images are left ({len(skipped)} skipped): check the image folder")
+    check_validation(splits["validation"], config.max_words)
     folder = pathlib.Path(config.data_dir)
     remove_leftovers(folder)
     vocabulary = build_vocabulary([text for image in splits["train"] for text in image.captions], config.vocab_size)
@@ -78,7 +80,7 @@ def save_prepared(splits, skipped, config):
     with replacing(folder / "feature_statistics.npz") as temporary:
         np.savez(temporary, mean=mean, std=std)
     settings = {name: getattr(config, name) for name in DATA_SETTINGS}
-    write_json(folder / "settings.json", settings | {"network": read_network(config)}, indent=1)
+    write_json(folder / "settings.json", settings | {"splits": list(splits), "network": read_network(config)}, indent=1)
     print(f"vocabulary: {len(vocabulary)} words; {len(skipped)} images skipped (see {folder / 'skipped.json'})")
 
 
@@ -121,10 +123,10 @@ def read_prepared_settings(data_dir, remedy="run python data_utils.py"):
 
 
 def read_settings_file(data_dir, remedy):
-    """The content of settings.json: dict of DATA_SETTINGS and "network" to values, or UserError."""
+    """The content of settings.json: dict of DATA_SETTINGS, "splits" and "network" to values, or UserError."""
     path = pathlib.Path(data_dir, "settings.json")
     saved = read_json(path, remedy, dict)
-    for name in (*DATA_SETTINGS, "network"):
+    for name in (*DATA_SETTINGS, "splits", "network"):
         if name not in saved:
             raise UserError(f"{path} is damaged (it does not say {name}): {remedy}")
     return saved
@@ -146,7 +148,7 @@ def load_prepared(config):
     for name in DATA_SETTINGS:
         check_setting(folder, name, saved[name], getattr(config, name))
     vocabulary = read_vocabulary(folder / "vocabulary.json", remedy)
-    names = ("train", "validation", "test") if config.dataset == "karpathy" else ("train", "validation")
+    names = ("train", "validation", *(["test"] if "test" in str(saved["splits"]) else []))
     splits = {name: read_images(folder / f"{name}.json", len(vocabulary), remedy) for name in names}
     check_features([image for images in splits.values() for image in images], config, saved["network"], remedy)
     mean, std = read_feature_statistics(folder / "feature_statistics.npz", remedy)
@@ -196,7 +198,11 @@ def is_prepared_image(record, vocab_size):
     fields = {field.name for field in dataclasses.fields(CaptionedImage)}
     if not isinstance(record, dict) or record.keys() != fields:
         return False
-    if find_image_problem(record["image_id"], record["file_name"]) or clean_folder(record["folder"]) is None:
+    if clean_id(record["image_id"]) is None or find_name_problem(record["file_name"]):
+        return False
+    if any(clean_folder(record[name]) is None for name in ("folder", "coco_split")):
+        return False
+    if record["feature_stem"] and find_name_problem(f"{record['feature_stem']}.npy"):
         return False
     if record["url"] is not None and not isinstance(record["url"], str):
         return False

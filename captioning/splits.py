@@ -46,9 +46,48 @@ def split_by_image(images, val_fraction, seed):
     Raises:
       UserError: no image would be left for training.
     """
+    if val_fraction == 0:
+        raise UserError(
+            "--val_fraction 0 leaves no image to validate on: raise it, or name captions by --validation_captions"
+        )
     if math.ceil(val_fraction * len(images)) >= len(images):
         raise UserError(
             f"{len(images)} images cannot be split into training and validation with --val_fraction {val_fraction}: "
             "raise --num_examples or lower --val_fraction"
         )
     return train_test_split(images, test_size=val_fraction, random_state=seed)
+
+
+def complete_splits(splits, config):
+    """Draw the captions to train on, and make the validation split where no file has one.
+
+    Args:
+      splits: dict of "train" and maybe "validation" and "test" to lists of CaptionedImage.
+      config: Config; its num_examples, val_fraction, seed and max_words.
+
+    Returns:
+      dict of "train", "validation" and, where there is one, "test" to lists of CaptionedImage
+
+    Raises:
+      UserError: a split would be left without images, or validation without captions.
+    """
+    train, validation = draw_examples(splits["train"], config.num_examples, config.seed), splits.get("validation")
+    if validation is None and config.val_fraction == 0 and "test" in splits:
+        print("--val_fraction 0 without validation captions: the best epoch is chosen on the test images")
+        validation = splits["test"]
+    elif validation is None:
+        train, validation = split_by_image(train, config.val_fraction, config.seed)
+    check_validation(validation, config.max_words)
+    names = {image.name for image in train}
+    for split, images in (("validation", validation), ("test", splits.get("test", []))):
+        if common := sum(image.name in names for image in images):
+            print(f"note: {common} of {len(images)} images of {split} are trained on too, so its scores are too good")
+    return {"train": train, "validation": validation} | {name: splits[name] for name in ("test",) if name in splits}
+
+
+def check_validation(images, max_words):
+    """Raise UserError if no validation image has a caption that is short enough for the validation loss."""
+    if not any(image.captions for image in images):
+        raise UserError(
+            f"all captions of the {len(images)} validation images are longer than --max_words {max_words}: raise it"
+        )

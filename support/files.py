@@ -42,7 +42,7 @@ def read_json(path, remedy, kind=object):
       UserError: the file is missing, damaged or holds another kind of value; the message ends in `remedy`.
     """
     try:
-        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        value = json.loads(pathlib.Path(path).read_bytes())  # UTF-8 or UTF-16, with or without a byte order mark
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except (ValueError, OSError, RecursionError) as error:

@@ -22,7 +22,7 @@ import time
 import hypothesis
 import numpy as np
 
-import test_caption_files
+import hostile_captions
 import test_image_files
 from captioning.feature_cache import check_feature_file
 from conftest import options, weights, write_coco
@@ -71,12 +71,14 @@ def main(argv):
     images = test_image_files.damaged_images()
     outcomes["damaged image file"] = fuzz(test_image_files.check_image, images, wanted.images, wanted.seed)
     for name, shape, check in (
-        ("COCO's", test_caption_files.COCO, test_caption_files.check_captions_file),
-        ("Karpathy's", test_caption_files.KARPATHY, test_caption_files.check_karpathy_file),
+        ("COCO's", hostile_captions.COCO, hostile_captions.check_captions_file),
+        ("Karpathy's", hostile_captions.KARPATHY, hostile_captions.check_karpathy_file),
     ):
         outcomes[f"hostile captions file like {name}"] = fuzz(
-            check, files_of(shape), wanted.annotations // 2, wanted.seed
+            check, files_of(shape), wanted.annotations // 3, wanted.seed
         )
+    tables, check = hostile_captions.tables(), hostile_captions.check_table_file
+    outcomes["hostile table of captions"] = fuzz(check, tables, wanted.annotations // 3, wanted.seed)
     for kind, words in TESTED.items():
         outcomes[f"{kind}, in the tests"] = count_tests(words)
 

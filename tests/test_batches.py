@@ -14,7 +14,7 @@ from captioning.batches import (
     count_tokens,
     parallel_batches,
 )
-from captioning.caption_files import CaptionedImage
+from captioning.data.captioned_images import CaptionedImage
 from captioning.feature_cache import feature_path
 from captioning.settings import make_config
 from captioning.vocabulary import END, START

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from captioning import captioner as captioner_module
 from captioning.batches import read_features
-from captioning.caption_files import CaptionedImage
 from captioning.captioner import (
     Picture,
     cached_batches,
@@ -19,6 +18,7 @@ from captioning.captioner import (
     load_captioner,
 )
 from captioning.checkpoints import captioner_checkpoint, list_checkpoints
+from captioning.data.captioned_images import CaptionedImage
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD
 from support.errors import UserError

@@ -5,8 +5,8 @@ import zipfile
 import pytest
 from PIL import Image
 
-from captioning.caption_files import CaptionedImage, image_path
 from captioning.coco_download import COCO_ARCHIVES, SPLITS, fetch_archive, fetch_images, find_annotations
+from captioning.data.captioned_images import CaptionedImage, image_path
 from captioning.settings import make_config
 from support.errors import UserError
 from support.files import locked
@@ -190,8 +190,8 @@ def test_karpathys_images_come_from_the_archives_of_their_folders(karpathy, serv
         CaptionedImage(5, "e.jpg", "deeper/folder"),
     ]
     skipped = fetch_images(images, config)
-    assert skipped.keys() == {"c.jpg", "d.jpg", "e.jpg"}
-    assert skipped["c.jpg"] == "not in the zip file"
-    assert "gives no address" in skipped["d.jpg"] and "gives no address" in skipped["e.jpg"]
+    assert skipped.keys() == {"val2014/c.jpg", "d.jpg", "deeper/folder/e.jpg"}
+    assert skipped["val2014/c.jpg"] == "not in the zip file"
+    assert "gives no address" in skipped["d.jpg"] and "gives no address" in skipped["deeper/folder/e.jpg"]
     expected = {"train2014/a.jpg", "val2014/b.jpg", "train2014.zip", "val2014.zip"}
     assert files_below(karpathy.images) == expected

@@ -16,8 +16,8 @@ import tensorflow as tf
 import data_utils
 import train_image_caption_model as training
 from captioning import distribution
-from captioning.caption_files import CaptionedImage
 from captioning.checkpoints import list_checkpoints
+from captioning.data.captioned_images import CaptionedImage
 from captioning.distribution import (
     check_same_everywhere,
     check_same_training,

@@ -11,6 +11,7 @@ from PIL import Image
 from captioning.captioner import Picture
 from captioning.demo_scenes import draw_demo
 from captioning.evaluation import SHOWN, Evaluated, evaluate, name_files, score_pages
+from captioning.known_boxes import instances_path
 from captioning.predictions import PredictedCaption
 from captioning.settings import make_config
 from tiny_captioner import SIZES, tiny_captioner
@@ -265,3 +266,58 @@ def test_boxes_of_what_a_word_names_are_on_the_page(tiny, pictures, tmp_path):
     with_boxes = [button for button in buttons if "data-boxes" in button]
     assert with_boxes and all('data-boxes="[[0.0, 0.0, 0.5, 1.0]]"' in button for button in with_boxes)
     assert all(button.endswith(">word1</button>") for button in with_boxes)
+
+
+# --- Images and boxes of other programs' files --------------------------------------------------------------------
+
+
+def test_boxes_that_cannot_be_used_are_one_line_and_cost_no_scores(tiny, pictures, tmp_path, capsys):
+    (tmp_path / "annotations").mkdir()
+    path = tmp_path / "annotations" / "instances_train2014.json"
+    box = {"category_id": 1, "bbox": [0, 0, 20, 30]}
+    instances = {
+        "images": [{"id": picture.image_id} for picture in pictures],  # without sizes
+        "categories": [{"id": 1, "name": "word1"}],
+        "annotations": [{"id": i, "image_id": picture.image_id, **box} for i, picture in enumerate(pictures, 1)],
+    }
+    for text, reason in (
+        (json.dumps(instances), "an image without id, width or height"),
+        ("no json", "cannot be read"),
+    ):
+        path.write_text(text)
+        evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
+        metrics = json.loads((tmp_path / "out" / "metrics_validation.json").read_text())
+        assert metrics["greedy"]["BLEU-1"] is not None and "attention" not in metrics["greedy"]
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "boxes cannot be used" in line)
+        assert reason in line and str(path) in line
+        (tmp_path / "out" / "metrics_validation.json").unlink()
+
+
+def test_results_have_ids_of_both_kinds(tiny, pictures, tmp_path):
+    """Their boxes are found too, whichever way the instances write the ids."""
+    ids = ["d7495e8d036dd200", 12, "12b", "3", 0]
+    others = [dataclasses.replace(picture, image_id=i) for picture, i in zip(pictures, ids, strict=True)]
+    box = {"category_id": 1, "bbox": [0, 0, 20, 30]}
+    instances = {
+        "images": [{"id": str(i), "width": 40, "height": 30} for i in ids],
+        "categories": [{"id": 1, "name": "word1"}],
+        "annotations": [{"id": 1, "image_id": i, **box} for i in ("d7495e8d036dd200", 12.0, "12b", 3, "0")],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
+    evaluate_tiny(tiny, others, "test", tmp_path / "out", coco_dir=str(tmp_path))
+    evaluate_tiny(tiny, pictures, "test", tmp_path / "numbers", coco_dir=str(tmp_path))
+    results = json.loads((tmp_path / "out" / "captions_test_greedy_results.json").read_text())
+    assert [result["image_id"] for result in results] == ids
+    metrics, numbers = (
+        json.loads((tmp_path / name / "metrics_test.json").read_text())["greedy"] for name in ("out", "numbers")
+    )
+    assert metrics["attention"]["words"] > 0
+    assert metrics["CIDEr"] == pytest.approx(numbers["CIDEr"]) and metrics["BLEU-4"] == pytest.approx(numbers["BLEU-4"])
+
+
+def test_the_boxes_of_another_split_are_those_of_the_folder_of_its_images(tmp_path):
+    captions = [PredictedCaption(tmp_path / "val2017" / "a.jpg", "a", [], np.zeros(0), np.zeros((0, 64)), 1)]
+    config = make_config({"coco_dir": str(tmp_path), "coco_split": "train2017"})
+    assert instances_path(captions, config) == tmp_path / "annotations" / "instances_val2017.json"
+    assert instances_path([], config) == tmp_path / "annotations" / "instances_train2017.json"

@@ -13,7 +13,7 @@ import tensorflow as tf
 from PIL import Image
 
 from captioning import extraction
-from captioning.caption_files import CaptionedImage, image_path
+from captioning.data.captioned_images import CaptionedImage, image_path
 from captioning.extraction import CALIBRATION_IMAGES, cache_features, calibration_paths, extract_features, find_missing
 from captioning.feature_cache import feature_path, features_folder, random_statistics
 from captioning.feature_manifest import MADE_ELSEWHERE, MANIFEST, read_manifest, scan_features

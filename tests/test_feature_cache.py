@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import strategies  # noqa: F401  draws the same examples in every run
 from captioning import feature_cache
-from captioning.caption_files import CaptionedImage
+from captioning.data.captioned_images import CaptionedImage
 from captioning.feature_cache import (
     check_feature_file,
     check_features,

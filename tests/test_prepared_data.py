@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioning.caption_files import read_coco_captions
+from captioning.data.coco import read_coco_captions
 from captioning.extraction import find_missing
 from captioning.feature_cache import CHANNELS, feature_path
 from captioning.feature_manifest import MADE_ELSEWHERE, MANIFEST
@@ -226,7 +226,10 @@ DAMAGES = [
     ("validation.json", edited(lambda images: [])),
     ("train.json", with_first(file_name="../escape.jpg")),
     ("train.json", with_first(folder="../escape")),
-    ("train.json", with_first(image_id="1")),
+    ("train.json", with_first(image_id=True)),
+    ("train.json", with_first(image_id="")),
+    ("train.json", with_first(coco_split="../escape")),
+    ("train.json", with_first(feature_stem="../escape")),
     ("train.json", with_first(extra="field")),
     ("train.json", with_first(url=3)),
     ("train.json", with_first(captions="A red dog.")),
@@ -263,6 +266,8 @@ PREPARED = st.lists(
         image_id=NUMBERS,
         file_name=st.just("COCO_train2014_000000000001.jpg") | NAMES,
         folder=st.just("") | NAMES,
+        coco_split=st.just("") | NAMES,
+        feature_stem=st.just("") | NAMES,
         url=st.none() | NAMES,
         captions=st.lists(SENTENCES, min_size=1, max_size=1),
         references=st.lists(SENTENCES, max_size=2),

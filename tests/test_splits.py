@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from captioning.caption_files import CaptionedImage
+from captioning.data.captioned_images import CaptionedImage
 from captioning.splits import draw_examples, split_by_image
 from support.errors import UserError
 

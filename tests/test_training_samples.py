@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioning.caption_files import CaptionedImage
 from captioning.captioner import Picture
+from captioning.data.captioned_images import CaptionedImage
 from captioning.settings import make_config
 from captioning.training_samples import SAMPLES, SHOWN_EPOCHS, Samples, choose_samples, read_samples, show_samples
 from conftest import options

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from captioning.caption_files import CaptionedImage
+from captioning.data.captioned_images import CaptionedImage
 from captioning.devices import usable_cores
 from captioning.feature_cache import CHANNELS, LOCATIONS, write_features
 from captioning.prepared_data import Prepared, encode_images

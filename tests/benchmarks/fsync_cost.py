@@ -18,7 +18,7 @@ from unittest import mock
 import tensorflow as tf
 
 from captioning import extraction
-from captioning.caption_files import CaptionedImage
+from captioning.data.captioned_images import CaptionedImage
 from captioning.demo_scenes import draw_demo
 from captioning.settings import make_config
 

@@ -1,0 +1,1 @@
+"""Captioned images: readers of the files that people have."""

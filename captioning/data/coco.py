@@ -1,0 +1,134 @@
+"""COCO's caption files: captions_*.json lists images (id, file_name, coco_url) and annotations (image_id, caption)."""
+
+import pathlib
+import re
+import unicodedata
+
+from captioning.data.captioned_images import (
+    CaptionedImage,
+    RejectedRecords,
+    add_captions,
+    clean_id,
+    find_caption_problem,
+    get_fields,
+    is_text,
+    split_file_name,
+)
+from support.errors import UserError
+from support.files import read_json
+
+REMEDY = "put COCO's own file there, or delete it and run python data_utils.py again to download it"
+
+
+def read_coco_captions(path, max_words, scored=False, remedy=REMEDY):
+    """Read a caption file in COCO's layout.
+
+    Records that cannot be used are left out, such as an empty caption or a file name that leads out of the folder. So
+    are captions longer than `max_words`, which remain references. One line for each kind of record left out is printed.
+
+    Args:
+      path: path of the JSON file.
+      max_words: int, length of the longest caption to train on, in words.
+      scored: bool, whether the images are to be scored and not trained on. They then need no caption to train on.
+      remedy: str, what the user can do about a wrong file.
+
+    Returns:
+      list of CaptionedImage, by ascending image id. Each has at least one caption to train on or, if they are scored,
+      at least one reference.
+
+    Raises:
+      UserError: the file is missing, is not JSON or not in COCO's layout, or has captions for fewer than 2 images, or
+        for none if they are scored.
+    """
+    return captions_of(read_json(path, remedy), path, max_words, scored, remedy)
+
+
+def captions_of(data, path, max_words, scored=False, remedy=REMEDY):
+    """The CaptionedImages of what a file in COCO's layout holds. The rest is as in `read_coco_captions`."""
+    if isinstance(data, dict) and data.get("images") and "annotations" not in data:
+        raise UserError(
+            f"{path} lists images without captions, as COCO's image_info files do, and nothing can be trained on or "
+            "scored: give a file with captions, such as captions_train2014.json"
+        )
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in ("images", "annotations")):
+        raise UserError(f'{path} does not have the lists "images" and "annotations" of COCO captions: {remedy}')
+    rejected = RejectedRecords(path)
+    images = read_coco_images(data["images"], rejected)
+    captions = read_coco_annotations(data["annotations"], images, rejected)
+    different = {image.image_id: image for image in images.values()}
+    with_captions = add_captions(list(different.values()), captions, max_words, rejected)
+    usable = [image for image in with_captions if (image.references if scored else image.captions)]
+    if len(usable) < (1 if scored else 2):
+        needed = "one is needed" if scored else "a split needs 2"
+        reason = rejected.main_reason()
+        raise UserError(f"{path} has usable captions for {len(usable)} images, but {needed}{reason}: {remedy}")
+    rejected.report()
+    return usable
+
+
+def read_coco_images(records, rejected):
+    """Read the list "images". Records of one file are one image, with the id of the first.
+
+    Args:
+      records: list of records.
+      rejected: RejectedRecords.
+
+    Returns:
+      dict of str of an id to CaptionedImage
+    """
+    images, by_name, joined = {}, {}, 0
+    for record in records:
+        image_id, path, url = get_fields(record, "id", "file_name", "coco_url")
+        image_id = clean_id(image_id)
+        folder, file_name = split_file_name(path)
+        if image_id is None or path is None:
+            rejected.add("an image without an id or a file name", record)
+        elif folder is None:
+            rejected.add(file_name, record)
+        else:
+            image = CaptionedImage(image_id, file_name, folder, url if is_text(url) else None)
+            name = unicodedata.normalize("NFC", image.name)
+            first = by_name.get(name, image)
+            if images.setdefault(str(image_id), first) is first:
+                by_name[name] = first
+                joined += first is not image
+            else:
+                rejected.add("an image whose id another image has", record)
+    if joined:
+        print(
+            f"{rejected.path}: {joined} image records name a file that an earlier one names: their captions are joined"
+        )
+    return images
+
+
+def read_coco_annotations(records, images, rejected):
+    """Read the list "annotations".
+
+    Args:
+      records: list of records.
+      images: dict of str of an id to CaptionedImage, the images that are listed.
+      rejected: RejectedRecords.
+
+    Returns:
+      list of (image id, caption, None).
+    """
+    captions = []
+    for record in records:
+        image_id, caption, *marks = get_fields(record, "image_id", "caption", "is_precanned", "is_rejected")
+        image_id = clean_id(image_id)
+        image = None if image_id is None else images.get(str(image_id))
+        if problem := find_caption_problem(caption):
+            rejected.add(problem, record)
+        elif image is None:
+            rejected.add("a caption of an image that is not listed", record)
+        elif any(mark in (True, "true") for mark in marks):
+            rejected.add("a caption that is marked is_precanned or is_rejected", record)  # as VizWiz has them
+        else:
+            captions.append((image.image_id, caption, None))
+    return captions
+
+
+def split_of_file(path):
+    """The COCO split that a captions file is of by its name, such as val2017, or ""."""
+    match = re.fullmatch(r"captions_(\w+)\.json", pathlib.PurePath(path).name)
+    return match[1] if match else ""
