@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -215,3 +216,23 @@ def test_boxes_of_what_a_word_names_are_on_the_page(tiny, pictures, tmp_path):
     with_boxes = [button for button in buttons if "data-boxes" in button]
     assert with_boxes and all('data-boxes="[[0.0, 0.0, 0.5, 1.0]]"' in button for button in with_boxes)
     assert all(button.endswith(">word1</button>") for button in with_boxes)
+
+
+def test_scores_are_against_every_reference(tiny, pictures, tmp_path):
+    """Each picture's last reference is made what the captioner says of it, and nothing else of it is."""
+    evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy")
+    texts = said(tmp_path, "greedy")
+    wordings = ("of other things", "in no way alike", "nothing said here")
+    told = [
+        dataclasses.replace(picture, references=[wordings[number % 3], wordings[(number + 1) % 3], text])
+        for number, (picture, text) in enumerate(zip(pictures, texts, strict=True))
+    ]
+    evaluate_tiny(tiny, told, "test", tmp_path / "out", dataset="karpathy")
+    metrics = json.loads((tmp_path / "out" / "metrics_test.json").read_text())
+    assert said(tmp_path, "greedy") == texts
+    assert metrics["greedy"]["BLEU-1"] == pytest.approx(100, abs=1e-3)
+    assert metrics["greedy"]["ROUGE-L"] == pytest.approx(100, abs=1e-3)
+    ciders = re.findall(
+        r"<b>greedy</b><span class=\"note\">CIDEr ([\d.]+)", (tmp_path / "out" / "evaluation_test.html").read_text()
+    )
+    assert len(ciders) == 5 and max(map(float, ciders)) > 1

@@ -9,6 +9,7 @@ import tensorflow as tf
 import model
 from captioning.decoding_rules import BANNED_WORDS
 from captioning.feature_cache import CHANNELS, LOCATIONS
+from captioning.kernels import variational_dropout
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
 from config import Config
@@ -274,3 +275,22 @@ def test_captions_repeat_no_sequence(captioner, features):
     for said in words.numpy().tolist():
         pairs = [pair for pair in zip(said, said[1:], strict=False) if PAD not in pair]
         assert len(pairs) == len(set(pairs)) > 3
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_dropout_is_of_embeddings_and_of_what_the_output_layer_gets_and_of_nothing_else(captioner, features, compiled):
+    encoder, decoder = captioner
+    seed, encoded_features = tf.constant((7, 3)), encoder(features)
+    with compiling(decoder, compiled):
+        logits, attention_weights = decoder.teacher_forcing(CAPTIONS, encoded_features, seed)
+    words = tf.transpose(CAPTIONS)  # (T, B)
+    embedded = variational_dropout(decoder.embedding(words[:-1]), SMALL.dropout, seed, layer=0)  # (T-1, B, E)
+    keys, hidden = decoder.attention.key_layer(encoded_features), decoder.initial_hidden(encoded_features)
+    all_hidden = []
+    for t in range(4):
+        hidden, weights = decoder.step(decoder.word_gates(embedded[t]), hidden, encoded_features, keys)
+        all_hidden.append(hidden)
+        real = words[t + 1] != PAD
+        np.testing.assert_allclose(attention_weights[:, t][real], weights[:, :, 0][real], atol=1e-5)
+    dropped = variational_dropout(tf.stack(all_hidden), SMALL.dropout, seed, layer=1)  # (T-1, B, U)
+    np.testing.assert_allclose(logits, decoder.output_layer(dropped[words[1:] != PAD]), atol=1e-5)
