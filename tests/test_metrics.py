@@ -315,9 +315,9 @@ def test_a_caption_that_repeats_any_of_its_references_scores_as_if_it_were_the_f
 
 
 def test_each_images_cider_is_its_own(no_java):
-    captions = {1: SEVERAL[1][0], 2: "nothing of it", 3: SEVERAL[3][0]}
-    by_image = cider_by_image(dict(reversed(captions.items())), SEVERAL)
-    assert by_image[1] > 3 and by_image[3] > 3 and by_image[2] < 1
+    captions = {3: "nothing of it", 2: SEVERAL[2][0], 1: SEVERAL[1][0]}
+    by_image = cider_by_image(captions, SEVERAL)
+    assert by_image[1] > 3 and by_image[2] > 3 and by_image[3] < 1
 
 
 def test_meteor_is_given_every_reference(monkeypatch):
