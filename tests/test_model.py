@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 
 import keras
@@ -294,3 +295,16 @@ def test_dropout_is_of_embeddings_and_of_what_the_output_layer_gets_and_of_nothi
         np.testing.assert_allclose(attention_weights[:, t][real], weights[:, :, 0][real], atol=1e-5)
     dropped = variational_dropout(tf.stack(all_hidden), SMALL.dropout, seed, layer=1)  # (T-1, B, U)
     np.testing.assert_allclose(logits, decoder.output_layer(dropped[words[1:] != PAD]), atol=1e-5)
+
+
+def test_the_seed_of_the_settings_draws_all_weights():
+    drawn = []
+    for seed in (3, 4):
+        encoder, decoder = model.build_captioner(dataclasses.replace(SMALL, seed=seed), VOCABULARY)
+        drawn.append([*encoder.trainable_weights, *decoder.trainable_weights])
+    kernels = 0
+    for weight, other in zip(*drawn, strict=True):
+        if np.ptp(weight) > 0:  # not biases and the detector, which begin with one number
+            kernels += 1
+            assert np.abs(weight - other.numpy()).max() > 1e-3, weight.path
+    assert kernels == 10

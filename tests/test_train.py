@@ -765,3 +765,27 @@ def test_the_encoder_has_the_statistics_of_the_training_features(trained):
     features = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(np.float32)
     np.testing.assert_allclose(encoder.feature_mean, features.mean((0, 1)), atol=1e-4)
     assert float(encoder.feature_std) == pytest.approx((features - features.mean((0, 1))).std(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("validation", "patience", "trained_on", "best"),
+    [([3, 2, 2.5, 2.5, 1], 2, 4, 2), ([3, 2, 2.5, 1, 2, 2], 2, 6, 4), ([3, 4, 2], 1, 2, 1), ([3, 3, 3, 3], 3, 4, 1)],
+)
+def test_training_ends_after_so_many_epochs_without_a_better_loss(
+    monkeypatch, capsys, validation, patience, trained_on, best
+):
+    saved, epochs, found = [], [], iter(validation)
+    monkeypatch.setattr(
+        training, "train_epoch", lambda state, train, epoch, *rest: epochs.append(epoch) or EpochRow(epoch + 1)
+    )
+    monkeypatch.setattr(training, "validate", lambda *args: float(next(found)))
+    monkeypatch.setattr(training, "show_samples", lambda *args: None)
+    monkeypatch.setattr(training_records, "check_finite", lambda *args: None)
+    monkeypatch.setattr(training_records, "write_history", lambda *args: None)
+    monkeypatch.setattr(training_records, "save_checkpoint", lambda objects, folder, n: saved.append((folder.name, n)))
+    config = read_settings(["--epochs", str(len(validation)), "--patience", str(patience)], "")[0]
+    state = types.SimpleNamespace(progress=Progress(), captioner=lambda: None)
+    training.train_epochs(state, None, None, None, None, config)
+    assert epochs == list(range(trained_on))
+    assert state.progress.best_epoch == max(n for name, n in saved if name == "best") == best
+    assert ("stopping" in capsys.readouterr().out) == (trained_on < len(validation))
