@@ -308,3 +308,13 @@ def test_the_seed_of_the_settings_draws_all_weights():
             kernels += 1
             assert np.abs(weight - other.numpy()).max() > 1e-3, weight.path
     assert kernels == 10
+
+
+def test_the_encoder_is_normalisation_dense_and_relu(features):
+    rng = np.random.default_rng(6)
+    mean = rng.standard_normal(CHANNELS).astype(np.float32)
+    encoder, _ = model.build_captioner(SMALL, VOCABULARY, mean, feature_std=1.5)
+    encoder.bias.assign(rng.standard_normal(SMALL.encoder_dim))
+    dense = (features.numpy() - mean) / 1.5 @ encoder.dense.kernel.numpy() + encoder.bias.numpy()  # (B, P, D)
+    assert 0.2 < (dense < 0).mean() < 0.8
+    np.testing.assert_allclose(encoder(features), np.maximum(dense, 0), atol=1e-3)
