@@ -8,6 +8,7 @@ from captioning.decoding_rules import BANNED_WORDS, ban_words
 from captioning.feature_cache import CHANNELS, LOCATIONS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
+from tiny_captioner import SIZES, tiny_captioner
 
 SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16})
 VOCABULARY = 30
@@ -162,3 +163,15 @@ def test_of_the_ended_beams_the_best_by_its_length_is_taken(length_penalty, take
     words = tf.constant([[[START, 5, END, PAD], [START, 5, 6, END], [START, 5, 6, 7]]])
     scores = tf.constant([[-3.0, -4.0, -0.1]])  # the third has not ended
     assert best_beam(scores, words, length_penalty).numpy().tolist() == [taken]
+
+
+def test_each_beam_goes_on_with_the_hidden_state_of_the_beam_that_it_continues(features):
+    """Weights so large that hidden states decide what is said, and beams that change places."""
+    captioner = tiny_captioner(make_config(SIZES), features.numpy(), seed=3)
+    encoder, decoder = captioner.encoder, captioner.decoder
+    decoder.output_layer.kernel.assign(decoder.output_layer.kernel / 3)
+    words, log_probs, _ = beam_search(encoder, decoder, features, 7, 4, 0.7)
+    for b in range(3):
+        expected, score = beams_by_hand(encoder, decoder, features[b : b + 1], 7, 4, 0.7)
+        assert said_by(words[b]) == expected
+        assert np.sum(log_probs[b]) == pytest.approx(score, rel=1e-3)

@@ -226,3 +226,18 @@ def test_only_readable_numbers_are_checkpoints(tmp_path):
     write_run(tmp_path / "run", config, names=("best",))
     shutil.copy(tmp_path / "run" / "best" / "ckpt-1.index", tmp_path / "run" / "best" / ".tmp-1-ckpt-9.index")
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "best")] == ["ckpt-1"]
+
+
+def test_decoding_goes_by_the_settings():
+    called = []
+    graphs = tuple(lambda *args, name=name: called.append((name, *args)) for name in ("greedy", "beams"))
+    for width, length_penalty, repeat_block, max_words in ((1, 0.3, 3, 7), (4, 0.3, 3, 7), (2, 1.5, 0, 9)):
+        settings = {"beam_width": width, "length_penalty": length_penalty, "repeat_block": repeat_block}
+        decode_captions("E", "D", "features", make_config({**settings, "max_words": max_words}), graphs=graphs)
+    decode_captions("E", "D", "features", make_config({"repeat_block": 1}), max_words=5, graphs=graphs)
+    assert called == [
+        ("greedy", "E", "D", "features", 7, 3),
+        ("beams", "E", "D", "features", 7, 4, 0.3, 3),
+        ("beams", "E", "D", "features", 9, 2, 1.5, 0),
+        ("greedy", "E", "D", "features", 5, 1),
+    ]

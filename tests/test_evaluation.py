@@ -321,3 +321,23 @@ def test_the_boxes_of_another_split_are_those_of_the_folder_of_its_images(tmp_pa
     config = make_config({"coco_dir": str(tmp_path), "coco_split": "train2017"})
     assert instances_path(captions, config) == tmp_path / "annotations" / "instances_val2017.json"
     assert instances_path([], config) == tmp_path / "annotations" / "instances_train2017.json"
+
+
+def test_scores_are_against_every_reference(tiny, pictures, tmp_path):
+    """Each picture's last reference is made what the captioner says of it, and nothing else of it is."""
+    evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy")
+    texts = said(tmp_path, "greedy")
+    wordings = ("of other things", "in no way alike", "nothing said here")
+    told = [
+        dataclasses.replace(picture, references=[wordings[number % 3], wordings[(number + 1) % 3], text])
+        for number, (picture, text) in enumerate(zip(pictures, texts, strict=True))
+    ]
+    evaluate_tiny(tiny, told, "test", tmp_path / "out", dataset="karpathy")
+    metrics = json.loads((tmp_path / "out" / "metrics_test.json").read_text())
+    assert said(tmp_path, "greedy") == texts
+    assert metrics["greedy"]["BLEU-1"] == pytest.approx(100, abs=1e-3)
+    assert metrics["greedy"]["ROUGE-L"] == pytest.approx(100, abs=1e-3)
+    ciders = re.findall(
+        r"<b>greedy</b><span class=\"note\">CIDEr ([\d.]+)", (tmp_path / "out" / "evaluation_test.html").read_text()
+    )
+    assert len(ciders) == 5 and max(map(float, ciders)) > 1

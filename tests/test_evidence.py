@@ -110,3 +110,23 @@ def test_references_are_said_word_by_word(captioner, features, tmp_path):
     ids = np.array([[VOCABULARY.index("word3"), VOCABULARY.index("word5"), END]], np.int32)
     weights, _, _ = explain_captions(captioner.encoder, captioner.decoder, features[:1], ids)
     np.testing.assert_allclose(first.attention_weights, weights[0, :2], atol=1e-4)
+
+
+def test_a_location_of_large_features_has_more_evidence_by_as_much_as_they_are_larger(captioner, features):
+    """Half of the channels are made to say nothing to the encoder. There two locations get large numbers."""
+    dense = captioner.encoder.dense.kernel
+    before = dense.numpy()
+    dense.assign(tf.concat((before[:1024], tf.zeros_like(before[1024:])), 0))
+    large = features.copy()
+    large[:, 7, 1024:] *= 3
+    large[:, 20, 1024:] *= 10
+    (weights, plain, norms), (same_weights, found, larger) = (
+        explain_captions(captioner.encoder, captioner.decoder, each, WORDS) for each in (features, large)
+    )
+    dense.assign(before)
+    np.testing.assert_allclose(same_weights, weights, atol=1e-6)
+    expected = plain * (larger / norms)[:, tf.newaxis]  # (B, L, P)
+    expected /= tf.reduce_sum(expected, axis=2, keepdims=True)
+    for row, length in enumerate((4, 2, 3)):
+        np.testing.assert_allclose(found[row, :length], expected[row, :length], atol=1e-5)
+    assert np.max(np.abs(found - plain)[:, 0]) > 0.01

@@ -517,9 +517,9 @@ def test_features_made_elsewhere_cannot_be_exported(trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: photographs and InceptionV3's weights")
 def test_photographs_get_the_captions_of_script_3_from_float32_weights(tmp_path):
-    """100 photographs, through InceptionV3; a captioner with drawn weights says much about small differences."""
-    paths = sorted((SHARED / "flickr8k_coco" / "train2014").glob("*.jpg"))[:80]
-    paths += sorted((SHARED / "coco_mini" / "train2017").glob("*.jpg"))[:20]
+    """Some photographs, through InceptionV3; a captioner with drawn weights says much about small differences."""
+    paths = sorted((SHARED / "flickr8k_coco" / "train2014").glob("*.jpg"))[:12]
+    paths += sorted((SHARED / "coco_mini" / "train2017").glob("*.jpg"))[:8]
     weights = str(SHARED / "weights" / "inception_v3_notop.weights.h5")
     config = make_config({**SIZES, "inception_weights": weights, "extract_precision": "float32", "max_words": 12})
     network = feature_network(config)
@@ -539,5 +539,5 @@ def test_photographs_get_the_captions_of_script_3_from_float32_weights(tmp_path)
             how = argparse.Namespace(**{name: getattr(settings, name) for name in export_bundle.DECODING})
             found = [runner.beam_search(each, decode, how)[0].tolist() for each in encoded]
             assert found == [[i for i in words.tolist() if i != PAD] for words in expected]
-            assert len({tuple(words) for words in found}) > 20
+            assert len({tuple(words) for words in found}) > 8
     assert START not in np.concatenate(found)

@@ -2,13 +2,24 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import tempfile
+import threading
 
 import pycocoevalcap.eval
 import pytest
 from pycocotools.coco import COCO
 
-from captioning.metrics import METRICS, format_score, format_table, quick_score, score_captions, write_metrics
+from captioning import metrics
+from captioning.metrics import (
+    METRICS,
+    cider_by_image,
+    format_score,
+    format_table,
+    quick_score,
+    score_captions,
+    write_metrics,
+)
 from support.errors import UserError
 
 REFERENCES = {
@@ -281,3 +292,47 @@ def test_the_table_aligns_rounds_and_marks_what_is_missing():
     quick = {"BLEU-4": 24.25001, "CIDEr": 0.5, "tokens": "project"}
     assert format_table({"epoch 1": quick}).count(" - |") == 5
     assert format_score("CIDEr", 1) == "1.000"
+
+
+# --- Every reference counts -----------------------------------------------------------------------------------------
+
+SEVERAL = {
+    1: ["a dog runs on the beach", "the brown animal is near water", "somebody looks at a wave"],
+    2: ["two cats sleep on a red sofa", "a pair of pets is lying down", "one striped blanket lies there"],
+    3: ["a boat on the sea", "some people sail in the evening sun", "nobody swims out there today"],
+}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_caption_that_repeats_any_of_its_references_scores_as_if_it_were_the_first(number, no_java):
+    captions = {image_id: group[number] for image_id, group in SEVERAL.items()}
+    full, quick = score_captions(captions, SEVERAL), quick_score(captions, SEVERAL)
+    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"):
+        assert full[name] == quick[name] == pytest.approx(100, abs=1e-4)
+    assert full["ROUGE-L"] == pytest.approx(100, abs=1e-4)
+    assert full["CIDEr"] == quick["CIDEr"] > 10 / 3 - 1e-6  # 10 for the one, little for the others; their mean
+    assert min(cider_by_image(captions, SEVERAL).values()) > 10 / 3 - 1e-6
+
+
+def test_each_images_cider_is_its_own(no_java):
+    captions = {3: "nothing of it", 2: SEVERAL[2][0], 1: SEVERAL[1][0]}
+    by_image = cider_by_image(captions, SEVERAL)
+    assert by_image[1] > 3 and by_image[2] > 3 and by_image[3] < 1
+
+
+def test_meteor_is_given_every_reference(monkeypatch):
+    given = []
+
+    class Recorder:
+        def __init__(self):
+            self.meteor_p, self.lock = subprocess.Popen(["true"], stdin=subprocess.PIPE), threading.Lock()
+
+        def compute_score(self, references, predicted):
+            given.append((references, predicted))
+            return 0.25, []
+
+    monkeypatch.setattr(metrics, "Meteor", Recorder)
+    monkeypatch.setattr(metrics, "ptb_tokens", lambda captions, patience: captions)
+    captions = {image_id: "a dog" for image_id in SEVERAL}
+    assert score_captions(captions, SEVERAL)["METEOR"] == 25
+    assert given == [(SEVERAL, {image_id: ["a dog"] for image_id in SEVERAL})]

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 
 import keras
@@ -9,6 +10,7 @@ import tensorflow as tf
 import model
 from captioning.decoding_rules import BANNED_WORDS, ban_words
 from captioning.feature_cache import CHANNELS, LOCATIONS
+from captioning.kernels import variational_dropout
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
 from config import Config
@@ -278,3 +280,45 @@ def test_captions_repeat_no_sequence(captioner, features):
     for said in words.numpy().tolist():
         pairs = [pair for pair in zip(said, said[1:], strict=False) if PAD not in pair]
         assert len(pairs) == len(set(pairs)) > 3
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_dropout_is_of_embeddings_and_of_what_the_output_layer_gets_and_of_nothing_else(captioner, features, compiled):
+    encoder, decoder = captioner
+    seed, encoded_features = tf.constant((7, 3)), encoder(features)
+    with compiling(decoder, compiled):
+        logits, attention_weights = decoder.teacher_forcing(CAPTIONS, encoded_features, seed)
+    words = tf.transpose(CAPTIONS)  # (T, B)
+    embedded = variational_dropout(decoder.embedding(words[:-1]), SMALL.dropout, seed, layer=0)  # (T-1, B, E)
+    keys, hidden = decoder.attention.key_layer(encoded_features), decoder.initial_hidden(encoded_features)
+    all_hidden = []
+    for t in range(4):
+        hidden, weights = decoder.step(decoder.word_gates(embedded[t]), hidden, encoded_features, keys)
+        all_hidden.append(hidden)
+        real = words[t + 1] != PAD
+        np.testing.assert_allclose(attention_weights[:, t][real], weights[:, :, 0][real], atol=1e-5)
+    dropped = variational_dropout(tf.stack(all_hidden), SMALL.dropout, seed, layer=1)  # (T-1, B, U)
+    np.testing.assert_allclose(logits, decoder.output_layer(dropped[words[1:] != PAD]), atol=1e-5)
+
+
+def test_the_seed_of_the_settings_draws_all_weights():
+    drawn = []
+    for seed in (3, 4):
+        encoder, decoder = model.build_captioner(dataclasses.replace(SMALL, seed=seed), VOCABULARY)
+        drawn.append([*encoder.trainable_weights, *decoder.trainable_weights])
+    kernels = 0
+    for weight, other in zip(*drawn, strict=True):
+        if np.ptp(weight) > 0:  # not biases and the detector, which begin with one number
+            kernels += 1
+            assert np.abs(weight - other.numpy()).max() > 1e-3, weight.path
+    assert kernels == 10
+
+
+def test_the_encoder_is_normalisation_dense_and_relu(features):
+    rng = np.random.default_rng(6)
+    mean = rng.standard_normal(CHANNELS).astype(np.float32)
+    encoder, _ = model.build_captioner(SMALL, VOCABULARY, mean, feature_std=1.5)
+    encoder.bias.assign(rng.standard_normal(SMALL.encoder_dim))
+    dense = (features.numpy() - mean) / 1.5 @ encoder.dense.kernel.numpy() + encoder.bias.numpy()  # (B, P, D)
+    assert 0.2 < (dense < 0).mean() < 0.8
+    np.testing.assert_allclose(encoder(features), np.maximum(dense, 0), atol=1e-3)

@@ -9,7 +9,7 @@ import tensorflow as tf
 import train_image_caption_model as training
 from captioning import self_critical
 from captioning.batches import picture_batches
-from captioning.captioner import load_captioner
+from captioning.captioner import Picture, caption_batch, load_captioner
 from captioning.checkpoints import Progress, list_checkpoints
 from captioning.cider_reward import CiderReward
 from captioning.decoding_rules import BANNED_WORDS
@@ -493,3 +493,26 @@ def test_each_sample_is_taught_with_its_own_picture(taught, trained):
     expected = float(policy_gradient_loss(tf.constant(captions), logits, tf.constant(advantages)))
     loss = training.train_step(state, tf.constant(features), tf.constant(captions), config, tf.constant(advantages))
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_validation_cider_is_of_greedy_captions_against_every_reference(sampled, tmp_path):
+    config, state, features = sampled
+    captioner = tiny_captioner(config, features.numpy())
+    pictures = []
+    for number, feature in enumerate(features.numpy()):
+        np.save(tmp_path / f"{number}.npy", feature)
+        path = tmp_path / f"{number}.jpg"
+        pictures.append(Picture(path, path.name, number, feature_path=tmp_path / f"{number}.npy"))
+    said = {caption.image_id: caption.caption for caption in caption_batch(captioner, pictures, features, config)}
+    assert len({*said.values()}) > 2
+    others = ["of another thing", "not like that at all", "nothing of this is there"]
+    for place in (0, 1, 2):
+        told = [
+            dataclasses.replace(picture, references=[*others[:place], said[picture.image_id], *others[place:]])
+            for picture in pictures
+        ]
+        beams = dataclasses.replace(config, beam_width=3, decode_batch=4)
+        references = {picture.image_id: picture.references for picture in told}
+        expected = quick_score(said, references)["CIDEr"]
+        assert expected > 1
+        assert validation_cider(captioner, told, captioner.vocabulary, beams) == pytest.approx(expected, rel=1e-6)

@@ -662,3 +662,182 @@ def test_an_interrupted_process_saves_and_exits_with_130(trained, tmp_path):
     assert errors.endswith("interrupted: what was finished is kept; run the same command again to go on\n")
     assert "captions: saved" in out
     assert list_checkpoints(run / "last")
+
+
+# --- What a step learns -------------------------------------------------------------------------------------------
+
+
+def first_batch(trained, *more):
+    """(state without training, 16 features (B, P, F), their captions (B, T), config)."""
+    config = settings_of(trained, trained / "nowhere", "--precision", "float32", "--compile", "off", *more)
+    prepared = load_prepared(config)
+    state = training.build_state(prepared, "float32", config)
+    captions = collect_captions(prepared.train, config)
+    features, words = next(iter(training.caption_batches(captions, np.arange(0, 80, 5) + np.arange(16) % 5, config)))
+    return state, tf.cast(features, tf.float32), words, config
+
+
+def take_step(state, features, words, config):
+    """Returns (loss, the gradients that the first step of Adam took): it keeps a tenth of each."""
+    tf.config.run_functions_eagerly(True)  # tracing a step takes longer than one step
+    try:
+        loss = float(training.train_step(state, features, words, config, None))
+    finally:
+        tf.config.run_functions_eagerly(False)
+    return loss, [10 * momentum.numpy() for momentum in state.optimizer._momentums]
+
+
+def word_losses(state, features, words, dropout_seed=None):
+    """Cross-entropy of all words of a batch by TensorFlow's own function, and the attention (B, T-1, P)."""
+    logits, attention = state.decoder.teacher_forcing(words, state.encoder(features), dropout_seed)
+    said = tf.transpose(words[:, 1:])  # (T-1, B)
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(said[said > 0], logits), attention
+
+
+def test_a_step_learns_words_even_attention_and_where_words_are_seen(trained):
+    state, features, words, config = first_batch(
+        trained, "--dropout", "0", "--doubly_stochastic", "3", "--clip_norm", "1e9"
+    )
+    weights = state.trainable_variables
+    with tf.GradientTape() as tape:
+        losses, attention = word_losses(state, features, words)
+        by_caption = [tf.reduce_sum(rows[:length], 0) for rows, length in zip(attention, said(words), strict=True)]
+        uneven = tf.reduce_mean((1 - tf.stack(by_caption)) ** 2)
+        seen = training.detection_loss(state.decoder.detector, words, state.encoder(features), 0)
+        total = tf.reduce_mean(losses) + 3 * uneven + seen
+    expected = [tf.convert_to_tensor(gradient).numpy() for gradient in tape.gradient(total, weights)]
+    loss, gradients = take_step(state, features, words, config)
+    assert loss == pytest.approx(float(tf.reduce_mean(losses)), rel=1e-5)
+    for weight, ours, by_hand in zip(weights, gradients, expected, strict=True):
+        scale = np.abs(by_hand).max()
+        assert scale > 0, weight.path
+        np.testing.assert_allclose(ours, by_hand, atol=1e-3 * scale, err_msg=weight.path)
+
+
+def said(words):
+    """How many words each caption of a batch says, <end> among them."""
+    return np.count_nonzero(words[:, 1:], axis=1)
+
+
+def test_a_step_drops_what_the_seed_and_the_step_say(trained):
+    state, features, words, config = first_batch(trained, "--dropout", "0.4", "--seed", "42")
+    state.decoder.output_layer.kernel.assign(5 * state.decoder.output_layer.kernel)
+    state.optimizer.learning_rate = 0.0  # so that the second step begins with the weights of the first
+    for seed, step in ((42, 0), (7, 1)):
+        state.optimizer.iterations.assign(step)
+        expected, *others = (
+            float(tf.reduce_mean(word_losses(state, features, words, mask)[0]))
+            for mask in ((seed, step), (seed, 1 - step), (49 - seed, step), None)
+        )
+        loss, _ = take_step(state, features, words, dataclasses.replace(config, seed=seed))
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert min(abs(loss - other) for other in others) > 1e-3
+
+
+def test_gradients_are_scaled_down_to_the_norm_of_the_settings(trained):
+    whole, clipped = (
+        np.concatenate([gradient.ravel() for gradient in take_step(*first_batch(trained, "--clip_norm", limit))[1]])
+        for limit in ("1e9", "0.01")
+    )
+    assert np.linalg.norm(whole) > 0.1
+    assert np.linalg.norm(clipped) == pytest.approx(0.01, rel=0.2)  # the parts of a word said twice count one by one
+    np.testing.assert_allclose(clipped / np.linalg.norm(clipped), whole / np.linalg.norm(whole), atol=1e-4)
+
+
+# --- Losses of an epoch -------------------------------------------------------------------------------------------
+
+
+def test_the_validation_loss_is_the_mean_over_words_without_dropout(trained):
+    """Of 25 captions in batches of 16, of other lengths in each; by hand one caption after the other."""
+    config = settings_of(trained, trained / "nowhere", "--compile", "off", "--dropout", "0.5")
+    prepared = load_prepared(config)
+    state = training.build_state(prepared, "float32", config)
+    state.decoder.output_layer.kernel.assign(5 * state.decoder.output_layer.kernel)
+    losses = []
+    for image in prepared.validation:
+        features = np.load(feature_path(image, config))[None].astype(np.float32)
+        for caption in image.encoded_captions:
+            losses.append(word_losses(state, features, tf.constant([caption]))[0].numpy())
+    assert len({len(each) for each in losses}) > 2
+    expected = np.concatenate(losses).mean()
+    found = training.validate(state, collect_captions(prepared.validation, config), config)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_history_calls_validation_is_the_loss_of_the_validation_split(trained):
+    config = settings_of(trained, trained / "run", "--compile", "off")
+    prepared = load_prepared(config)
+    state = training.build_state(prepared, "float32", config)
+    assert training.restore_newest(state, [trained / "run" / "last"], "")
+    loss, of_training = (
+        training.validate(state, collect_captions(images, config), config)
+        for images in (prepared.validation, prepared.train)
+    )
+    written = losses(trained)[-1][2]
+    assert written == pytest.approx(loss, rel=5e-3)  # it may have been computed in another number type
+    assert abs(written - of_training) > 2 * abs(written - loss) + 1e-3
+
+
+def epoch_of_stubs(trained, monkeypatch, epoch, seed=42):
+    """Train an epoch whose steps cost nothing. Returns (EpochRow, (loss, captions (B, T)) of each step)."""
+    config = settings_of(trained, trained / "nowhere", "--seed", str(seed))
+    captions = collect_captions(load_prepared(dataclasses.replace(config, seed=42)).train, config)
+    steps = []
+
+    def step(state, features, words, *rest):
+        steps.append((len(steps) + 1.0, words.numpy()))
+        return steps[-1][0]
+
+    monkeypatch.setattr(training.train_step, "get_concrete_function", lambda *args: step)
+    optimizer = types.SimpleNamespace(learning_rate=0.0)
+    state = types.SimpleNamespace(progress=Progress(), optimizer=optimizer)
+    return training.train_epoch(state, captions, epoch, config), steps
+
+
+def test_the_training_loss_is_the_mean_over_words(trained, monkeypatch):
+    row, steps = epoch_of_stubs(trained, monkeypatch, 0)
+    counts = [said(words).sum() for _, words in steps]
+    assert len(set(counts)) > 2
+    assert row.train_loss == pytest.approx(np.average([loss for loss, _ in steps], weights=counts))
+
+
+def test_the_order_of_captions_depends_on_the_seed_and_the_epoch(trained, monkeypatch):
+    orders = [
+        [tuple(row) for _, words in epoch_of_stubs(trained, monkeypatch, epoch, seed)[1] for row in words.tolist()]
+        for epoch, seed in ((0, 42), (0, 42), (1, 42), (0, 43))
+    ]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2] != orders[3] != orders[0]
+
+
+def test_the_encoder_has_the_statistics_of_the_training_features(trained):
+    config = settings_of(trained, trained / "nowhere")
+    prepared = load_prepared(config)
+    encoder = training.build_state(prepared, "float32", config).encoder
+    features = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(np.float32)
+    np.testing.assert_allclose(encoder.feature_mean, features.mean((0, 1)), atol=1e-4)
+    assert float(encoder.feature_std) == pytest.approx((features - features.mean((0, 1))).std(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("validation", "patience", "trained_on", "best"),
+    [([3, 2, 2.5, 2.5, 1], 2, 4, 2), ([3, 2, 2.5, 1, 2, 2], 2, 6, 4), ([3, 4, 2], 1, 2, 1), ([3, 3, 3, 3], 3, 4, 1)],
+)
+def test_training_ends_after_so_many_epochs_without_a_better_loss(
+    monkeypatch, capsys, validation, patience, trained_on, best
+):
+    saved, epochs, found = [], [], iter(validation)
+    monkeypatch.setattr(
+        training, "train_epoch", lambda state, train, epoch, *rest: epochs.append(epoch) or EpochRow(epoch + 1)
+    )
+    monkeypatch.setattr(training, "validate", lambda *args: float(next(found)))
+    monkeypatch.setattr(training, "show_samples", lambda *args: None)
+    monkeypatch.setattr(training_records, "check_finite", lambda *args: None)
+    monkeypatch.setattr(training_records, "write_history", lambda *args: None)
+    monkeypatch.setattr(training_records, "save_checkpoint", lambda objects, folder, n: saved.append((folder.name, n)))
+    config = read_settings(["--epochs", str(len(validation)), "--patience", str(patience)], "")[0]
+    state = types.SimpleNamespace(progress=Progress(), captioner=lambda: None)
+    training.train_epochs(state, None, None, None, None, config)
+    assert epochs == list(range(trained_on))
+    assert state.progress.best_epoch == max(n for name, n in saved if name == "best") == best
+    assert ("stopping" in capsys.readouterr().out) == (trained_on < len(validation))

@@ -7,14 +7,8 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
-
-from captioning.image_files import load_image
-from captioning.inception import extraction_graphs, feature_network
-from captioning.settings import make_config
 
 pytestmark = pytest.mark.slow
 
@@ -95,24 +89,9 @@ def test_a_run_folder_moved_alone_to_an_empty_place_captions_a_picture(tmp_path)
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")
 def test_real_photographs_in_coco_2017_layout(tmp_path):
     argv = ["--coco_dir", str(SHARED / "coco_mini"), "--coco_split", "train2017", "--inception_weights", str(WEIGHTS)]
-    argv += ["--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run"), "--num_examples", "none"]
+    argv += ["--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run"), "--num_examples", "24"]
     argv += ["--units", "64"]
     run("data_utils.py", *argv)
     run("train_image_caption_model.py", *argv, "--epochs", "2")
     run("inference_image_caption.py", "--run_dir", str(tmp_path / "run"), "--plot_images", "2")
     check_figures(tmp_path / "run" / "captions", 2)
-
-
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="needs ../shared: real photographs and pretrained weights")
-def test_fast_features_are_float32s_up_to_rounding():
-    paths = sorted((SHARED / "coco_mini" / "val2017").glob("*.jpg"))[:16]
-    pixels = tf.constant(np.stack([load_image(path) for path in paths]))
-    features = {}
-    for precision in ("float32", "auto"):
-        config = make_config({"inception_weights": str(WEIGHTS), "extract_precision": precision})
-        with extraction_graphs(config):
-            features[precision] = feature_network(config)(pixels).numpy()
-    norms = np.linalg.norm(features["float32"], axis=-1) * np.linalg.norm(features["auto"], axis=-1)
-    assert ((features["float32"] * features["auto"]).sum(-1) / norms).mean() > 0.999
-    error = np.linalg.norm(features["auto"] - features["float32"]) / np.linalg.norm(features["float32"])
-    assert error < 0.013  # 0.017 where weights are rounded each for itself, see rounding.py

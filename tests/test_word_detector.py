@@ -147,11 +147,16 @@ def test_the_detector_finds_where_a_word_is():
     pictures[marked, place[marked], 0] += 2
     captions = tf.constant([[START, 4 if mark else 5, END] for mark in marked])
     detector = new_detector()
-    for _ in range(300):
+
+    @tf.function
+    def step():
         with tf.GradientTape() as tape:
             loss = sum(all_turns(detector, captions, tf.constant(pictures)))
         for weight, gradient in zip(detector.weights, tape.gradient(loss, detector.weights), strict=True):
             weight.assign_sub(0.5 * tf.convert_to_tensor(gradient))
+
+    for _ in range(300):
+        step()
     maps = word_maps(detector, captions[:, 1:2], tf.constant(pictures))[:, 0].numpy()  # (40, P)
     assert (maps[marked].argmax(1) == place[marked]).mean() > 0.9
     assert maps[marked].max(1).mean() > 0.6
