@@ -25,6 +25,7 @@ from PIL import ExifTags, Image
 from captioning.attention_maps import scale_light, times_level
 from captioning.image_files import upright_rgb
 from captioning.predictions import PredictedCaption
+from captioning.words import parted
 from support.files import replacing
 
 TEMPLATES = pathlib.Path(__file__).parent / "page"
@@ -320,7 +321,7 @@ def references_html(captions):
     references = next((c.predicted.references for c in captions if c.predicted.references), ())
     if not references:
         return ""
-    lines = "".join(f"<li><bdi>{show(reference)}</bdi></li>" for reference in references)
+    lines = "".join(f'<li dir="auto">{show(reference)}</li>' for reference in references)
     return f'<div class="references"><h3>References</h3><ul>{lines}</ul></div>\n'
 
 
@@ -333,14 +334,15 @@ def caption_html(caption, size):
     about = f"<b>{show(caption.label)}</b>" if caption.label else ""
     about += note_html(caption.note)
     name = f" ({caption.label})" if caption.label else ""
-    words = "\n".join(word_html(caption, position, size) for position in range(len(caption.predicted.words)))
+    blanks = parted(caption.predicted.words)
+    words = "".join("\n" * blank + word_html(caption, position, size) for position, blank in enumerate(blanks))
     if words:
         body = f'<button type="button" class="play" aria-pressed="false" aria-label="Play{show(name)}"></button>'
         body += f'<div role="toolbar" aria-label="Words{show(name)}">{words}</div>'
     else:
         body = "<div>(no words)</div>"
     about = f'<div class="about">{about}</div>' if about else ""
-    return f'<div>{about}<div class="caption">{body}</div></div>'
+    return f'<div>{about}<div class="caption" dir="auto">{body}</div></div>'
 
 
 def word_html(caption, position, size):

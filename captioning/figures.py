@@ -1,6 +1,8 @@
 """Pictures of a training and of attention, drawn as PNG files without a display."""
 
 import textwrap
+import warnings
+from unicodedata import east_asian_width
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -8,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from captioning.attention_maps import scale_light, times_level, upsample
+from captioning.fonts import DEFAULT_FAMILIES
 from captioning.image_files import upright_rgb
 from support.files import replacing
 
@@ -41,7 +44,7 @@ def plot_losses(history, path):
         figure.savefig(temporary, dpi=120)
 
 
-def plot_attention(caption, path):
+def plot_attention(caption, path, families=DEFAULT_FAMILIES):
     """Draw the image, and for each word the image lit where its map is high.
 
     The light is scaled from the least to the most of all the caption's maps, so a level map looks level.
@@ -49,6 +52,7 @@ def plot_attention(caption, path):
     Args:
       caption: PredictedCaption
       path: path of the PNG file.
+      families: font families, as `find_families` returns them. A letter that none has is a box.
 
     Raises:
       ValueError: the image file is gone or damaged.
@@ -62,8 +66,9 @@ def plot_attention(caption, path):
         smooth = upsample(light, image.size)  # (height, width)
         panels.append((f"{word} {times_level(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
     title = f"{caption.caption or '(no words)'} ({caption.map_name()}; its peak in multiples of a level map)"
-    figure = lay_out_panels(panels, image.size, title)
-    with replacing(path) as temporary:
+    figure = lay_out_panels(panels, image.size, title, families)
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # `find_families` has said so
         figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # the usual 6 takes a fifth of a second
 
 
@@ -78,15 +83,17 @@ def read_panel(path):
         raise ValueError(f"{path} cannot be drawn ({error})") from error
 
 
-def lay_out_panels(panels, image_size, title):
+def lay_out_panels(panels, image_size, title, families=DEFAULT_FAMILIES):
     """A figure of panels in rows, each with its word above, and the caption on top.
 
-    It has no axes: their layout takes longer than all the rest.
+    It has no axes: their layout takes longer than all the rest. Matplotlib from 3.11 on joins Arabic's letters, sets
+    marks in place and writes from right to left. Before, letters stand apart and from left to right.
 
     Args:
       panels: list of (word, pixels (height, width, 3) in 0..1).
       image_size: (width, height) of each panel's pixels.
       title: str, the caption.
+      families: font families.
 
     Returns:
       matplotlib Figure
@@ -95,10 +102,11 @@ def lay_out_panels(panels, image_size, title):
     rows = -(-len(panels) // (5 if image_width > 1.2 * image_height else 6))
     columns = -(-len(panels) // rows)
     width, height = PANEL_WIDTH + GAP, image_height + LINE + GAP
-    lines = textwrap.wrap(title, columns * width // LETTER)
+    letter = LETTER * (1 + sum(east_asian_width(each) in "WF" for each in title) / len(title))  # some are twice as wide
+    lines = textwrap.wrap(title, int(columns * width / letter))
     size = np.array([columns * width, rows * height + len(lines) * LINE])
     figure = Figure(size / DPI, DPI)
-    look = {"ha": "center", "fontsize": 12, "parse_math": False}  # a word may hold a $
+    look = {"ha": "center", "fontsize": 12, "parse_math": False, "family": families}  # a word may hold a $
     figure.text(0.5, 1 - GAP / size[1], "\n".join(lines), va="top", **look)
     for number, (word, pixels) in enumerate(panels):
         corner = np.array([number % columns * width, (rows - 1 - number // columns) * height])  # from the lower left
