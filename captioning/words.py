@@ -31,7 +31,9 @@ _OTHER = rf"[^\W{CHARACTER}]"  # a letter or digit of a script with blanks
 _FOLLOWING = (  # what stays with a character: vowels behind it (two are letters), marks, and letters set below it
     rf"[\u0e33\u0eb3]|{_MARK}|\u200c(?={_MARK})|[\u17d2\u1039](?=\w)[{CHARACTER}]"
 )
-_WORD = re.compile(rf"(?=\w)[{CHARACTER}](?:{_FOLLOWING})*|{_OTHER}(?:{_OTHER}|{_MARK}|['\u200c]+(?={_OTHER}))*")
+_WORD = re.compile(
+    rf"(?=\w)(?![\u0e33\u0eb3])[{CHARACTER}](?:{_FOLLOWING})*|{_OTHER}(?:{_OTHER}|{_MARK}|['\u200c]+(?={_OTHER}))*"
+)
 _ASCII_WORD = re.compile("[a-z0-9]+(?:'+[a-z0-9]+)*")
 _STARTS_AS_CHARACTER = re.compile(f"[{CHARACTER}]")
 
