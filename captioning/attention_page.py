@@ -25,7 +25,7 @@ from PIL import ExifTags, Image
 from captioning.attention_maps import scale_light, times_level
 from captioning.image_files import upright_rgb
 from captioning.predictions import PredictedCaption
-from captioning.words import parted
+from captioning.words import is_character, parted
 from support.files import replacing
 
 TEMPLATES = pathlib.Path(__file__).parent / "page"
@@ -349,6 +349,7 @@ def word_html(caption, position, size):
     """A word as a button. Its attributes hold what the page's script needs.
 
     data-weights: the word's light, a byte each, in base64. 0 is the caption's least weight, 255 its largest.
+    data-joined: there where the word is a character that has no blanks beside it.
     data-peak: the word's largest weight, as a multiple of what a level map has.
     data-boxes: JSON of boxes [x, y, width, height] in shares of the picture's width and height.
     data-sure: see `shade`.
@@ -358,6 +359,7 @@ def word_html(caption, position, size):
     maps = np.nan_to_num(np.asarray(predicted.shown_maps(), np.float64)).clip(0)  # (words, P)
     levels = np.rint(scale_light(maps)[position] * 255).astype(np.uint8)  # (P,)
     data = f'data-weights="{base64.b64encode(levels.tobytes()).decode()}"'
+    data += " data-joined" * is_character(predicted.words[position])
     if maps[position].any():
         data += f' data-peak="{times_level(maps[position]):.1f}"'
     boxes = relative_boxes(caption.boxes.get(position, ()), size)

@@ -65,7 +65,8 @@ def plot_attention(caption, path, families=DEFAULT_FAMILIES):
     for word, weights, light in zip(caption.words, maps, scale_light(maps), strict=True):
         smooth = upsample(light, image.size)  # (height, width)
         panels.append((f"{word} {times_level(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
-    title = f"{caption.caption or '(no words)'} ({caption.map_name()}; its peak in multiples of a level map)"
+    # A line of its own, as one from right to left would take the rest with it.
+    title = f"{caption.caption or '(no words)'}\n({caption.map_name()}; its peak in multiples of a level map)"
     figure = lay_out_panels(panels, image.size, title, families)
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # `find_families` has said so
@@ -92,7 +93,7 @@ def lay_out_panels(panels, image_size, title, families=DEFAULT_FAMILIES):
     Args:
       panels: list of (word, pixels (height, width, 3) in 0..1).
       image_size: (width, height) of each panel's pixels.
-      title: str, the caption.
+      title: str of one or two lines, the caption first.
       families: font families.
 
     Returns:
@@ -103,7 +104,7 @@ def lay_out_panels(panels, image_size, title, families=DEFAULT_FAMILIES):
     columns = -(-len(panels) // rows)
     width, height = PANEL_WIDTH + GAP, image_height + LINE + GAP
     letter = LETTER * (1 + sum(east_asian_width(each) in "WF" for each in title) / len(title))  # some are twice as wide
-    lines = textwrap.wrap(title, int(columns * width / letter))
+    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(columns * width / letter))]
     size = np.array([columns * width, rows * height + len(lines) * LINE])
     figure = Figure(size / DPI, DPI)
     look = {"ha": "center", "fontsize": 12, "parse_math": False, "family": families}  # a word may hold a $

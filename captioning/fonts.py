@@ -13,7 +13,8 @@ SHOWN = 12  # letters that a message quotes at the most
 def find_families(words):
     """The font families in which matplotlib can show words. Letters that no font has are printed in one line.
 
-    Of the other fonts those come first that have the most of the letters, and of these the ones of regular style.
+    Of the other fonts those come first that have the most of the letters, of these the ones of regular style, and of
+    these the sans serifs, which go with matplotlib's own.
 
     Args:
       words: list of str.
@@ -26,7 +27,7 @@ def find_families(words):
     missing, families = letters - FT2Font(default).get_charmap().keys(), list(DEFAULT_FAMILIES)
     fonts = read_fonts(missing) if missing else []
     while missing and fonts:
-        had, _, path, family = max(fonts, key=lambda font: (len(font[0] & missing), font[1]))
+        had, _, path, family = max(fonts, key=lambda font: (len(font[0] & missing), *font[1]))
         if not had & missing:
             break
         font_manager.fontManager.addfont(path)  # matplotlib's own list may be older than the font
@@ -48,12 +49,12 @@ def read_fonts(letters):
       letters: set of code points.
 
     Returns:
-      list of (set of those it has, whether its style is regular, path, family)
+      list of (set of those it has, (whether its style is regular, whether it is a sans serif), path, family)
     """
     fonts = []
     for path in sorted(font_manager.findSystemFonts()):
         with contextlib.suppress(OSError, RuntimeError):  # a damaged file, or of a kind that cannot be read
             font = FT2Font(path)
-            regular = font.style_name in ("Regular", "Book", "Roman", "Medium")
-            fonts.append((letters & font.get_charmap().keys(), regular, path, font.family_name))
+            fit = font.style_name in ("Regular", "Book", "Roman", "Medium"), "Sans" in font.family_name
+            fonts.append((letters & font.get_charmap().keys(), fit, path, font.family_name))
     return fonts

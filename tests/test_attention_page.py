@@ -168,6 +168,13 @@ def test_captions_are_written_as_their_script_is(tmp_path, photograph):
     path = write_pages(tmp_path, "Dogs", [make_picture(photograph, ["一", "狗", "and", "a", "dog"])])[0]
     page, text = Page(path), path.read_text(encoding="utf-8")
     assert re.findall(r"</button>(\s*)<button[^>]*class=.word", text) == ["", "", "\n", "\n"]
+    assert ["data-joined" in word for word in page.all("button", **{"class": "word"})] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert page.all("img")[0]["alt"] == "一狗and a dog"
     assert [box["dir"] for box in page.all("div", **{"class": "caption"})] == ["auto"]
 
