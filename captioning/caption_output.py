@@ -28,7 +28,7 @@ from captioning.caption_records import (
 )
 from captioning.captioner import caption_batch
 from captioning.figures import plot_attention
-from captioning.fonts import DEFAULT_FAMILIES, find_families
+from captioning.fonts import letters_in_fonts
 from captioning.known_boxes import boxes_by_position, find_groundings
 from captioning.own_pictures import describe_skipped
 from support.errors import UserError
@@ -64,15 +64,15 @@ def write_captions(captioner, pictures, make_batches, output, options, config, s
     few = len(pictures) <= PRINTED
     bar = tqdm(total=len(pictures), initial=len(finished), desc="captioning", unit=" pictures", disable=few)
     done = len(finished)
-    families = find_families(captioner.vocabulary) if config.figures else DEFAULT_FAMILIES
-    with bar, appending(path) as add:
+    fonts = letters_in_fonts(captioner.vocabulary) if config.figures else contextlib.nullcontext()
+    with bar, fonts, appending(path) as add:
         for batch, features in make_batches(missing):
             shown = all_attention or any(positions[picture.name] < config.figures for picture in batch)
             with_evidence = shown and config.attention_map == "evidence"
             for prediction in caption_batch(captioner, batch, features, config, with_evidence):
                 number = positions[prediction.name]
                 drawn = number < config.figures
-                figure = draw_figure(prediction, number, output, families) if drawn else ""
+                figure = draw_figure(prediction, number, output) if drawn else ""
                 add(make_record(prediction, figure, drawn or all_attention))
                 if few:
                     print_caption(prediction)
@@ -90,11 +90,11 @@ def write_captions(captioner, pictures, make_batches, output, options, config, s
     return done
 
 
-def draw_figure(prediction, number, output, families):
+def draw_figure(prediction, number, output):
     """Draw the figure of a picture. Returns its file name, or "" where it cannot be drawn, which is printed."""
     name = figure_name(number, prediction)
     try:
-        plot_attention(prediction, output / name, families)
+        plot_attention(prediction, output / name)
     except UserError:  # the disk is full
         raise
     except Exception as error:  # the others are as good without it

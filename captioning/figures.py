@@ -10,7 +10,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from captioning.attention_maps import scale_light, times_level, upsample
-from captioning.fonts import DEFAULT_FAMILIES
 from captioning.image_files import upright_rgb
 from support.files import replacing
 
@@ -44,7 +43,7 @@ def plot_losses(history, path):
         figure.savefig(temporary, dpi=120)
 
 
-def plot_attention(caption, path, families=DEFAULT_FAMILIES):
+def plot_attention(caption, path):
     """Draw the image, and for each word the image lit where its map is high.
 
     The light is scaled from the least to the most of all the caption's maps, so a level map looks level.
@@ -52,7 +51,6 @@ def plot_attention(caption, path, families=DEFAULT_FAMILIES):
     Args:
       caption: PredictedCaption
       path: path of the PNG file.
-      families: font families, as `find_families` returns them. A letter that none has is a box.
 
     Raises:
       ValueError: the image file is gone or damaged.
@@ -67,9 +65,9 @@ def plot_attention(caption, path, families=DEFAULT_FAMILIES):
         panels.append((f"{word} {times_level(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
     # A line of its own, as one from right to left would take the rest with it.
     title = f"{caption.caption or '(no words)'}\n({caption.map_name()}; its peak in multiples of a level map)"
-    figure = lay_out_panels(panels, image.size, title, families)
+    figure = lay_out_panels(panels, image.size, title)
     with replacing(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # `find_families` has said so
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # `letters_in_fonts` has said so
         figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # the usual 6 takes a fifth of a second
 
 
@@ -84,7 +82,7 @@ def read_panel(path):
         raise ValueError(f"{path} cannot be drawn ({error})") from error
 
 
-def lay_out_panels(panels, image_size, title, families=DEFAULT_FAMILIES):
+def lay_out_panels(panels, image_size, title):
     """A figure of panels in rows, each with its word above, and the caption on top.
 
     It has no axes: their layout takes longer than all the rest. Matplotlib from 3.11 on joins Arabic's letters, sets
@@ -94,7 +92,6 @@ def lay_out_panels(panels, image_size, title, families=DEFAULT_FAMILIES):
       panels: list of (word, pixels (height, width, 3) in 0..1).
       image_size: (width, height) of each panel's pixels.
       title: str of one or two lines, the caption first.
-      families: font families.
 
     Returns:
       matplotlib Figure
@@ -107,7 +104,7 @@ def lay_out_panels(panels, image_size, title, families=DEFAULT_FAMILIES):
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(columns * width / letter))]
     size = np.array([columns * width, rows * height + len(lines) * LINE])
     figure = Figure(size / DPI, DPI)
-    look = {"ha": "center", "fontsize": 12, "parse_math": False, "family": families}  # a word may hold a $
+    look = {"ha": "center", "fontsize": 12, "parse_math": False}  # a word may hold a $
     figure.text(0.5, 1 - GAP / size[1], "\n".join(lines), va="top", **look)
     for number, (word, pixels) in enumerate(panels):
         corner = np.array([number % columns * width, (rows - 1 - number // columns) * height])  # from the lower left

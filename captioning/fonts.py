@@ -3,11 +3,17 @@
 import contextlib
 import unicodedata
 
+import matplotlib
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
 DEFAULT_FAMILIES = ("sans-serif",)  # matplotlib's own font, with the letters of Europe, and Arabic and Hebrew
 SHOWN = 12  # letters that a message quotes at the most
+
+
+def letters_in_fonts(words):
+    """A context in which matplotlib shows words in the fonts that `find_families` finds."""
+    return matplotlib.rc_context({"font.family": list(find_families(words))})
 
 
 def find_families(words):
