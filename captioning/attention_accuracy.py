@@ -9,6 +9,7 @@ from PIL import Image
 from captioning.attention_maps import upsample
 from captioning.data.captioned_images import RejectedRecords, clean_id
 from captioning.demo_scores import locate_nouns
+from captioning.words import split_words
 from support.errors import UserError
 from support.files import read_json
 
@@ -307,8 +308,8 @@ def read_categories(records, rejected):
     """Read the list "categories": list of records, RejectedRecords -> dict of category id to name."""
     names = {}
     for record in records:
-        if has_types(record, id=int, name=str) and record["name"].split():
-            names[record["id"]] = " ".join(record["name"].lower().split())
+        if has_types(record, id=int, name=str) and split_words(record["name"]):
+            names[record["id"]] = " ".join(split_words(record["name"]))
         else:
             rejected.add("a category without id or name", record)
     return names

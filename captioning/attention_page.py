@@ -25,6 +25,7 @@ from PIL import ExifTags, Image
 from captioning.attention_maps import scale_light, times_level
 from captioning.image_files import open_image, upright_rgb
 from captioning.predictions import PredictedCaption
+from captioning.words import is_character, parted
 from support.files import replacing
 
 TEMPLATES = pathlib.Path(__file__).parent / "page"
@@ -320,7 +321,7 @@ def references_html(captions):
     references = next((c.predicted.references for c in captions if c.predicted.references), ())
     if not references:
         return ""
-    lines = "".join(f"<li><bdi>{show(reference)}</bdi></li>" for reference in references)
+    lines = "".join(f'<li dir="auto">{show(reference)}</li>' for reference in references)
     return f'<div class="references"><h3>References</h3><ul>{lines}</ul></div>\n'
 
 
@@ -333,20 +334,22 @@ def caption_html(caption, size):
     about = f"<b>{show(caption.label)}</b>" if caption.label else ""
     about += note_html(caption.note)
     name = f" ({caption.label})" if caption.label else ""
-    words = "\n".join(word_html(caption, position, size) for position in range(len(caption.predicted.words)))
+    blanks = parted(caption.predicted.words)
+    words = "".join("\n" * blank + word_html(caption, position, size) for position, blank in enumerate(blanks))
     if words:
         body = f'<button type="button" class="play" aria-pressed="false" aria-label="Play{show(name)}"></button>'
         body += f'<div role="toolbar" aria-label="Words{show(name)}">{words}</div>'
     else:
         body = "<div>(no words)</div>"
     about = f'<div class="about">{about}</div>' if about else ""
-    return f'<div>{about}<div class="caption">{body}</div></div>'
+    return f'<div>{about}<div class="caption" dir="auto">{body}</div></div>'
 
 
 def word_html(caption, position, size):
     """A word as a button. Its attributes hold what the page's script needs.
 
     data-weights: the word's light, a byte each, in base64. 0 is the caption's least weight, 255 its largest.
+    data-joined: there where the word is a character that has no blanks beside it.
     data-peak: the word's largest weight, as a multiple of what a level map has.
     data-boxes: JSON of boxes [x, y, width, height] in shares of the picture's width and height.
     data-sure: see `shade`.
@@ -356,6 +359,7 @@ def word_html(caption, position, size):
     maps = np.nan_to_num(np.asarray(predicted.shown_maps(), np.float64)).clip(0)  # (words, P)
     levels = np.rint(scale_light(maps)[position] * 255).astype(np.uint8)  # (P,)
     data = f'data-weights="{base64.b64encode(levels.tobytes()).decode()}"'
+    data += " data-joined" * is_character(predicted.words[position])
     if maps[position].any():
         data += f' data-peak="{times_level(maps[position]):.1f}"'
     boxes = relative_boxes(caption.boxes.get(position, ()), size)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from captioning.words import split_words
+
 # Articles, prepositions and conjunctions of English, behind which something must come.
 OPEN_WORDS = frozenset(
     "a an the about above across against along among and around as at because before behind below beneath beside "
@@ -34,8 +36,8 @@ class CaptionForm:
 
 
 def describe_form(captions):
-    """The CaptionForm of some captions. list of str, words with one blank between them -> CaptionForm."""
-    words = [caption.split() for caption in captions]
+    """The CaptionForm of some captions. list of str -> CaptionForm."""
+    words = [split_words(caption) for caption in captions]
     return CaptionForm(
         captions=len(captions),
         distinct=len(set(captions)),

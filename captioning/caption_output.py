@@ -32,6 +32,7 @@ from captioning.caption_records import (
 )
 from captioning.captioner import caption_batch
 from captioning.figures import plot_attention
+from captioning.fonts import letters_in_fonts
 from captioning.known_boxes import boxes_by_position, find_groundings
 from captioning.own_pictures import describe_skipped
 from support.errors import UserError, printable
@@ -92,7 +93,8 @@ def caption_missing(captioner, pictures, finished, make_batches, path, options, 
     drawn = {picture.path for picture in pictures[: config.figures]}
     all_attention, few, done = options.attention == "all", len(pictures) <= PRINTED, len(finished)
     bar = tqdm(total=len(pictures), initial=done, desc="captioning", unit=" pictures", disable=few)
-    with bar, appending(path) as add:
+    fonts = letters_in_fonts(captioner.vocabulary) if config.figures else contextlib.nullcontext()
+    with bar, fonts, appending(path) as add:
         for batch, features in make_batches(missing):
             shown = all_attention or any(picture.path in drawn for picture in batch)
             with_evidence = shown and config.attention_map == "evidence"

@@ -15,7 +15,8 @@ from captioning.feature_cache import feature_path, parallel_map, read_feature, r
 from captioning.predictions import PredictedCaption
 from captioning.run_folder import check_model_settings, nothing_trained, other_folder
 from captioning.settings import prepare_command
-from captioning.vocabulary import END, PAD, encode_captions, read_vocabulary, standardize
+from captioning.vocabulary import END, PAD, encode_captions, read_vocabulary
+from captioning.words import split_words
 from model import CNN_Encoder, RNN_Decoder, build_captioner, greedy_decode
 from support.errors import UserError
 
@@ -194,7 +195,7 @@ def explain_references(captioner, pictures, config):
                 PredictedCaption(
                     path=batch[i].path,
                     name=batch[i].name,
-                    words=standardize([batch[i].references[number]]).numpy()[0].decode().split(),
+                    words=split_words(batch[i].references[number]),
                     log_probs=np.zeros(0),
                     attention_weights=np.zeros(0),
                     image_id=batch[i].image_id,

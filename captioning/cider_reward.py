@@ -9,7 +9,8 @@ import math
 
 from pycocoevalcap.cider.cider_scorer import precook
 
-from captioning.vocabulary import END, PAD, SPECIAL_WORDS, standardize
+from captioning.vocabulary import END, PAD, SPECIAL_WORDS
+from captioning.words import split_words
 
 LONGEST_NGRAM = 4  # words
 SIGMA = 6.0  # words; a caption of another length than a reference's counts less, as a normal curve falls
@@ -26,10 +27,7 @@ class CiderReward:
 
     def __init__(self, references, vocabulary):
         self.vocabulary = vocabulary
-        counts = [len(group) for group in references]
-        texts = standardize([text for group in references for text in group]).numpy().tolist()
-        texts = iter(text.decode() for text in texts)
-        self.references = [[next(texts) for _ in range(count)] for count in counts]
+        self.references = [[" ".join(split_words(text)) for text in group] for group in references]
         self.log_images = math.log(len(references))
         frequencies = collections.Counter()  # of each n-gram: the pictures that have it in a reference
         for group in self.references:

@@ -17,6 +17,7 @@ from captioning.captioner import decode_captions
 from captioning.checkpoints import is_pattern
 from captioning.graph_images import OK, read_images
 from captioning.vocabulary import END, PAD
+from captioning.words import is_character
 from support.errors import UserError
 from support.files import TEMPORARY, free_space, locked
 
@@ -97,15 +98,18 @@ def write_saved_model(captioner, network, config, folder):
       folder: pathlib.Path, which is there.
     """
     words = ["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)]  # (V,)
+    joined = [not word or is_character(word) for word in words]  # (V,), without a blank on either side
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="images")])
     def caption_many(images):
         pixels, statuses = read_images(images)  # (B, 299, 299, 3), (B,)
         decoded = decode_captions(captioner.encoder, captioner.decoder, network(pixels), config)
-        captions = tf.strings.reduce_join(tf.gather(words, decoded.words), axis=1, separator=" ")  # (B,)
+        alone = ~tf.gather(joined, decoded.words)  # (B, L)
+        blanks = tf.where(alone[:, :-1] & alone[:, 1:], " ", "")  # (B, L - 1), before all words but the first
+        pieces = tf.strings.join((tf.pad(blanks, ((0, 0), (1, 0))), tf.gather(words, decoded.words)))  # (B, L)
         usable = statuses == OK  # (B,)
         return {
-            "captions": tf.where(usable, tf.strings.strip(captions), ""),
+            "captions": tf.where(usable, tf.strings.reduce_join(pieces, axis=1), ""),
             "log_probabilities": tf.where(usable, tf.reduce_sum(decoded.log_probs, axis=1), 0.0),  # (B,)
             "attention_weights": tf.where(usable[:, tf.newaxis, tf.newaxis], decoded.attention_weights, 0.0),
             "statuses": statuses,

@@ -22,6 +22,7 @@ from captioning.feature_cache import CHANNELS, LOCATIONS
 from captioning.image_files import IMAGE_SIZE, load_image
 from captioning.prepared_data import load_prepared
 from captioning.run_folder import other_folder, read_network
+from captioning.words import CHARACTER
 from support.errors import UserError
 from support.files import write_json
 from support.process import silenced_stderr
@@ -98,6 +99,7 @@ def describe(captioner, kind, weights, config):
             "units": config.units,
             "vocabulary": len(captioner.vocabulary),
         },
+        "characters": CHARACTER,  # for a class of a regular expression; no blank is written beside these
         "decoding": {name: getattr(config, name) for name in DECODING},
         "network": read_network(config.run_dir, other_folder(config)),
         "checkpoint": captioner.checkpoint,

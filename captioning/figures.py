@@ -1,6 +1,8 @@
 """Pictures of a training and of attention, drawn as PNG files without a display."""
 
 import textwrap
+import warnings
+from unicodedata import east_asian_width
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -60,9 +62,11 @@ def plot_attention(caption, path):
     for word, weights, light in zip(caption.words, maps, scale_light(maps), strict=True):
         smooth = upsample(light, image.size)  # (height, width)
         panels.append((f"{word} {times_level(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
-    title = f"{caption.caption or '(no words)'} ({caption.map_name()}; its peak in multiples of a level map)"
+    # A line of its own, as one from right to left would take the rest with it.
+    title = f"{caption.caption or '(no words)'}\n({caption.map_name()}; its peak in multiples of a level map)"
     figure = lay_out_panels(panels, image.size, title)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # `letters_in_fonts` has said so
         figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # the usual 6 takes a fifth of a second
 
 
@@ -80,12 +84,13 @@ def read_panel(path):
 def lay_out_panels(panels, image_size, title):
     """A figure of panels in rows, each with its word above, and the caption on top.
 
-    It has no axes: their layout takes longer than all the rest.
+    It has no axes: their layout takes longer than all the rest. Matplotlib from 3.11 on joins Arabic's letters, sets
+    marks in place and writes from right to left. Before, letters stand apart and from left to right.
 
     Args:
       panels: list of (word, pixels (height, width, 3) in 0..1).
       image_size: (width, height) of each panel's pixels.
-      title: str, the caption.
+      title: str of one or two lines, the caption first.
 
     Returns:
       matplotlib Figure
@@ -94,7 +99,8 @@ def lay_out_panels(panels, image_size, title):
     rows = -(-len(panels) // (5 if image_width > 1.2 * image_height else 6))
     columns = -(-len(panels) // rows)
     width, height = PANEL_WIDTH + GAP, image_height + LINE + GAP
-    lines = textwrap.wrap(title, columns * width // LETTER)
+    letter = LETTER * (1 + sum(east_asian_width(each) in "WF" for each in title) / len(title))  # some are twice as wide
+    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(columns * width / letter))]
     size = np.array([columns * width, rows * height + len(lines) * LINE])
     figure = Figure(size / DPI, DPI)
     look = {"ha": "center", "fontsize": 12, "parse_math": False}  # a word may hold a $

@@ -1,13 +1,14 @@
 """Captions scored by the field's metrics, all computed by pycocoevalcap, COCO's evaluation code."""
 
+import collections
 import contextlib
 import os
 import pathlib
 import shutil
 import subprocess
 import threading
+import unicodedata
 
-import tensorflow as tf
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -15,7 +16,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from captioning.data.captioned_images import id_order
-from captioning.vocabulary import standardize
+from captioning.words import split_words
 from support.errors import UserError
 from support.files import write_json
 from support.process import silenced_stderr
@@ -26,8 +27,10 @@ METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 def score_captions(predicted, references, patience=120):
     """Score captions as COCO's official evaluation does.
 
-    METEOR and the PTB tokeniser need Java. If Java is missing, fails or hangs, one line on standard output says so.
-    METEOR is then None. Without PTB's tokens, the other metrics are computed on the project's own tokens.
+    METEOR and the PTB tokeniser are for English, and need Java. If most letters of the references are outside Latin
+    script, or Java is missing, fails or hangs, one line on standard output says so. METEOR is then None, and the others
+    are computed on the project's own tokens, see captioning/words.py. Other languages in Latin script are scored as
+    English is, as their letters do not tell them apart.
 
     Args:
       predicted: dict of image id to caption, a str.
@@ -45,6 +48,7 @@ def score_captions(predicted, references, patience=120):
     predicted, references = pair_by_image(predicted, references)
     with java_settings():
         try:
+            check_script(references)
             predicted, references = ptb_tokens(predicted, patience), ptb_tokens(references, patience)
         except RuntimeError as error:
             print(f"{error}: METEOR is left out, and the other metrics use the project's own tokens instead of PTB's")
@@ -128,11 +132,18 @@ def score_ngrams(predicted, references):
 # --- Tokens and Java --------------------------------------------------------------------------------------------
 
 
+def check_script(references):
+    """RuntimeError where most letters of the references are outside Latin script. dict of image id to list of str."""
+    letters = collections.Counter("".join(text for group in references.values() for text in group))
+    letters = {letter: count for letter, count in letters.items() if unicodedata.category(letter).startswith("L")}
+    latin = sum(count for letter, count in letters.items() if "LATIN" in unicodedata.name(letter, ""))
+    if 2 * latin < sum(letters.values()):
+        raise RuntimeError("Most letters of the references are outside Latin script")
+
+
 def project_tokens(captions):
     """Write captions in the words that a vocabulary is made of. dict of image id to list of str -> the same."""
-    standardized = standardize(tf.constant([caption for group in captions.values() for caption in group]))
-    standardized = iter(standardized.numpy().tolist())
-    return {image_id: [next(standardized).decode() for _ in group] for image_id, group in captions.items()}
+    return {i: [" ".join(split_words(caption)) for caption in group] for i, group in captions.items()}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ import pathlib
 
 import numpy as np
 
+from captioning.words import join_words
+
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays cannot be compared as one value
 class PredictedCaption:
@@ -35,7 +37,7 @@ class PredictedCaption:
 
     @property
     def caption(self):
-        return " ".join(self.words)
+        return join_words(self.words)
 
     @property
     def log_probability(self):

@@ -17,6 +17,7 @@ from captioning.feature_cache import CHANNELS, check_features, feature_path, rea
 from captioning.settings import DATA_SETTINGS, dataset_option, quote
 from captioning.splits import check_validation
 from captioning.vocabulary import build_vocabulary, encode_captions, read_vocabulary
+from captioning.words import character_scripts
 from support.errors import UserError
 from support.files import read_json, remove_leftovers, replacing, write_json
 
@@ -81,6 +82,8 @@ def save_prepared(splits, skipped, config):
         np.savez(temporary, mean=mean, std=std)
     settings = {name: getattr(config, name) for name in DATA_SETTINGS}
     write_json(folder / "settings.json", settings | {"splits": list(splits), "network": read_network(config)}, indent=1)
+    if scripts := character_scripts(vocabulary):
+        print(f"{' and '.join(scripts)}: characters are the words, and --max_words and --vocab_size count them")
     print(f"vocabulary: {len(vocabulary)} words; {len(skipped)} images skipped (see {folder / 'skipped.json'})")
 
 

@@ -1,13 +1,13 @@
-"""Captions as words, and words as token ids.
+"""The vocabulary: words as token ids.
 
-A word is a run of letters, digits and inner apostrophes, in lower case. A token id is a word's position in the
-vocabulary. The first four positions belong to the special words.
+A token id is a word's position in the vocabulary. The first four positions belong to the special words.
 """
 
-import keras
-import numpy as np
-import tensorflow as tf
+import collections
 
+import numpy as np
+
+from captioning.words import split_words
 from support.errors import UserError
 from support.files import read_json
 
@@ -15,47 +15,24 @@ SPECIAL_WORDS = ("<pad>", "<unk>", "<start>", "<end>")
 PAD, UNK, START, END = range(4)
 
 
-def standardize(captions):
-    """Turn captions into lower-case words with one blank between them.
-
-    Args:
-      captions: (N,) tensor or list of str.
-
-    Returns:
-      (N,) string tensor of letters, digits, inner apostrophes and single blanks.
-    """
-    captions = tf.strings.lower(captions, encoding="utf-8")
-    captions = tf.strings.regex_replace(captions, r"[^\p{L}\p{M}\p{N}']+", " ")
-    return tf.strings.strip(tf.strings.regex_replace(captions, r"(^|\s)'+|'+(\s|$)", " "))
-
-
 def count_words(captions):
-    """Count the words of each caption.
-
-    Args:
-      captions: list of N str.
-
-    Returns:
-      list of N int.
-    """
-    if not captions:
-        return []
-    return tf.strings.split(standardize(tf.constant(captions))).row_lengths().numpy().tolist()
+    """Count the words of each caption. list of N str -> list of N int."""
+    return [len(split_words(caption)) for caption in captions]
 
 
 def build_vocabulary(captions, vocab_size):
     """Choose the most frequent words of the training captions.
 
     Args:
-      captions: list of str, not empty.
+      captions: list of str.
       vocab_size: int, V, the largest number of words. The four special words count too.
 
     Returns:
       list of at most V str: the special words, then the others from the most frequent to the least.
     """
-    vectorizer = make_vectorizer(max_tokens=vocab_size - 2)  # Keras counts <pad> and <unk>, but not <start> and <end>
-    vectorizer.adapt(captions)
-    return [*SPECIAL_WORDS, *(str(word) for word in vectorizer.get_vocabulary()[2:])]
+    counts = collections.Counter(word for caption in captions for word in split_words(caption))
+    by_frequency = sorted(counts, key=lambda word: (counts[word], word), reverse=True)
+    return [*SPECIAL_WORDS, *by_frequency[: vocab_size - len(SPECIAL_WORDS)]]
 
 
 def encode_captions(captions, vocabulary):
@@ -68,10 +45,8 @@ def encode_captions(captions, vocabulary):
     Returns:
       list of N lists of int: <start>, the words, <end>. A word outside the vocabulary is <unk>.
     """
-    if not captions:
-        return []
-    encoded = make_vectorizer(vocabulary)(tf.constant(captions)).to_list()
-    return [[START, *token_ids, END] for token_ids in encoded]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    return [[START, *(ids.get(word, UNK) for word in split_words(caption)), END] for caption in captions]
 
 
 def log_frequency_bias(encoded_captions, vocab_size):
@@ -89,12 +64,6 @@ def log_frequency_bias(encoded_captions, vocab_size):
     targets = np.concatenate([caption[1:] for caption in encoded_captions])
     shares = np.bincount(targets, minlength=vocab_size) / len(targets)  # (V,)
     return np.log((shares + 1 / vocab_size) / 2)  # (V,)
-
-
-def make_vectorizer(vocabulary=None, max_tokens=None):
-    """Make Keras's layer from captions (N,) to ragged token ids (N, words), without <start> and <end>."""
-    words = None if vocabulary is None else vocabulary[START:]  # Keras itself puts <pad> and <unk> first
-    return keras.layers.TextVectorization(max_tokens, standardize=standardize, ragged=True, vocabulary=words)
 
 
 def read_vocabulary(path, remedy):

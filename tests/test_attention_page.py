@@ -164,6 +164,21 @@ def test_words_carry_attention_and_probability(tmp_path, photograph):
     assert page.all("img")[0]["alt"] == "a dog catches a frisbee"
 
 
+def test_captions_are_written_as_their_script_is(tmp_path, photograph):
+    path = write_pages(tmp_path, "Dogs", [make_picture(photograph, ["一", "狗", "and", "a", "dog"])])[0]
+    page, text = Page(path), path.read_text(encoding="utf-8")
+    assert re.findall(r"</button>(\s*)<button[^>]*class=.word", text) == ["", "", "\n", "\n"]
+    assert ["data-joined" in word for word in page.all("button", **{"class": "word"})] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert page.all("img")[0]["alt"] == "一狗and a dog"
+    assert [box["dir"] for box in page.all("div", **{"class": "caption"})] == ["auto"]
+
+
 @pytest.mark.parametrize("log_probs", [[], [np.nan] * 5, [-np.inf] * 5, [0.1] * 5])
 def test_odd_numbers_do_no_harm(tmp_path, photograph, log_probs):
     weights = np.array([np.zeros(64), np.full(64, np.nan), np.full(64, -1.0), np.full(64, 1 / 64), np.eye(64)[3]])
@@ -444,6 +459,20 @@ def test_keys_light_the_picture(browser, page):
     assert active_words(browser) == ["a"]
     press(browser, "TAB", "TAB")  # past the other caption's button
     assert active_words(browser) == ["two"]
+
+
+@pytest.mark.slow
+def test_persian_goes_from_right_to_left_also_by_keys(browser, tmp_path):
+    photograph, words = write_photograph(tmp_path / "dog.png"), ["سگی", "روی", "چمن"]
+    open_page(browser, write_pages(tmp_path, "Dogs", [make_picture(photograph, words)])[0])
+    places = [find(browser, ".word", number).rect["x"] for number in range(3)]
+    assert find(browser, ".play").rect["x"] > places[0] > places[1] > places[2]
+    browser.execute_script("arguments[0].focus()", find(browser, ".word"))
+    seen = [active_words(browser)]
+    for key in ("ARROW_LEFT", "ARROW_LEFT", "ARROW_RIGHT"):
+        press(browser, key)
+        seen.append(active_words(browser))
+    assert [word for (word,) in seen] == ["سگی", "روی", "چمن", "روی"]
 
 
 @pytest.mark.slow

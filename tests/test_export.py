@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -21,9 +22,10 @@ from captioning.image_files import load_image
 from captioning.inception import extraction_graphs, feature_network
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD
+from captioning.words import join_words
 from conftest import write_coco
 from support.errors import UserError
-from tiny_captioner import SIZES, VOCABULARY, colour_network, tiny_captioner
+from tiny_captioner import MIXED, SIZES, colour_network, tiny_captioner
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -170,7 +172,7 @@ def test_images_are_decoded_as_for_the_features(tmp_path, name):
 
 def test_the_beam_is_the_configs(tmp_path):
     config = make_config({**SIZES, "max_words": 5, "beam_width": 3, "length_penalty": 1.0})
-    captioner = tiny_captioner(config)
+    captioner = dataclasses.replace(tiny_captioner(config), vocabulary=MIXED)
     export_captioner(captioner, colour_network, config, tmp_path / "model")
     paths = [draw(tmp_path, name, *how) for name, how in SAME.items()]
     served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
@@ -178,7 +180,8 @@ def test_the_beam_is_the_configs(tmp_path):
 
     features = colour_network(np.stack([load_image(path) for path in paths]))
     decoded = decode_captions(captioner.encoder, captioner.decoder, features, config)
-    said = [" ".join(VOCABULARY[i] for i in ids if i not in (PAD, END)) for ids in decoded.words.numpy()]
+    said = [join_words([MIXED[i] for i in ids if i not in (PAD, END)]) for ids in decoded.words.numpy()]
+    assert any(" " in text for text in said) and any(re.search("[一-龥]word|word[0-9]+[一-龥]", text) for text in said)
     assert [text.decode() for text in answer["captions"].numpy()] == said
     sums = tf.reduce_sum(decoded.log_probs, axis=1)
     np.testing.assert_allclose(answer["log_probabilities"], sums, atol=1e-3)

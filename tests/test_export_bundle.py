@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from matplotlib import get_data_path
 from PIL import Image
 
 import inference_image_caption as inference
@@ -26,11 +28,12 @@ from captioning.inception import feature_network
 from captioning.own_pictures import PICTURE_FORMATS, find_pictures
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START
+from captioning.words import CHARACTER, join_words, split_words
 from conftest import options
 from support.errors import UserError
 from test_export import NEAR, SAME, draw
 from test_image_files import PICTURES, jpeg_header, pillow_set_up, png_header
-from tiny_captioner import SIZES, VOCABULARY, colour_network, tiny_captioner
+from tiny_captioner import MIXED, SIZES, colour_network, tiny_captioner
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -54,7 +57,7 @@ def export(kind, folder, weights="float32", config=CONFIG, network=colour_networ
     """Export the tiny captioner to folder / "bundle", with a run folder beside it. Returns (captioner, bundle)."""
     (folder / "network.json").write_text('"a network"')
     config = dataclasses.replace(config, run_dir=str(folder))
-    captioner = tiny_captioner(config, seed=seed)
+    captioner = dataclasses.replace(tiny_captioner(config, seed=seed), vocabulary=MIXED)
     export_bundle.export_bundle(captioner, network, kind, weights, config, folder / "bundle")
     return captioner, folder / "bundle"
 
@@ -205,11 +208,12 @@ def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exp
     features = colour_network(np.stack([load_image(path) for path in in_order]))
     predicted = caption_batch(captioner, [Picture(path, str(path)) for path in in_order], features, config)
     assert ended.stdout.splitlines() == [f"{caption.name}: {caption.caption}" for caption in predicted]
+    assert any(re.search("[一-龥]word", caption.caption) for caption in predicted)
 
 
 def test_the_script_is_short_and_imports_no_more_than_it_says():
     text = RUNNER.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 170
+    assert len(text.splitlines()) <= 190
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name if isinstance(node, ast.Import) else node.module for node in nodes for alias in node.names}
     tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
@@ -308,6 +312,28 @@ def test_a_figure_is_drawn_also_of_a_caption_without_words(exported, pictures, t
     assert capsys.readouterr().out.splitlines()[1] == f"{pictures[0]}: "
 
 
+@pytest.mark.parametrize("caption", ["", "a dog", "一只狗 and 2 dogs", "น้ำ", "می\u200cخواهد بدود", "<unk> 狗"])
+def test_the_script_writes_captions_as_script_3_does(caption):
+    words = ["<unk>" if word == "unk" else word for word in split_words(caption)]
+    assert load_runner().join_words(words, CHARACTER) == join_words(words)
+
+
+def test_letters_of_a_figure_are_in_a_font_that_has_them_or_named(tmp_path, monkeypatch, capsys):
+    runner = load_runner()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no fontconfig
+    assert runner.find_missing(runner.find_font("dog"), "god") == capsys.readouterr().err == ""
+    runner.find_font("кот狗")
+    assert "no font here has these letters, and the figure has boxes for them: кот狗\n" in capsys.readouterr().err
+    (tmp_path / "fc-match").write_text(
+        f"#!/bin/sh\nprintf '{pathlib.Path(get_data_path(), 'fonts/ttf/DejaVuSans.ttf')}\\n0'\n"
+    )
+    (tmp_path / "fc-match").chmod(0o755)
+    assert runner.find_font("кот\u200c").getname()[0] == "DejaVu Sans"
+    assert capsys.readouterr().err == ""
+    runner.find_font("кот狗")
+    assert "for them: 狗\n" in capsys.readouterr().err
+
+
 # --- The folder -------------------------------------------------------------------------------------------------
 
 
@@ -320,10 +346,10 @@ def test_the_bundle_says_what_it_is(exported):
         "locations": 64,
         "channels": 2048,
         **SIZES,
-        "vocabulary": len(VOCABULARY),
+        "vocabulary": len(MIXED),
     }
     assert (about["network"], about["checkpoint"]) == ("a network", captioner.checkpoint)
-    assert json.loads((folder / "vocabulary.json").read_text(encoding="utf-8")) == VOCABULARY
+    assert json.loads((folder / "vocabulary.json").read_text(encoding="utf-8")) == MIXED
     readme = (folder / "README.md").read_text()
     assert f"pip install numpy pillow {export_bundle.RUNTIMES[about['format']]}\n" in readme
     assert len(readme.splitlines()) <= 20

@@ -232,6 +232,21 @@ def test_evaluations_after_one_another_end_their_java(fake_java, capfd):
     assert printed.out + printed.err == ""
 
 
+@pytest.mark.parametrize("caption", ["一只狗在草地上奔跑", "سگی روی چمن می\u200cدود", "кот спит на столе now"])
+def test_references_outside_latin_script_are_scored_without_javas_english(fake_java, capsys, caption):
+    fake_java("echo 0.25")
+    scores = score_captions({1: caption, 2: "a dog"}, {1: [f"{caption}。", caption], 2: ["a dog"]})
+    assert used_project_tokens(scores, printed := capsys.readouterr().out)
+    assert "Most letters of the references are outside Latin script" in printed
+    assert scores["BLEU-4"] == pytest.approx(100, abs=0.1)
+    assert "project |" in format_table({"greedy": scores}) and " - |" in format_table({"greedy": scores})
+
+
+def test_characters_are_the_tokens_of_chinese(no_java):
+    score = quick_score({1: "一只狗", 2: "a cat"}, {1: ["一只猫"], 2: ["a cat"]})
+    assert score["BLEU-1"] == pytest.approx(100 * 4 / 5)
+
+
 # --- Unusual captions
 
 

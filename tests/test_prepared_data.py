@@ -75,6 +75,17 @@ def test_what_was_prepared_is_loaded(root, capsys):
             assert [prepared.vocabulary[i] for i in token_ids[1:-1]] == words
 
 
+def test_one_line_says_that_characters_are_the_words(copied, capsys):
+    prepared = load_prepared(copied)
+    chinese = dataclasses.replace(prepared.train[0], captions=["一只狗 dog"])
+    for images, count in ((prepared.train, 0), ([chinese], 1)):
+        capsys.readouterr()
+        save_prepared({"train": images, "validation": prepared.validation}, {}, copied)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "characters are the words" in line]
+        assert len(lines) == count and all(line.startswith("Han: ") for line in lines)
+    assert set(load_prepared(copied).vocabulary[4:]) == {"一", "只", "狗", "dog"}
+
+
 def test_the_statistics_are_those_of_the_training_features(root):
     config = make(root)
     prepared = load_prepared(config)

@@ -9,6 +9,7 @@ from model import build_captioner
 
 SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32}
 VOCABULARY = [*SPECIAL_WORDS, *(f"word{i}" for i in range(16)), "tüür"]
+MIXED = [*SPECIAL_WORDS, *(f"word{i}" if i % 2 else chr(ord("一") + i) for i in range(len(VOCABULARY) - 4))]
 NO_FEATURES = np.array([-0.7, 0.7])[:, None, None] + np.zeros((64, 2048))  # of mean 0 and some deviation
 
 

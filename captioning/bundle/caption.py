@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import pathlib
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -43,7 +45,7 @@ def main(argv):
             encoded = encode(pixels=read_pixels(path, settings["sizes"]["image"])[np.newaxis])
             found, _ = beam_search(encoded, decode, options)
             words = [vocabulary[i] for i in found if i != END]
-            print(printable(f"{path}: {' '.join(words)}"), flush=True)
+            print(printable(f"{path}: {join_words(words, settings['characters'])}"), flush=True)
             if options.figure:
                 maps = find_evidence(encoded, load_model("evidence", settings["format"]), found[: len(words)])
                 draw_attention(path, words, maps).save(options.figure)
@@ -142,12 +144,39 @@ def find_evidence(encoded, explain, words):
     return np.array(maps or [[0.0]])  # a caption may have no words
 
 
+def join_words(words, characters):
+    """A caption of words, with a blank between two if neither is one of the characters, as those of Chinese are."""
+    alone = [re.match(f"[{characters}]", word) is None for word in words]
+    blanks = (before and after for before, after in zip([False, *alone], alone, strict=False))
+    return "".join(" " * blank + word for blank, word in zip(blanks, words, strict=True))
+
+
+def find_font(text):
+    """Pillow's own font, or where that lacks letters the one that fontconfig finds; says which letters neither has."""
+    font = ImageFont.load_default(16)
+    if find_missing(font, text):
+        codes = " ".join(f"{ord(letter):x}" for letter in sorted(set(text)))
+        command = ["fc-match", "-f", "%{file}\n%{index}", f":charset={codes}"]
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):  # there is no fontconfig
+            found = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout.split("\n")
+            font = ImageFont.truetype(found[0], 16, int(found[1]))  # joins Arabic's letters if Pillow has raqm
+    if missing := find_missing(font, text):
+        print(f"no font here has these letters, and the figure has boxes for them: {missing}", file=sys.stderr)
+    return font
+
+
+def find_missing(font, text):
+    """The letters that a font draws as it draws what is no letter. Joiners have no shape."""
+    box = bytes(font.getmask("\U0010fffe"))
+    return "".join(each for each in sorted(set(text) - {"\u200c", "\u200d"}) if bytes(font.getmask(each)) == box)
+
+
 def draw_attention(path, words, maps):
     """The picture, and for each word the picture lit where its map is high, as a Pillow image."""
     image = ImageOps.contain(open_picture(path, WIDTH), (WIDTH - GAP, 3 * WIDTH))
     pixels, side, height = np.asarray(image, np.float32), round(maps.shape[1] ** 0.5), image.height + LINE + GAP
     figure = Image.new("RGB", (COLUMNS * WIDTH, (len(words) // COLUMNS + 1) * height), "white")
-    pen, font = ImageDraw.Draw(figure), ImageFont.load_default(16)
+    pen, font = ImageDraw.Draw(figure), find_font("".join(words))
     figure.paste(image, (0, LINE))
     scaled = ((maps - maps.min()) / max(np.ptp(maps), 1e-12)) ** 0.5  # all words together, faint ones lifted
     for number, (word, light) in enumerate(zip(words, scaled, strict=False), 1):

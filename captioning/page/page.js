@@ -288,7 +288,8 @@ document.addEventListener("keydown", (event) => {
   if (!word || event.ctrlKey || event.altKey || event.metaKey) return;
   const words = [...word.parentElement.children];
   const place = words.indexOf(word);
-  const goals = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: words.length - 1 };
+  const onwards = getComputedStyle(word).direction === "rtl" ? -1 : 1;
+  const goals = { ArrowRight: place + onwards, ArrowLeft: place - onwards, Home: 0, End: words.length - 1 };
   if (!(event.key in goals)) return;
   event.preventDefault();
   hovered = null; // the key was pressed after the mouse stopped here

@@ -1,0 +1,66 @@
+"""Fonts of this machine that have the letters of captions, for figures."""
+
+import contextlib
+import unicodedata
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+
+DEFAULT_FAMILIES = ("sans-serif",)  # matplotlib's own font, with the letters of Europe, and Arabic and Hebrew
+SHOWN = 12  # letters that a message quotes at the most
+
+
+def letters_in_fonts(words):
+    """A context in which matplotlib shows words in the fonts that `find_families` finds."""
+    return matplotlib.rc_context({"font.family": list(find_families(words))})
+
+
+def find_families(words):
+    """The font families in which matplotlib can show words. Letters that no font has are printed in one line.
+
+    Of the other fonts those come first that have the most of the letters, of these the ones of regular style, and of
+    these the sans serifs, which go with matplotlib's own.
+
+    Args:
+      words: list of str.
+
+    Returns:
+      tuple of str, matplotlib's own font first
+    """
+    letters = {ord(letter) for letter in "".join(words) if unicodedata.category(letter) != "Cf"}
+    default = font_manager.findfont(font_manager.FontProperties(family=DEFAULT_FAMILIES))
+    missing, families = letters - FT2Font(default).get_charmap().keys(), list(DEFAULT_FAMILIES)
+    fonts = read_fonts(missing) if missing else []
+    while missing and fonts:
+        had, _, path, family = max(fonts, key=lambda font: (len(font[0] & missing), *font[1]))
+        if not had & missing:
+            break
+        font_manager.fontManager.addfont(path)  # matplotlib's own list may be older than the font
+        families.append(family)
+        missing -= had
+    if missing:
+        quoted = " ".join(map(chr, sorted(missing)[:SHOWN])) + (" ..." if len(missing) > SHOWN else "")
+        print(
+            f"no font here has {len(missing)} of the captions' letters ({quoted}), and figures show boxes for them: "
+            "install one that has, such as Noto"
+        )
+    return tuple(families)
+
+
+def read_fonts(letters):
+    """What each font of the machine has of some letters.
+
+    Args:
+      letters: set of code points.
+
+    Returns:
+      list of (set of those it has, (whether its style is regular, whether it is a sans serif), path, family)
+    """
+    fonts = []
+    for path in sorted(font_manager.findSystemFonts()):
+        with contextlib.suppress(OSError, RuntimeError):  # a damaged file, or of a kind that cannot be read
+            font = FT2Font(path)
+            fit = font.style_name in ("Regular", "Book", "Roman", "Medium"), "Sans" in font.family_name
+            fonts.append((letters & font.get_charmap().keys(), fit, path, font.family_name))
+    return fonts
