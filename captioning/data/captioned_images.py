@@ -15,8 +15,8 @@ import unicodedata
 
 from captioning.vocabulary import count_words
 
-LONGEST_NAME = 200  # bytes; file systems allow 255, and the names of temporary files are longer
-LONGEST_CAPTION = 10_000  # letters; a longer one is no caption but a damaged file
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and the names of temporary files are longer
+_LONGEST_CAPTION = 10_000  # letters; a longer one is no caption but a damaged file
 # What people call the splits, and what they are called here. Karpathy's restval is used for training.
 SPLITS = {"train": "train", "training": "train", "restval": "train"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation") | {"test": "test", "testing": "test"}
@@ -146,10 +146,10 @@ def name_features(splits):
     """
     owners = collections.defaultdict(set)
     for image in (image for images in splits.values() for image in images):
-        owners[comparable_stem(image)].add(image.name)
+        owners[_comparable_stem(image)].add(image.name)
 
     def named(image):
-        if len(owners[comparable_stem(image)]) == 1:
+        if len(owners[_comparable_stem(image)]) == 1:
             return image
         digest = hashlib.sha256(image.name.encode()).hexdigest()[:16]
         return dataclasses.replace(image, feature_stem=f"{pathlib.PurePath(image.file_name).stem}-{digest}")
@@ -157,7 +157,7 @@ def name_features(splits):
     return {split: [named(image) for image in images] for split, images in splits.items()}
 
 
-def comparable_stem(image):
+def _comparable_stem(image):
     return unicodedata.normalize("NFC", pathlib.PurePath(image.file_name).stem).casefold()
 
 
@@ -184,7 +184,7 @@ def clean_id(value):
         value = float(value)
     if type(value) is float and value.is_integer() and abs(value) < 2**53:
         value = int(value)
-    is_id = type(value) is int or (is_text(value) and 0 < len(value) <= LONGEST_NAME)
+    is_id = type(value) is int or (is_text(value) and 0 < len(value) <= _LONGEST_NAME)
     return value if is_id else None
 
 
@@ -217,10 +217,10 @@ def find_name_problem(file_name):
     """Say why a file name without a folder cannot be used. Any JSON value -> str or None."""
     if not isinstance(file_name, str):
         return "an image without a file name"
-    if not file_name or has_controls(file_name):
+    if not file_name or _has_controls(file_name):
         return "a file name that is empty or not printable"
-    if len(file_name.encode()) > LONGEST_NAME:
-        return f"a file name of more than {LONGEST_NAME} bytes"
+    if len(file_name.encode()) > _LONGEST_NAME:
+        return f"a file name of more than {_LONGEST_NAME} bytes"
     if re.search(r"[/\\]", file_name) or file_name[1:2] == ":":  # a: is a drive of Windows
         return "a file name that leads out of the images' folder"
     if file_name.startswith("."):
@@ -228,7 +228,7 @@ def find_name_problem(file_name):
     return None
 
 
-def has_controls(name):
+def _has_controls(name):
     """Whether a name holds line breaks, other controls or half a surrogate pair. All visible letters are good."""
     return not name.isprintable() and any(unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") for each in name)
 
@@ -244,11 +244,11 @@ def clean_folder(filepath):
     """
     if filepath is None:
         return ""
-    if not is_text(filepath) or len(filepath.encode()) > LONGEST_NAME:
+    if not is_text(filepath) or len(filepath.encode()) > _LONGEST_NAME:
         return None
     folder = pathlib.PureWindowsPath(filepath)  # a Windows path has both kinds of slashes
     leads_out = any(not part.strip(". ") for part in folder.parts)  # for Windows ".. " is the same as ".."
-    if folder.anchor or leads_out or has_controls(filepath):
+    if folder.anchor or leads_out or _has_controls(filepath):
         return None
     return "/".join(folder.parts)
 
@@ -257,8 +257,8 @@ def find_caption_problem(caption):
     """Say why a caption cannot be used, whatever its words. Any JSON value -> str or None."""
     if not is_text(caption):
         return "a caption that is not text"
-    if len(caption) > LONGEST_CAPTION:
-        return f"a caption of more than {LONGEST_CAPTION:,} letters"
+    if len(caption) > _LONGEST_CAPTION:
+        return f"a caption of more than {_LONGEST_CAPTION:,} letters"
     return None
 
 

@@ -17,10 +17,10 @@ from captioning.data.captioned_images import (
 from support.errors import UserError
 from support.files import read_json
 
-REMEDY = "put COCO's own file there, or delete it and run python data_utils.py again to download it"
+_REMEDY = "put COCO's own file there, or delete it and run python data_utils.py again to download it"
 
 
-def read_coco_captions(path, max_words, scored=False, remedy=REMEDY):
+def read_coco_captions(path, max_words, scored=False, remedy=_REMEDY):
     """Read a caption file in COCO's layout.
 
     Records that cannot be used are left out, such as an empty caption or a file name that leads out of the folder. So
@@ -43,18 +43,14 @@ def read_coco_captions(path, max_words, scored=False, remedy=REMEDY):
     return captions_of(read_json(path, remedy), path, max_words, scored, remedy)
 
 
-def captions_of(data, path, max_words, scored=False, remedy=REMEDY):
+def captions_of(data, path, max_words, scored=False, remedy=_REMEDY):
     """The CaptionedImages of what a file in COCO's layout holds. The rest is as in `read_coco_captions`."""
-    if isinstance(data, dict) and data.get("images") and "annotations" not in data:
-        raise UserError(
-            f"{path} lists images without captions, as COCO's image_info files do, and nothing can be trained on or "
-            "scored: give a file with captions, such as captions_train2014.json"
-        )
     if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in ("images", "annotations")):
+        _check_kind(data, path)
         raise UserError(f'{path} does not have the lists "images" and "annotations" of COCO captions: {remedy}')
     rejected = RejectedRecords(path)
-    images = read_coco_images(data["images"], rejected)
-    captions = read_coco_annotations(data["annotations"], images, rejected)
+    images = _read_coco_images(data["images"], rejected)
+    captions = _read_coco_annotations(data["annotations"], images, rejected)
     different = {image.image_id: image for image in images.values()}
     with_captions = add_captions(list(different.values()), captions, max_words, rejected)
     usable = [image for image in with_captions if (image.references if scored else image.captions)]
@@ -66,7 +62,20 @@ def captions_of(data, path, max_words, scored=False, remedy=REMEDY):
     return usable
 
 
-def read_coco_images(records, rejected):
+def _check_kind(data, path):
+    """UserError where a file is of a kind that is known, but has no captions as COCO's files have them."""
+    images = data.get("images") if isinstance(data, dict) else None
+    if not images or not isinstance(images, list) or "annotations" in data:
+        return
+    if any(isinstance(image, dict) and "sentences" in image for image in images):
+        raise UserError(f"{path} is a split file like Karpathy's: give it by --dataset karpathy --karpathy_json")
+    raise UserError(
+        f"{path} lists images without captions, as COCO's image_info files do, and nothing can be trained on or scored: "
+        "give a file with captions, such as captions_train2014.json"
+    )
+
+
+def _read_coco_images(records, rejected):
     """Read the list "images". Records of one file are one image, with the id of the first.
 
     Args:
@@ -101,7 +110,7 @@ def read_coco_images(records, rejected):
     return images
 
 
-def read_coco_annotations(records, images, rejected):
+def _read_coco_annotations(records, images, rejected):
     """Read the list "annotations".
 
     Args:

@@ -11,15 +11,15 @@ from captioning.data.captioned_images import SPLITS, RejectedRecords
 from captioning.data.tables import IMAGE_ENDINGS, Row, Source, make_splits, read_table, read_text
 from support.errors import UserError
 
-METADATA = ("metadata.csv", "metadata.jsonl")
+_METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def read_folder(folder, columns, max_words):
     """Read the captions in a folder of images. Arguments, result and errors are as in `tables.read_table`."""
-    files = list_files(folder)
-    tables = [name for name in files if pathlib.PurePosixPath(name).name in METADATA]
+    files = _list_files(folder)
+    tables = [name for name in files if pathlib.PurePosixPath(name).name in _METADATA]
     if not tables:
-        return read_sidecars(folder, files, max_words)
+        return _read_sidecars(folder, files, max_words)
     splits, first_id = {}, 1
     by_parent = {str(pathlib.PurePosixPath(name).parent).removeprefix("."): name for name in reversed(tables)}
     for parent, name in sorted(by_parent.items()):  # of two in one folder the .csv
@@ -31,7 +31,7 @@ def read_folder(folder, columns, max_words):
     return splits
 
 
-def list_files(folder):
+def _list_files(folder):
     """The files below a folder, at any depth, with slashes, in order of their names. Path -> list of str."""
     found = []
     for place, folders, files in os.walk(folder):
@@ -41,7 +41,7 @@ def list_files(folder):
     return sorted(found)
 
 
-def read_sidecars(folder, files, max_words):
+def _read_sidecars(folder, files, max_words):
     """Read the captions of images that have a .txt file of the same name beside them, one caption a line.
 
     Args:
@@ -75,7 +75,7 @@ def read_sidecars(folder, files, max_words):
         ]
     if not rows:
         raise UserError(
-            f"{folder} has no {' or '.join(METADATA)} and no image with a .txt file beside it{rejected.main_reason()}: "
+            f"{folder} has no metadata.csv or .jsonl and no image with a .txt file beside it{rejected.main_reason()}: "
             "name the file with the captions by --captions"
         )
     return make_splits(rows, Source(folder), max_words, rejected)

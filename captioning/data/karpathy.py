@@ -24,9 +24,11 @@ from captioning.data.captioned_images import (
 from support.errors import UserError
 from support.files import read_json
 
-COCO_URL = "http://images.cocodataset.org"  # an image is at <this>/<folder>/<file name>
-COCO_FOLDERS = ("train2014", "val2014")
-REMEDY = "give dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json or one of their kind by --karpathy_json"
+_COCO_URL = "http://images.cocodataset.org"  # an image is at <this>/<folder>/<file name>
+_COCO_FOLDERS = ("train2014", "val2014")
+_REMEDY = (
+    "give dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json or one of their kind by --karpathy_json"
+)
 
 
 def read_karpathy(path, folder, max_words):
@@ -54,12 +56,12 @@ def read_karpathy(path, folder, max_words):
     """
     if not folder or not pathlib.Path(folder).is_dir():
         raise UserError(f"{str(folder)!r} is not a folder: name the one that holds the images by --images")
-    data = read_json(path, REMEDY)
+    data = read_json(path, _REMEDY)
     if not isinstance(data, dict) or not isinstance(data.get("images"), list):
-        raise UserError(f'{path} does not have the list "images" of a Karpathy split file: {REMEDY}')
+        raise UserError(f'{path} does not have the list "images" of a Karpathy split file: {_REMEDY}')
     rejected = RejectedRecords(path)
-    images, split_of, captions = read_karpathy_images(data["images"], rejected)
-    named = {split for record in data["images"] if (split := split_of_record(record))} | {"train"}
+    images, split_of, captions = _read_karpathy_images(data["images"], rejected)
+    named = {split for record in data["images"] if (split := _split_of_record(record))} | {"train"}
     splits = {split: [] for split in ("train", "validation", "test") if split in named}
     for image in add_captions(images, captions, max_words, rejected):
         split = split_of[image.image_id]
@@ -69,12 +71,12 @@ def read_karpathy(path, folder, max_words):
             rejected.add("an image without a usable caption", image)
     for split, usable in splits.items():
         if not usable:
-            raise UserError(f"{path} has no usable image of the split {split}{rejected.main_reason()}: {REMEDY}")
+            raise UserError(f"{path} has no usable image of the split {split}{rejected.main_reason()}: {_REMEDY}")
     rejected.report()
     return splits
 
 
-def read_karpathy_images(records, rejected):
+def _read_karpathy_images(records, rejected):
     """Read the list "images".
 
     Args:
@@ -85,12 +87,12 @@ def read_karpathy_images(records, rejected):
       (list of CaptionedImage, dict of image id to split, list of (image id, caption, None)).
     """
     images, split_of, captions, known, names = [], {}, [], set(), set()
-    made_ids = itertools.count(first_free_id(records))
+    made_ids = itertools.count(_first_free_id(records))
     for record in records:
-        problem, folder, file_name = place_record(record)
+        problem, folder, file_name = _place_record(record)
         if not problem:
             name = unicodedata.normalize("NFC", f"{folder}/{file_name}")
-            image_id = find_id(record, made_ids)
+            image_id = _find_id(record, made_ids)
             if image_id is None:
                 problem = "an image without an id or a file name"
             elif str(image_id) in known or name in names:
@@ -100,11 +102,11 @@ def read_karpathy_images(records, rejected):
             continue
         known.add(str(image_id))
         names.add(name)
-        url = f"{COCO_URL}/{folder}/{urllib.parse.quote(file_name)}" if folder in COCO_FOLDERS else None
+        url = f"{_COCO_URL}/{folder}/{urllib.parse.quote(file_name)}" if folder in _COCO_FOLDERS else None
         images.append(CaptionedImage(image_id, file_name, folder, url))
-        split_of[image_id] = split_of_record(record)
+        split_of[image_id] = _split_of_record(record)
         for sentence in record["sentences"]:
-            caption = sentence_text(sentence)
+            caption = _sentence_text(sentence)
             if caption_problem := find_caption_problem(caption):
                 rejected.add(caption_problem, sentence)
             else:
@@ -112,24 +114,24 @@ def read_karpathy_images(records, rejected):
     return images, split_of, captions
 
 
-def find_id(record, made_ids):
+def _find_id(record, made_ids):
     """The id of a record: cocoid, or else imgid, or else a made one. None where it has a value that is no id."""
     cocoid, imgid = get_fields(record, "cocoid", "imgid")
     value = imgid if cocoid is None else cocoid
     return next(made_ids) if value is None else clean_id(value)
 
 
-def first_free_id(records):
+def _first_free_id(records):
     """A number above all ids that are numbers."""
     ids = (clean_id(value) for record in records for value in get_fields(record, "cocoid", "imgid"))
     return max((i for i in ids if isinstance(i, int)), default=-1) + 1
 
 
-def place_record(record):
+def _place_record(record):
     """Where an image record belongs. Any JSON value -> (None or why it cannot be used, folder, file name)."""
     if not isinstance(record, dict) or not isinstance(record.get("sentences"), list):
         return "an image without sentences", None, None
-    if not split_of_record(record):
+    if not _split_of_record(record):
         return "a split other than train, restval, val and test", None, None
     folder = clean_folder(record.get("filepath"))
     if folder is None:
@@ -140,13 +142,13 @@ def place_record(record):
     return None, "/".join(filter(None, (folder, deeper))), file_name
 
 
-def split_of_record(record):
+def _split_of_record(record):
     """The split that a record names, or None. Any JSON value -> str or None."""
     (split,) = get_fields(record, "split")
     return SPLITS.get(split.strip().lower()) if isinstance(split, str) else None
 
 
-def sentence_text(sentence):
+def _sentence_text(sentence):
     """The caption of a sentence: raw or, where there is none, its tokens. It may be any JSON value."""
     raw, tokens = get_fields(sentence, "raw", "tokens")
     if raw is None and isinstance(tokens, list) and all(isinstance(token, str) for token in tokens):

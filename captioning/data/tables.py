@@ -25,12 +25,12 @@ from captioning.data.captioned_images import (
 from captioning.data.coco import captions_of
 from support.errors import UserError
 
-DELIMITERS = ("\t", "|", ";", ",")  # the rarest in captions first
-IMAGE_COLUMNS = "image image_name file_name filename filepath path image_path image_file file img".split()
-CAPTION_COLUMNS = "caption captions text comment raw sentence sentences description prompt".split()
+_DELIMITERS = ("\t", "|", ";", ",")  # the rarest in captions first
+_IMAGE_COLUMNS = "image image_name file_name filename filepath path image_path image_file file img".split()
+_CAPTION_COLUMNS = "caption captions text comment raw sentence sentences description prompt".split()
 IMAGE_ENDINGS = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .heif .avif .jp2 .jpe .jfif .mpo".split())
-MOST_LINES = 100  # of a caption in quotes; after as many lines a quote counts as a letter of the caption
-LONGEST_LIST = 1_000_000  # letters of a list in a cell
+_MOST_LINES = 100  # of a caption in quotes; after as many lines a quote counts as a letter of the caption
+_LONGEST_LIST = 1_000_000  # letters of a list in a cell
 
 
 class Row(NamedTuple):
@@ -86,14 +86,14 @@ def read_table(source, columns, max_words, first_id=1):
     text = read_text(source.path)
     rejected = RejectedRecords(source.path)
     if text.lstrip()[:1] in ("{", "["):
-        data = read_whole_json(source.path, text)
+        data = _read_whole_json(source.path, text)
         if isinstance(data, dict) and "images" in data:
             split = source.split or "train"
             remedy = "give a table, or COCO's captions_*.json"
             return {split: captions_of(data, source.path, max_words, split != "train", remedy)}
-        rows = read_json_rows(source.path, text, data, columns, rejected)
+        rows = _read_json_rows(source.path, text, data, columns, rejected)
     else:
-        rows = read_text_rows(source.path, text, columns, rejected)
+        rows = _read_text_rows(source.path, text, columns, rejected)
     return make_splits(rows, source, max_words, rejected, first_id)
 
 
@@ -102,9 +102,9 @@ def read_table(source, columns, max_words, first_id=1):
 
 def make_splits(rows, source, max_words, rejected, first_id=1):
     """The images of rows by split. Arguments and result are as in `read_table`."""
-    images, split_of, captions = collect_images(rows, source, rejected, first_id)
+    images, split_of, captions = _collect_images(rows, source, rejected, first_id)
     if not source.split and images and all(split is None for split in split_of.values()):
-        split_of = splits_by_folder(images)
+        split_of = _splits_by_folder(images)
     splits = {split: [] for split in ("train", "validation", "test") if split in split_of.values()}
     for image in add_captions(images, captions, max_words, rejected):
         split = split_of[image.image_id]
@@ -121,7 +121,7 @@ def make_splits(rows, source, max_words, rejected, first_id=1):
     return splits
 
 
-def collect_images(rows, source, rejected, first_id):
+def _collect_images(rows, source, rejected, first_id):
     """Gather the rows of each image.
 
     Returns:
@@ -130,8 +130,8 @@ def collect_images(rows, source, rejected, first_id):
     """
     images, split_of, captions = {}, {}, {}
     for row in rows:
-        folder, file_name = split_file_name(clean_image_name(row.image))
-        split = source.split or find_split(row.split)
+        folder, file_name = split_file_name(_clean_image_name(row.image))
+        split = source.split or _find_split(row.split)
         if folder is None:
             rejected.add(file_name, row.shown, row.line)
             continue
@@ -146,7 +146,7 @@ def collect_images(rows, source, rejected, first_id):
         if split_of.setdefault(image.image_id, split) != split:
             rejected.add("a row of an image that is in another split", row.shown, row.line)
             continue
-        for caption in list_captions(row.captions):
+        for caption in _list_captions(row.captions):
             if problem := find_caption_problem(caption):
                 rejected.add(problem, row.shown, row.line)
             elif (image.image_id, caption) in captions:
@@ -156,24 +156,24 @@ def collect_images(rows, source, rejected, first_id):
     return list(images.values()), split_of, [(*key, line) for key, line in captions.items()]
 
 
-def clean_image_name(value):
+def _clean_image_name(value):
     """A cell's image without the number of the caption that Flickr8k puts behind it: name.jpg#0."""
     return re.sub(r"(\.\w+)#[0-9]+$", r"\1", value.strip()) if isinstance(value, str) else value
 
 
-def find_split(value):
+def _find_split(value):
     return SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-def splits_by_folder(images):
+def _splits_by_folder(images):
     """Splits by the names of the first folders, if all are names of splits; else all images are to train on."""
     by_folder = {image.image_id: SPLITS.get(image.folder.split("/")[0].lower()) for image in images}
     return by_folder if all(by_folder.values()) else dict.fromkeys(by_folder, "train")
 
 
-def list_captions(value):
+def _list_captions(value):
     """The captions of a cell: a list, a list written as JSON or as Python, or one caption."""
-    if isinstance(value, str) and len(value) < LONGEST_LIST and re.fullmatch(r"(?s)\s*\[\s*[\"'].*\]\s*", value):
+    if isinstance(value, str) and len(value) < _LONGEST_LIST and re.fullmatch(r"(?s)\s*\[\s*[\"'].*\]\s*", value):
         for parse in (json.loads, ast.literal_eval):
             try:
                 parsed = parse(value.strip())
@@ -187,7 +187,7 @@ def list_captions(value):
 # --- Columns ----------------------------------------------------------------------------------------------------
 
 
-def find_columns(names, columns):
+def _find_columns(names, columns):
     """Which of the columns hold images, captions and splits.
 
     Args:
@@ -199,19 +199,19 @@ def find_columns(names, columns):
     """
     places = {}
     for place, name in enumerate(names):
-        places.setdefault(plain(name), place)
-    image_column, caption_column = ([plain(column)] if column else [] for column in columns)
-    groups = (image_column or IMAGE_COLUMNS, caption_column or CAPTION_COLUMNS, ["split"])
+        places.setdefault(_plain(name), place)
+    image_column, caption_column = ([_plain(column)] if column else [] for column in columns)
+    groups = (image_column or _IMAGE_COLUMNS, caption_column or _CAPTION_COLUMNS, ["split"])
     return [next((places[name] for name in group if name in places), None) for group in groups]
 
 
-def plain(name):
+def _plain(name):
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def check_columns(path, names, columns):
-    """What `find_columns` returns, or UserError where there is no column of images or of captions."""
-    found = find_columns(names, columns)
+def _check_columns(path, names, columns):
+    """What `_find_columns` returns, or UserError where there is no column of images or of captions."""
+    found = _find_columns(names, columns)
     wanted = {"images by --image_column": found[0], "captions by --caption_column": found[1]}
     lacking = [what for what, place in wanted.items() if place is None]
     if lacking:
@@ -223,22 +223,22 @@ def check_columns(path, names, columns):
 # --- JSON -------------------------------------------------------------------------------------------------------
 
 
-def read_whole_json(path, text):
+def _read_whole_json(path, text):
     """The value of a file that is one JSON value, or None where it is JSON Lines.
 
     Raises:
       UserError: it is neither.
     """
     first, *others = text.lstrip().split("\n", 1)
-    if others and isinstance(parse_json(first), dict):
+    if others and isinstance(_parse_json(first), dict):
         return None
-    data = parse_json(text)
-    if data is None and not any(isinstance(parse_json(line), dict) for line in split_lines(text)):
+    data = _parse_json(text)
+    if data is None and not any(isinstance(_parse_json(line), dict) for line in _split_lines(text)):
         raise UserError(f"{path} is damaged (it begins like JSON, and is none): write it again, or give another file")
     return data
 
 
-def parse_json(text):
+def _parse_json(text):
     """The value of JSON text, or None where it is no JSON."""
     try:
         return json.loads(text)
@@ -246,7 +246,7 @@ def parse_json(text):
         return None
 
 
-def read_json_rows(path, text, data, columns, rejected):
+def _read_json_rows(path, text, data, columns, rejected):
     """Yield the Rows of JSON Lines, or of a list of objects.
 
     Args:
@@ -255,10 +255,10 @@ def read_json_rows(path, text, data, columns, rejected):
     if isinstance(data, list):
         records = list(enumerate(data, 1))
     else:
-        lines = split_lines(text)
-        records = [(number, parse_json(line)) for number, line in enumerate(lines, 1) if line.strip()]
+        lines = _split_lines(text)
+        records = [(number, _parse_json(line)) for number, line in enumerate(lines, 1) if line.strip()]
     names = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
-    places = check_columns(path, names, columns)
+    places = _check_columns(path, names, columns)
     keys = [None if place is None else names[place] for place in places]
     for number, record in records:
         if not isinstance(record, dict):
@@ -297,24 +297,24 @@ def read_text(path):
         raise UserError(f"line {line} of {path} is no {kind} (byte {byte}): {convert}") from None
 
 
-def split_lines(text):
+def _split_lines(text):
     """Lines without their ends. A caption may hold the other characters at which str.splitlines would split."""
     return re.split("\r\n|\n|\r", text)
 
 
-def read_text_rows(path, text, columns, rejected):
+def _read_text_rows(path, text, columns, rejected):
     """Yield the Rows of a table with a delimiter, with or without a header."""
-    lines = split_lines(text)
+    lines = _split_lines(text)
     start = next((number for number, line in enumerate(lines) if line.strip()), None)
     if start is None:
         raise UserError(f"{path} is empty: give a file with captions by --captions")
     if mark := re.fullmatch("sep=(.)", lines[start].strip()):  # Excel's own way to name the delimiter
         lines[start], delimiters, start = "", mark[1], start + 1
     else:
-        delimiters = DELIMITERS
+        delimiters = _DELIMITERS
     first = lines[start] if start < len(lines) else ""
-    delimiter, places, width, has_header = find_layout(path, first, delimiters, columns)
-    for number, cells, raw in split_records(lines, start + has_header, delimiter, width, places[1]):
+    delimiter, places, width, has_header = _find_layout(path, first, delimiters, columns)
+    for number, cells, raw in _split_records(lines, start + has_header, delimiter, width, places[1]):
         if len(cells) <= max(places[0], places[1]):
             rejected.add("a row with too few columns", raw, number)
             continue
@@ -322,13 +322,13 @@ def read_text_rows(path, text, columns, rejected):
         yield Row(number, cells[places[0]], cells[places[1]], split, raw)
 
 
-def find_layout(path, first, delimiters, columns):
+def _find_layout(path, first, delimiters, columns):
     """Find out how a table is written, by its first line.
 
     Args:
       first: str, the line.
       delimiters: the delimiters to try.
-      columns: as in `find_columns`.
+      columns: as in `_find_columns`.
 
     Returns:
       (delimiter, positions of images, captions and splits, number of columns, whether the line is a header)
@@ -338,22 +338,22 @@ def find_layout(path, first, delimiters, columns):
     """
     widest = []
     for delimiter in delimiters:
-        names = split_cells(first, delimiter)
-        places = find_columns(names, columns)
+        names = _split_cells(first, delimiter)
+        places = _find_columns(names, columns)
         if None not in places[:2]:
             return delimiter, places, len(names), True
-        if not any(columns) and len(names) > 1 and looks_like_image(names[0]):
+        if not any(columns) and len(names) > 1 and _looks_like_image(names[0]):
             numbered = len(names) > 2 and names[1].isdecimal()  # as in Flickr30k: name.jpg| 0| caption
             return delimiter, [0, 1 + numbered, None], 2 + numbered, False
         widest = max(widest, names, key=len)
-    return check_columns(path, widest, columns)
+    return _check_columns(path, widest, columns)
 
 
-def looks_like_image(cell):
-    return clean_image_name(cell).lower().endswith(IMAGE_ENDINGS)
+def _looks_like_image(cell):
+    return _clean_image_name(cell).lower().endswith(IMAGE_ENDINGS)
 
 
-def split_records(lines, start, delimiter, width, caption):
+def _split_records(lines, start, delimiter, width, caption):
     """Take the lines of a table apart.
 
     Args:
@@ -368,9 +368,9 @@ def split_records(lines, start, delimiter, width, caption):
     """
     number = start
     while number < len(lines):
-        raw, count = join_quoted(lines, number, delimiter)
+        raw, count = _join_quoted(lines, number, delimiter)
         if raw.strip(delimiter + " \t"):
-            cells = split_cells(raw, delimiter)
+            cells = _split_cells(raw, delimiter)
             end = caption + 1 + max(len(cells) - width, 0)
             if any(cells[width:]):
                 cells[caption:end] = [f"{delimiter} ".join(cells[caption:end])]
@@ -378,20 +378,20 @@ def split_records(lines, start, delimiter, width, caption):
         number += count
 
 
-def join_quoted(lines, number, delimiter):
+def _join_quoted(lines, number, delimiter):
     """A record in whose quotes lines end. Returns (its text, how many lines it has), one where no quote is open."""
     text = lines[number]
-    if '"' not in text or not has_open_quote(text, delimiter):
+    if '"' not in text or not _has_open_quote(text, delimiter):
         return text, 1
-    for count in range(2, min(MOST_LINES, len(lines) - number) + 1):
+    for count in range(2, min(_MOST_LINES, len(lines) - number) + 1):
         text = "\n".join(lines[number : number + count]) if '"' in lines[number + count - 1] else text
-        if '"' in lines[number + count - 1] and not has_open_quote(text, delimiter):
-            whole = parse_cells(text, delimiter) is not None
+        if '"' in lines[number + count - 1] and not _has_open_quote(text, delimiter):
+            whole = _parse_cells(text, delimiter) is not None
             return (text, count) if whole else (lines[number], 1)
     return lines[number], 1
 
 
-def has_open_quote(text, delimiter):
+def _has_open_quote(text, delimiter):
     """Whether a quoted cell has no end."""
     try:
         list(csv.reader([text], delimiter=delimiter, skipinitialspace=True, strict=True))
@@ -400,7 +400,7 @@ def has_open_quote(text, delimiter):
     return False
 
 
-def parse_cells(text, delimiter):
+def _parse_cells(text, delimiter):
     """The cells of a record as CSV has them, or None where its quotes are not those of CSV."""
     try:
         rows = list(csv.reader([text], delimiter=delimiter, skipinitialspace=True, strict=True))
@@ -409,7 +409,7 @@ def parse_cells(text, delimiter):
     return [cell.strip() for cell in rows[0]] if rows else []
 
 
-def split_cells(text, delimiter):
+def _split_cells(text, delimiter):
     """The cells of a record. Where its quotes are not those of CSV, they are letters like others."""
-    cells = parse_cells(text, delimiter) if '"' in text else None
+    cells = _parse_cells(text, delimiter) if '"' in text else None
     return [cell.strip() for cell in text.split(delimiter)] if cells is None else cells

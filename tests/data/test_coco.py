@@ -162,6 +162,11 @@ def test_a_list_of_images_without_captions_is_one_line(tmp_path):
         read_coco(tmp_path, {"images": coco_data()["images"], "categories": []})
 
 
+def test_a_split_file_like_karpathys_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="give it by --dataset karpathy --karpathy_json"):
+        read_coco(tmp_path, {"images": [{"filename": "a.jpg", "sentences": [{"raw": "a dog"}]}]})
+
+
 def test_a_file_of_which_nothing_can_be_used_says_why(tmp_path):
     data = coco_data()
     for image in data["images"]:

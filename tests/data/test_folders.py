@@ -1,6 +1,6 @@
 import pytest
 
-from captioning.data.folders import list_files, read_folder
+from captioning.data.folders import _list_files, read_folder
 from support.errors import UserError
 
 
@@ -68,12 +68,10 @@ def test_texts_in_the_folders_of_splits(tmp_path):
 
 def test_a_folder_without_captions_is_one_line(tmp_path):
     root = fill(tmp_path, {"a.jpg": "", "b.txt": "a dog"})
-    with pytest.raises(
-        UserError, match=r"no metadata.csv or metadata.jsonl .* \(1 left out: .*'a.jpg'\): .*--captions"
-    ):
+    with pytest.raises(UserError, match=r"no metadata.csv or .jsonl .* \(1 left out: .*'a.jpg'\): .*--captions"):
         read(root)
 
 
 def test_hidden_files_are_none_of_the_data(tmp_path):
     fill(tmp_path, {"b/a.jpg": "", ".git/x.jpg": "", "._a.jpg": "", "a.jpg": ""})
-    assert list_files(tmp_path) == ["a.jpg", "b/a.jpg"]
+    assert _list_files(tmp_path) == ["a.jpg", "b/a.jpg"]

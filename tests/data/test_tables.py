@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from captioning.data.tables import MOST_LINES, Source, read_table
+from captioning.data.tables import _MOST_LINES, Source, read_table
 from strategies import check_one_line
 from support.errors import UserError
 
@@ -229,7 +229,7 @@ def test_quotes_that_are_not_those_of_csv_are_letters(tmp_path, rows, expected):
 def test_a_quote_that_is_never_closed_takes_no_rows_with_it(tmp_path):
     rows = "".join(f"{n}.jpg,a dog\n" for n in range(2, 3000))
     assert len(captions(read(tmp_path, f'image,caption\n1.jpg,"a cat\n{rows}'))) == 2999
-    inside = "\n".join(["a dog"] * MOST_LINES)
+    inside = "\n".join(["a dog"] * _MOST_LINES)
     assert len(captions(read(tmp_path, f'image,caption\n1.jpg,"{inside}"\n2.jpg,a dog\n', max_words=300))) == 2
 
 
