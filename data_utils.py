@@ -9,21 +9,33 @@ import dataclasses
 import pathlib
 import re
 
-from captioning.coco_download import SPLITS as COCO_SPLITS
-from captioning.coco_download import captions_path, fetch_images, find_annotations
-from captioning.data.captioned_images import images_folder, match_names, name_features, names_on_disk
-from captioning.data.coco import read_coco_captions, split_of_file
+from captioning.data.coco_download import SPLITS as COCO_SPLITS
+from captioning.data.coco_download import captions_path
+from captioning.data.coco_download import fetch_images
+from captioning.data.coco_download import find_annotations
+from captioning.data.captioned_images import images_folder
+from captioning.data.captioned_images import match_names
+from captioning.data.captioned_images import name_features
+from captioning.data.captioned_images import names_on_disk
+from captioning.data.coco import read_coco_captions
+from captioning.data.coco import split_of_file
 from captioning.data.folders import read_folder
 from captioning.data.karpathy import read_karpathy
-from captioning.data.tables import Source, read_table
-from captioning.demo_scenes import draw_demo
-from captioning.devices import set_up_devices
-from captioning.extraction import cache_features, calibration_paths, find_missing
-from captioning.feature_cache import feature_stem, features_folder, random_statistics
-from captioning.image_files import set_up_pillow
-from captioning.prepared_data import retract_prepared, save_prepared
+from captioning.data.tables import Source
+from captioning.data.tables import read_table
+from captioning.demo.scenes import draw_demo
+from support.devices import set_up_devices
+from captioning.features.extraction import cache_features
+from captioning.features.extraction import calibration_paths
+from captioning.features.missing import find_missing
+from captioning.features.cache import feature_stem
+from captioning.features.cache import features_folder
+from captioning.features.cache import random_statistics
+from captioning.features.image_files import set_up_pillow
+from captioning.data.prepared_data import retract_prepared
+from captioning.data.prepared_data import save_prepared
 from captioning.settings import read_settings
-from captioning.splits import complete_splits
+from captioning.data.splits import complete_splits
 from support.errors import UserError
 from support.files import STALE, locked, remove_leftovers
 from support.process import run_script

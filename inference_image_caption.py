@@ -14,16 +14,25 @@ import sys
 
 import numpy as np
 
-from captioning.caption_output import write_captions
-from captioning.captioner import cached_batches, dataset_pictures, load_captioner
-from captioning.devices import set_up_devices
-from captioning.evaluation import evaluate
-from captioning.export import export_captioner
-from captioning.export_bundle import DEFAULT_WEIGHTS, check_weights, export_bundle
-from captioning.image_files import set_up_pillow
-from captioning.own_pictures import extract_batches, fetch_pictures, find_pictures
-from captioning.prepared_data import load_prepared
-from captioning.run_folder import check_model_settings, check_other_data, run_network, run_settings
+from captioning.inference.caption_images import write_captions
+from captioning.features.cache import cached_batches
+from captioning.features.cache import dataset_pictures
+from captioning.training.run_folder import load_captioner
+from support.devices import set_up_devices
+from captioning.evaluation.evaluate import evaluate
+from captioning.export.saved_model import export_captioner
+from captioning.export.bundle import DEFAULT_WEIGHTS
+from captioning.export.bundle import check_weights
+from captioning.export.bundle import export_bundle
+from captioning.features.image_files import set_up_pillow
+from captioning.inference.own_images import extract_batches
+from captioning.inference.own_images import fetch_pictures
+from captioning.inference.own_images import find_pictures
+from captioning.data.prepared_data import load_prepared
+from captioning.training.run_folder import check_model_settings
+from captioning.training.run_folder import check_other_data
+from captioning.training.run_folder import run_network
+from captioning.training.run_folder import run_settings
 from captioning.settings import make_config
 from config import Config
 from support.command_line import parse_command_line

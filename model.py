@@ -13,12 +13,12 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from captioning.decoding_rules import DecodedCaptions, has_ended, next_word_log_probs
-from captioning.feature_cache import CHANNELS, LOCATIONS
-from captioning.kernels import MixedPrecisionDense, softmax_cross_entropy, variational_dropout
-from captioning.recurrence import compiled_unroll, compiles_loops
+from captioning.decoder.basic_layers import MixedPrecisionDense, softmax_cross_entropy, variational_dropout
+from captioning.decoder.compiled_recurrence import compiled_unroll, compiles_loops
+from captioning.decoder.rules import DecodedCaptions, has_ended, next_word_log_probs
+from captioning.decoder.word_detector import WordDetector
+from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.vocabulary import PAD, START
-from captioning.word_detector import WordDetector
 from config import Config
 
 
@@ -149,7 +149,7 @@ class RNN_Decoder(keras.Model):
         return update * hidden + (1 - update) * new
 
     def unroll(self, word_gates, lengths, hidden, encoded_features, keys):
-        """One step after the other over given words. `captioning.recurrence.compiled_unroll` computes the same.
+        """One step after the other over given words. `captioning.decoder.compiled_recurrence.compiled_unroll` computes the same.
 
         Args:
           word_gates: float (T, B, 3U), the words' part of the GRU's input gates.

@@ -13,28 +13,70 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from captioning.batches import batch_shapes, bucket_by_length, caption_batches, collect_captions, count_tokens
-from captioning.batches import picture_batches
-from captioning.captioner import dataset_pictures
-from captioning.checkpoints import TrainingState, list_checkpoints, restore_newest
-from captioning.devices import has_fast_bfloat16, set_up_devices
-from captioning.distribution import check_same_everywhere, check_same_training, is_chief, replica_rows, replicas
-from captioning.distribution import run_replicas, sum_processes, sum_replicas, value_of_chief
-from captioning.epoch_batches import begin_epoch, check_loss, each_batch
-from captioning.feature_cache import reading_features
-from captioning.optimizer import SummedAdam
-from captioning.prepared_data import load_prepared, read_prepared_settings
-from captioning.run_folder import begin_run, check_new_run, check_run_fits, other_folder
-from captioning.self_critical import COLLAPSE, add_references, collect_pictures, compare_samples
-from captioning.self_critical import policy_gradient_loss, sample_captions, score_samples, validation_cider
-from captioning.settings import DATA_SETTINGS, adopt_settings, make_config, prepare_command
-from captioning.tensorboard_log import tensorboard_log
-from captioning.training_records import LOWER_RATE, SELF_CRITICAL, EpochRow, announce_end, announce_start
-from captioning.training_records import last_epoch, restore_best, return_to_best, save_epoch, save_last, warning_only
-from captioning.training_records import write_history
-from captioning.training_samples import Samples, choose_samples, show_samples
-from captioning.vocabulary import PAD, UNK, log_frequency_bias
-from captioning.word_detector import detection_loss
+from captioning.training.batches import batch_shapes
+from captioning.training.batches import bucket_by_length
+from captioning.training.batches import caption_batches
+from captioning.training.batches import collect_captions
+from captioning.training.batches import count_tokens
+from captioning.training.batches import picture_batches
+from captioning.features.cache import dataset_pictures
+from captioning.training.state import TrainingState
+from captioning.training.checkpoints import list_checkpoints
+from captioning.training.checkpoints import restore_newest
+from support.devices import has_fast_bfloat16
+from support.devices import set_up_devices
+from support.distribution import check_same_everywhere
+from support.distribution import check_same_training
+from support.distribution import is_chief
+from support.distribution import replica_rows
+from support.distribution import replicas
+from support.distribution import run_replicas
+from support.distribution import sum_processes
+from support.distribution import sum_replicas
+from support.distribution import value_of_chief
+from captioning.training.epochs import begin_epoch
+from captioning.training.epochs import check_loss
+from captioning.training.epochs import each_batch
+from captioning.features.feature_files import reading_features
+from captioning.training.optimizer import SummedAdam
+from captioning.data.prepared_data import load_prepared
+from captioning.data.prepared_data import read_prepared_settings
+from captioning.training.run_folder import begin_run
+from captioning.training.run_folder import check_new_run
+from captioning.training.run_folder import check_run_fits
+from captioning.training.run_folder import other_folder
+from captioning.training.self_critical import COLLAPSE
+from captioning.training.self_critical import add_references
+from captioning.training.self_critical import collect_pictures
+from captioning.training.self_critical import compare_samples
+from captioning.training.self_critical import policy_gradient_loss
+from captioning.training.sampling import sample_captions
+from captioning.training.self_critical import score_samples
+from captioning.training.self_critical import validation_cider
+from captioning.settings import DATA_SETTINGS
+from captioning.settings import adopt_settings
+from captioning.settings import make_config
+from captioning.settings import prepare_command
+from captioning.training.tensorboard import tensorboard_log
+from captioning.training.state import LOWER_RATE
+from captioning.training.state import SELF_CRITICAL
+from captioning.training.state import EpochRow
+from captioning.training.state import announce_end
+from captioning.training.state import announce_start
+from captioning.training.state import last_epoch
+from captioning.training.saving import restore_best
+from captioning.training.saving import return_to_best
+from captioning.training.saving import save_epoch
+from captioning.training.saving import save_last
+from captioning.training.saving import warning_only
+from captioning.training.saving import write_history
+from captioning.training.samples import Samples
+from captioning.training.samples import choose_samples
+from captioning.training.samples import show_samples
+from captioning.vocabulary import PAD
+from captioning.vocabulary import UNK
+from captioning.vocabulary import log_frequency_bias
+from captioning.decoder.word_detector import detection_loss
 from config import Config
 from model import attention_loss, build_captioner, caption_loss
 from support.command_line import parse_command_line

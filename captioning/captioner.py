@@ -1,24 +1,18 @@
 """The trained captioner: restored from its run, it turns features into predicted captions."""
 
 import dataclasses
-import pathlib
 
 import numpy as np
 import tensorflow as tf
 
-from captioning.beam_search import beam_search
-from captioning.checkpoints import captioner_checkpoint, checkpoint_digest, restore_newest
-from captioning.data.captioned_images import image_path
-from captioning.decoding_rules import DecodedCaptions, has_ended
-from captioning.evidence import explain_captions
-from captioning.feature_cache import feature_path, parallel_map, read_feature, reading_features
-from captioning.predictions import PredictedCaption
-from captioning.run_folder import check_model_settings, nothing_trained, other_folder
-from captioning.settings import prepare_command
-from captioning.vocabulary import END, PAD, encode_captions, read_vocabulary
+from captioning.attention.evidence import explain_captions
+from captioning.decoder.beam_search import beam_search
+from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.rules import DecodedCaptions, has_ended
+from captioning.features.cache import cached_batches
+from captioning.vocabulary import END, PAD, encode_captions
 from captioning.words import split_words
-from model import CNN_Encoder, RNN_Decoder, build_captioner, greedy_decode
-from support.errors import UserError
+from model import CNN_Encoder, RNN_Decoder, greedy_decode
 
 MOST_CAPTIONS = 20  # words, within which most captions end
 
@@ -44,51 +38,6 @@ class Captioner:
     identity: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image to caption.
-
-    Attributes:
-      path: pathlib.Path of the image file.
-      name: str, the image as the user knows it: a path or an address.
-      image_id, references: as in PredictedCaption.
-      feature_path: pathlib.Path of its cached features, or None.
-    """
-
-    path: pathlib.Path
-    name: str
-    image_id: int | str | None = None
-    references: list[str] = ()
-    feature_path: pathlib.Path | None = None
-
-
-def dataset_pictures(images, config):
-    """The Pictures of a data set's images, with their cached features. list of CaptionedImages -> list of Pictures."""
-    pictures = []
-    for image in images:
-        path = image_path(image, config)
-        pictures.append(Picture(path, str(path), image.image_id, image.references, feature_path(image, config)))
-    return pictures
-
-
-def load_captioner(config):
-    """Restore the best checkpoint of `run_dir`, or the last one where none of the best can be read.
-
-    Raises:
-      UserError: nothing was trained there, or with other sizes than `config` has, or no checkpoint can be read.
-    """
-    folder = pathlib.Path(config.run_dir)
-    check_model_settings(folder, config)
-    vocabulary = read_vocabulary(folder / "vocabulary.json", other_folder(config))
-    encoder, decoder = build_captioner(config, len(vocabulary))
-    folders = [folder / "best", folder / "last"]
-    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, other_folder(config))
-    if checkpoint is None:
-        raise UserError(nothing_trained(config))
-    name = f"{checkpoint.parent.name}/{checkpoint.name}"
-    return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint))
-
-
 def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(greedy_decode, beam_search)):
     """Greedy decoding or beam search, as the settings say.
 
@@ -106,30 +55,6 @@ def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(
     if config.beam_width == 1:
         return greedy(encoder, decoder, features, most, config.repeat_block)
     return beams(encoder, decoder, features, most, config.beam_width, config.length_penalty, config.repeat_block)
-
-
-def cached_batches(pictures, config):
-    """The pictures with their cached features, `decode_batch` at a time.
-
-    Args:
-      pictures: list of Pictures with a `feature_path`.
-
-    Yields:
-      (list of B Pictures, features float32 (B, P, F))
-
-    Raises:
-      UserError: a feature file is missing or damaged.
-    """
-    size = config.decode_batch
-    if not pictures:
-        return
-    paths = [str(picture.feature_path) for picture in pictures]
-    # Rounded as in training, where features made elsewhere have more digits than the settings name.
-    read = lambda path: tf.cast(read_feature(path, config.feature_dtype), tf.float32)  # noqa: E731
-    dataset = parallel_map(read, paths).batch(size).prefetch(1)
-    with reading_features(prepare_command(config)):
-        for number, batch in enumerate(dataset):
-            yield pictures[number * size : (number + 1) * size], batch  # (B, P, F)
 
 
 def caption_batch(captioner, pictures, features, config, with_evidence=False):

@@ -122,7 +122,7 @@ def soon():
 
 
 class FileServer:
-    """An HTTP server over a folder; `publish` makes captioning.coco_download expect an archive's size and hash."""
+    """An HTTP server over a folder; `publish` makes captioning.data.coco_download expect an archive's size and hash."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.monkeypatch, self.requests = folder, monkeypatch, []
@@ -138,11 +138,11 @@ class FileServer:
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        monkeypatch.setattr("captioning.coco_download.COCO_URL", self.url)
+        monkeypatch.setattr("captioning.data.coco_download.COCO_URL", self.url)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     def publish(self, archive):
-        from captioning import coco_download
+        from captioning.data import coco_download
 
         name = archive.relative_to(self.folder).as_posix()
         data = archive.read_bytes()

@@ -13,7 +13,7 @@ from captioning.data.captioned_images import clean_id, image_path, name_features
 from captioning.data.coco import read_coco_captions
 from captioning.data.karpathy import read_karpathy
 from captioning.data.tables import Source, read_table
-from captioning.feature_cache import feature_path, features_folder
+from captioning.features.cache import feature_path, features_folder
 from captioning.vocabulary import count_words
 from config import Config
 from strategies import JSON, NAMES, NUMBERS, SENTENCES, after, check_one_line, records

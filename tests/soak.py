@@ -21,10 +21,10 @@ import time
 
 import hypothesis
 import numpy as np
+import test_image_files
 
 import hostile_captions
-import test_image_files
-from captioning.feature_cache import check_feature_file
+from captioning.features.feature_files import check_feature_file
 from conftest import options, weights, write_coco
 from strategies import files_of
 

@@ -8,18 +8,13 @@ import pytest
 import tensorflow as tf
 
 from captioning import captioner as captioner_module
-from captioning.batches import read_features
-from captioning.captioner import (
-    Picture,
-    cached_batches,
-    caption_batch,
-    dataset_pictures,
-    decode_captions,
-    load_captioner,
-)
-from captioning.checkpoints import captioner_checkpoint, list_checkpoints
+from captioning.captioner import caption_batch, decode_captions
 from captioning.data.captioned_images import CaptionedImage
+from captioning.features.cache import Picture, cached_batches, dataset_pictures
 from captioning.settings import make_config
+from captioning.training.batches import read_features
+from captioning.training.checkpoints import captioner_checkpoint, list_checkpoints
+from captioning.training.run_folder import load_captioner
 from captioning.vocabulary import END, PAD
 from support.errors import UserError
 from tiny_captioner import SIZES, VOCABULARY, tiny_captioner

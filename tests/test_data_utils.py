@@ -12,12 +12,12 @@ import pytest
 import tensorflow as tf
 
 import data_utils
-from captioning import extraction
-from captioning.feature_cache import feature_path
-from captioning.feature_manifest import MADE_ELSEWHERE
-from captioning.image_files import load_image
-from captioning.inception import extraction_graphs, feature_network, network_identity
-from captioning.prepared_data import load_prepared
+from captioning.data.prepared_data import load_prepared
+from captioning.features import extraction
+from captioning.features.cache import feature_path
+from captioning.features.image_files import load_image
+from captioning.features.inception import extraction_graphs, feature_network, network_identity
+from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.settings import read_settings
 from captioning.vocabulary import END, START, UNK
 from conftest import IMAGES, full_disk, options, write_coco

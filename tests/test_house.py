@@ -161,9 +161,9 @@ def run(code):
 @pytest.mark.parametrize(
     ("name", "unwanted"),
     [
-        ("model", ["sklearn", "matplotlib", "tqdm", "requests", "support.downloads", "captioning.coco_download"]),
+        ("model", ["sklearn", "matplotlib", "tqdm", "requests", "support.downloads", "captioning.data.coco_download"]),
         ("support.files", ["tensorflow", "keras"]),
-        ("inference_image_caption", ["sklearn", "scipy.stats", "matplotlib.pyplot", "captioning.coco_download"]),
+        ("inference_image_caption", ["sklearn", "scipy.stats", "matplotlib.pyplot", "captioning.data.coco_download"]),
     ],
 )
 def test_an_import_loads_nothing_that_is_not_needed(name, unwanted):

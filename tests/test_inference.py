@@ -12,7 +12,7 @@ import tensorflow as tf
 from PIL import Image
 
 import inference_image_caption as inference
-from captioning import own_pictures
+from captioning.inference import own_images as own_pictures
 from conftest import full_disk, options
 from support.errors import UserError
 from tiny_captioner import colour_network
@@ -89,7 +89,7 @@ def test_a_picture_damaged_since_its_features_were_made_costs_its_figure_alone(t
 
     drawn = []
 
-    monkeypatch.setattr("captioning.caption_output.plot_attention", plot)
+    monkeypatch.setattr("captioning.inference.caption_images.plot_attention", plot)
     infer(trained, "--output", str(tmp_path), "--plot_images", "3")
     assert ["figure" in record for record in records(tmp_path / "captions.jsonl")] == [True, False, True]
     assert set(tmp_path.glob("*.png")) == {drawn[0], drawn[2]}

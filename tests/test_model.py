@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 
 import model
-from captioning.decoding_rules import BANNED_WORDS, ban_words
-from captioning.feature_cache import CHANNELS, LOCATIONS
-from captioning.kernels import variational_dropout
+from captioning.decoder.basic_layers import variational_dropout
+from captioning.decoder.rules import BANNED_WORDS, ban_words
+from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
 from config import Config

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from captioning import export, export_bundle
-from captioning.checkpoints import readable_path, restore_newest, save_checkpoint
-from captioning.feature_cache import CHANNELS, LOCATIONS, read_feature
-from captioning.tensorboard_log import log_epoch, tensorboard_log
+from captioning.export.saved_model import bundle as export_bundle
+from captioning.export.saved_model import saved_model as export
+from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.feature_files import read_feature
+from captioning.training.checkpoints import readable_path, restore_newest, save_checkpoint
+from captioning.training.tensorboard import log_epoch, tensorboard_log
 from support.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent

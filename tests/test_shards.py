@@ -13,8 +13,8 @@ import pytest
 import tensorflow as tf
 
 import data_utils
-from captioning import extraction
-from captioning.feature_manifest import MADE_ELSEWHERE, read_manifest, scan_features
+from captioning.features import extraction
+from captioning.features.manifest import MADE_ELSEWHERE, read_manifest, scan_features
 from conftest import IMAGES, options, write_coco
 from support import files
 from support.errors import UserError

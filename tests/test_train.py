@@ -16,14 +16,16 @@ from PIL import Image
 
 import data_utils
 import train_image_caption_model as training
-from captioning import captioner, epoch_batches, training_records
-from captioning.batches import collect_captions
-from captioning.checkpoints import Progress, list_checkpoints
-from captioning.feature_cache import feature_path
-from captioning.optimizer import scheduled_rate
-from captioning.prepared_data import load_prepared
+from captioning import captioner
+from captioning.data.prepared_data import load_prepared
+from captioning.features.cache import feature_path
 from captioning.settings import read_settings
-from captioning.training_records import EpochRow
+from captioning.training import epochs as epoch_batches
+from captioning.training import saving as training_records
+from captioning.training.batches import collect_captions
+from captioning.training.checkpoints import list_checkpoints
+from captioning.training.optimizer import scheduled_rate
+from captioning.training.state import EpochRow, Progress
 from conftest import SMALL, full_disk, options, rows, weights
 from support.errors import UserError
 

@@ -1,5 +1,6 @@
 """COCO's caption files: captions_*.json lists images (id, file_name, coco_url) and annotations (image_id, caption)."""
 
+import collections
 import pathlib
 import re
 import unicodedata
@@ -14,6 +15,7 @@ from captioning.data.captioned_images import (
     is_text,
     split_file_name,
 )
+from captioning.words import split_words
 from support.errors import UserError
 from support.files import read_json
 
@@ -141,3 +143,112 @@ def split_of_file(path):
     """The COCO split that a captions file is of by its name, such as val2017, or ""."""
     match = re.fullmatch(r"captions_(\w+)\.json", pathlib.PurePath(path).name)
     return match[1] if match else ""
+
+
+LARGEST_SIDE = 10_000  # pixels; no data set has larger images, and a map of this size still fits in memory
+INSTANCES_REMEDY = "put COCO's own file there, or delete it to evaluate without attention accuracy"
+
+
+def read_instances(path, image_ids):
+    """Read COCO's instances.
+
+    Args:
+      path: path of the JSON file.
+      image_ids: set of the ids of the images to read.
+
+    Returns:
+      (set of category names; dict of image id to (width, height) in pixels; dict of (image id, category name) to list
+      of boxes [x, y, w, h] in pixels).
+
+    Raises:
+      UserError: as in `coco_groundings`.
+    """
+    data = read_json(path, INSTANCES_REMEDY)
+    keys = ("categories", "images", "annotations")
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in keys):
+        raise UserError(
+            f'{path} does not have the lists "categories", "images" and "annotations" of COCO instances: '
+            f"{INSTANCES_REMEDY}"
+        )
+    rejected = RejectedRecords(path)
+    names = read_categories(data["categories"], rejected)
+    known = {str(image_id): image_id for image_id in image_ids}
+    sizes = read_sizes(data["images"], known, rejected)
+    if image_ids and not sizes:
+        raise UserError(f"{path} lists none of the captioned images{rejected.main_reason()}: {INSTANCES_REMEDY}")
+    boxes = read_boxes(data["annotations"], names, known, sizes, rejected)
+    rejected.report()
+    return set(names.values()), sizes, boxes
+
+
+def read_categories(records, rejected):
+    """Read the list "categories": list of records, RejectedRecords -> dict of category id to name."""
+    names = {}
+    for record in records:
+        if has_types(record, id=int, name=str) and split_words(record["name"]):
+            names[record["id"]] = " ".join(split_words(record["name"]))
+        else:
+            rejected.add("a category without id or name", record)
+    return names
+
+
+def read_sizes(records, known, rejected):
+    """Read the list "images".
+
+    Args:
+      records: list of records.
+      known: dict of str of an id to the id, those of the images to read.
+      rejected: RejectedRecords.
+
+    Returns:
+      dict of image id to (width, height) in pixels.
+    """
+    sizes = {}
+    for record in records:
+        if not has_types(record, width=int, height=int) or clean_id(record.get("id")) is None:
+            rejected.add("an image without id, width or height", record)
+        elif not all(1 <= record[side] <= LARGEST_SIDE for side in ("width", "height")):
+            rejected.add("an image of an impossible size", record)
+        elif (image_id := known.get(str(clean_id(record["id"])))) is not None:
+            sizes[image_id] = (record["width"], record["height"])
+    return sizes
+
+
+def read_boxes(records, names, known, sizes, rejected):
+    """Read the list "annotations". Crowds are left out: COCO's own evaluation ignores such regions.
+
+    Args:
+      records: list of records.
+      names: dict of category id to name.
+      known: as in `read_sizes`.
+      sizes: dict of image id to size. Boxes of other images are left out.
+      rejected: RejectedRecords.
+
+    Returns:
+      dict of (image id, category name) to list of boxes [x, y, w, h] in pixels.
+    """
+    boxes = collections.defaultdict(list)
+    for record in records:
+        image_id = clean_id(record.get("image_id")) if isinstance(record, dict) else None
+        if image_id is None or not has_types(record, category_id=int) or not is_box(record.get("bbox")):
+            rejected.add("an annotation without image_id, category_id or a box", record)
+        elif record["category_id"] not in names:
+            rejected.add("an annotation of a category that is not listed", record)
+        elif (image_id := known.get(str(image_id))) in sizes and not record.get("iscrowd"):
+            boxes[image_id, names[record["category_id"]]].append(record["bbox"])
+    return dict(boxes)
+
+
+def has_types(record, **types):
+    """Whether a record is a dict with values of exactly these types under these names."""
+    return isinstance(record, dict) and all(type(record.get(key)) is kind for key, kind in types.items())
+
+
+def is_box(box):
+    """Whether a value is a list [x, y, w, h] of finite numbers, with an area above 0."""
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(type(number) in (int, float) and -1e6 < number < 1e6 for number in box)
+        and min(box[2:]) > 0
+    )

@@ -22,14 +22,19 @@ import time
 
 from drawn_data import describe_machine
 
-from captioning.captioner import cached_batches, caption_batch, dataset_pictures, load_captioner
-from captioning.devices import set_up_devices
-from captioning.export_bundle import WEIGHTS, export_bundle
-from captioning.image_files import set_up_pillow
-from captioning.metrics import score_captions
-from captioning.own_pictures import extract_batches
-from captioning.prepared_data import load_prepared
-from captioning.run_folder import run_network, run_settings
+from captioning.features.cache import cached_batches
+from captioning.captioner import caption_batch
+from captioning.features.cache import dataset_pictures
+from captioning.training.run_folder import load_captioner
+from support.devices import set_up_devices
+from captioning.export.bundle import WEIGHTS
+from captioning.export.bundle import export_bundle
+from captioning.features.image_files import set_up_pillow
+from captioning.evaluation.metrics import score_captions
+from captioning.inference.own_images import extract_batches
+from captioning.data.prepared_data import load_prepared
+from captioning.training.run_folder import run_network
+from captioning.training.run_folder import run_settings
 from captioning.settings import make_config
 from config import Config
 from support.command_line import parse_command_line

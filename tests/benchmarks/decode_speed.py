@@ -18,12 +18,19 @@ import numpy as np
 import tensorflow as tf
 from drawn_data import describe_machine, draw_images, print_table
 
-from captioning.captioner import Captioner, cached_batches, caption_batch, dataset_pictures, load_captioner
-from captioning.devices import set_up_devices
-from captioning.prepared_data import load_prepared
-from captioning.run_folder import run_settings
+from captioning.captioner import Captioner
+from captioning.features.cache import cached_batches
+from captioning.captioner import caption_batch
+from captioning.features.cache import dataset_pictures
+from captioning.training.run_folder import load_captioner
+from support.devices import set_up_devices
+from captioning.data.prepared_data import load_prepared
+from captioning.training.run_folder import run_settings
 from captioning.settings import make_config
-from captioning.vocabulary import END, PAD, START, UNK
+from captioning.vocabulary import END
+from captioning.vocabulary import PAD
+from captioning.vocabulary import START
+from captioning.vocabulary import UNK
 from config import Config
 from model import build_captioner
 from support.command_line import parse_command_line

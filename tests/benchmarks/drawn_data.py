@@ -9,10 +9,11 @@ import tensorflow as tf
 from PIL import Image
 
 from captioning.data.captioned_images import CaptionedImage
-from captioning.devices import usable_cores
-from captioning.feature_cache import CHANNELS, LOCATIONS, write_features
-from captioning.prepared_data import Prepared, encode_images
+from captioning.data.prepared_data import Prepared, encode_images
+from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.feature_files import write_features
 from captioning.vocabulary import SPECIAL_WORDS
+from support.devices import usable_cores
 
 
 def draw_images(folder, count, vocab_size, seed=0):

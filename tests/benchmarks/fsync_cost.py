@@ -17,9 +17,9 @@ from unittest import mock
 
 import tensorflow as tf
 
-from captioning import extraction
 from captioning.data.captioned_images import CaptionedImage
-from captioning.demo_scenes import draw_demo
+from captioning.demo.scenes import draw_demo
+from captioning.features import extraction
 from captioning.settings import make_config
 
 IMAGES, ROUNDS = 160, 9

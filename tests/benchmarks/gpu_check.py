@@ -24,13 +24,16 @@ import train_image_caption_model as training
 from drawn_data import describe_machine, draw_photographs, draw_prepared
 from train_speed import our_gradients
 
-from captioning.batches import caption_batches, collect_captions
-from captioning.beam_search import beam_search
+from captioning.training.batches import caption_batches
+from captioning.training.batches import collect_captions
+from captioning.decoder.beam_search import beam_search
 from captioning.captioner import decode_captions
-from captioning.devices import describe_devices, set_up_devices
-from captioning.distribution import replicas
-from captioning.extraction import extract_features
-from captioning.inception import extraction_graphs, feature_network
+from support.devices import describe_devices
+from support.devices import set_up_devices
+from support.distribution import replicas
+from captioning.features.extraction import extract_features
+from captioning.features.inception import extraction_graphs
+from captioning.features.inception import feature_network
 from captioning.settings import make_config
 from config import Config
 from model import greedy_decode

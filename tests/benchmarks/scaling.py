@@ -21,8 +21,8 @@ import tempfile
 import numpy as np
 from drawn_data import describe_machine, draw_images
 
-from captioning.extraction import find_missing
-from captioning.prepared_data import save_prepared
+from captioning.features.missing import find_missing
+from captioning.data.prepared_data import save_prepared
 from captioning.settings import read_settings
 from model import build_captioner
 from support.process import run_script

@@ -23,11 +23,16 @@ import tensorflow as tf
 import train_image_caption_model as training
 from drawn_data import describe_machine, draw_prepared, print_table
 
-from captioning.batches import batch_starts, collect_captions
-from captioning.devices import set_up_devices
-from captioning.feature_cache import CHANNELS, LOCATIONS
-from captioning.prepared_data import load_prepared, read_prepared_settings
-from captioning.settings import DATA_SETTINGS, adopt_settings, make_config
+from captioning.training.batches import batch_starts
+from captioning.training.batches import collect_captions
+from support.devices import set_up_devices
+from captioning.features.cnn import CHANNELS
+from captioning.features.cnn import LOCATIONS
+from captioning.data.prepared_data import load_prepared
+from captioning.data.prepared_data import read_prepared_settings
+from captioning.settings import DATA_SETTINGS
+from captioning.settings import adopt_settings
+from captioning.settings import make_config
 from captioning.vocabulary import PAD
 from config import Config
 from model import caption_loss

@@ -18,7 +18,7 @@ from captioning.data.captioned_images import (
     names_on_disk,
     split_file_name,
 )
-from captioning.feature_cache import feature_stem
+from captioning.features.cache import feature_stem
 from config import Config
 
 

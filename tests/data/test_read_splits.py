@@ -7,8 +7,8 @@ import pytest
 
 import data_utils
 from captioning.data.captioned_images import image_path
-from captioning.feature_cache import feature_path
-from captioning.prepared_data import load_prepared
+from captioning.data.prepared_data import load_prepared
+from captioning.features.cache import feature_path
 from captioning.settings import read_settings
 from conftest import IMAGES, options, write_coco, write_features
 from support.errors import UserError

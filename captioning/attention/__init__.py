@@ -1,0 +1,1 @@
+"""Where the model looks: maps, figures and the page."""

@@ -1,0 +1,224 @@
+"""The boxes of what captions name, where a data set knows them: the demo's scenes, and COCO's instances_*.json."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from captioning.data.coco import read_instances
+from captioning.demo.scenes import read_scenes
+from captioning.demo.scores import locate_nouns
+from support.errors import UserError
+
+
+def find_groundings(captions, config):
+    """The words that name objects with known boxes, in the demo's scenes or in COCO's instances.
+
+    Args:
+      captions: list of PredictedCaptions with image ids.
+
+    Returns:
+      (list of Groundings, or None where no boxes are known; dict of what else is to be reported)
+
+    Raises:
+      UserError: the scenes or the instances are damaged, or those of other images.
+    """
+    if config.dataset == "demo":
+        return demo_groundings(captions, read_scenes(config.coco_dir)), {}
+    instances = instances_path(captions, config)
+    if config.dataset != "coco" or not instances.exists():
+        return None, {}
+    groundings, absent = coco_groundings(captions, instances)
+    return groundings, {"absent": absent}
+
+
+def instances_path(captions, config):
+    """Where COCO's instances of the captioned images are: those of the split in whose folder the images lie."""
+    annotations, split = pathlib.Path(config.coco_dir, "annotations"), config.coco_split
+    if captions and captions[0].path.is_relative_to(config.coco_dir):
+        split = captions[0].path.relative_to(config.coco_dir).parts[0]
+    return annotations / f"instances_{split}.json"
+
+
+def boxes_by_position(groundings):
+    """dict of image id to dict of a word's position in the caption to the boxes of what it names."""
+    boxes = {}
+    for grounding in groundings:
+        for position in grounding.positions:
+            boxes.setdefault(grounding.image_id, {})[position] = grounding.boxes
+    return boxes
+
+
+IRREGULAR_PLURALS = {
+    "child": "children",
+    "knife": "knives",
+    "man": "men",
+    "mouse": "mice",
+    "person": "people",
+    "sheep": "sheep",
+    "woman": "women",
+}
+SYNONYMS = {  # words and phrases that mean one of COCO's categories
+    **dict.fromkeys(("man", "woman", "boy", "girl", "child", "kid", "baby", "lady", "guy"), "person"),
+    **dict.fromkeys(("player", "skier", "snowboarder", "surfer", "skateboarder"), "person"),
+    "bike": "bicycle",
+    "motorbike": "motorcycle",
+    **dict.fromkeys(("plane", "aeroplane"), "airplane"),
+    "taxi": "car",
+    "hydrant": "fire hydrant",
+    "stoplight": "traffic light",
+    "puppy": "dog",
+    "kitten": "cat",
+    "luggage": "suitcase",
+    "ball": "sports ball",
+    **dict.fromkeys(("racket", "racquet", "tennis racquet"), "tennis racket"),
+    "hotdog": "hot dog",
+    "doughnut": "donut",
+    "sofa": "couch",
+    "plant": "potted plant",
+    "table": "dining table",
+    **dict.fromkeys(("television", "television set"), "tv"),
+    **dict.fromkeys(("phone", "cellphone", "mobile phone", "smartphone"), "cell phone"),
+    "fridge": "refrigerator",
+    **dict.fromkeys(("hairdryer", "hair dryer"), "hair drier"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays cannot be compared as one value
+class Grounding:
+    """Where the model looked for a word that names an object, and where such objects are.
+
+    Attributes:
+      attention_weights: (P,).
+      size: (width, height) of the image in pixels.
+      boxes: list of [x, y, w, h] in pixels from the upper left corner, as in COCO.
+      image_id: int or str
+      positions: range, the positions in the caption of the word, or words, that name the object.
+      evidence: (P,), or None where it is not known, see captioning/attention/evidence.py.
+      feature_norms: (P,), length of the feature at each location, or None where it is not known.
+    """
+
+    attention_weights: np.ndarray
+    size: tuple[int, int]
+    boxes: list[list[float]]
+    image_id: int | str | None = None
+    positions: range = range(0)
+    evidence: np.ndarray | None = None
+    feature_norms: np.ndarray | None = None
+
+
+def make_grounding(predicted, positions, size, boxes):
+    """The Grounding of the words of a PredictedCaption at `positions`. Maps of several words are averaged."""
+    words = slice(positions.start, positions.stop)
+    evidence = None if predicted.evidence is None else np.mean(predicted.evidence[words], axis=0)  # (P,)
+    weights = np.mean(predicted.attention_weights[words], axis=0)  # (P,)
+    return Grounding(weights, size, boxes, predicted.image_id, positions, evidence, predicted.feature_norms)
+
+
+# --- Demo ---------------------------------------------------------------------------------------------------------
+
+
+def demo_groundings(predictions, scenes):
+    """Find the nouns in captions of demo images, and the boxes of the objects that they mean.
+
+    Args:
+      predictions: list of PredictedCaption with image ids.
+      scenes: dict of image id to Scene, as `demo_scenes.read_scenes` returns it.
+
+    Returns:
+      list of Grounding, one for each noun that is matched to an object of the scene.
+
+    Raises:
+      UserError: a captioned image has no scene.
+    """
+    groundings = []
+    for predicted in predictions:
+        scene = scenes.get(predicted.image_id)
+        if scene is None:
+            raise UserError(
+                f"no scene is known for image {predicted.image_id}: run python data_utils.py --dataset demo again"
+            )
+        for position, box in locate_nouns(predicted.caption, scene):
+            size, positions = (scene.width, scene.height), range(position, position + 1)
+            groundings.append(make_grounding(predicted, positions, size, [box]))
+    return groundings
+
+
+# --- MS-COCO ------------------------------------------------------------------------------------------------------
+
+
+def coco_groundings(predictions, instances_path):
+    """Find the words in captions of COCO images that name a category, and all boxes of that category in the image.
+
+    A category may be named by several words, as in "teddy bear". Their attention weights are then averaged. Records of
+    the file that cannot be used are left out. One line for each kind of record left out is printed.
+
+    Args:
+      predictions: list of PredictedCaption with image ids.
+      instances_path: path of COCO's instances_*.json for the captioned images.
+
+    Returns:
+      (list of Grounding, one for each name of a category; int, how many more names there are whose category has no box
+      in the image).
+
+    Raises:
+      UserError: the file is missing, is not JSON or not in COCO's layout, or lists none of the captioned images.
+    """
+    names, sizes, boxes = read_instances(instances_path, {predicted.image_id for predicted in predictions})
+    phrases = name_phrases(names)
+    groundings, num_absent = [], 0
+    for predicted in predictions:
+        for start, end, name in find_mentions(predicted.words, phrases):
+            found = boxes.get((predicted.image_id, name))
+            if found:
+                groundings.append(make_grounding(predicted, range(start, end), sizes[predicted.image_id], found))
+            else:
+                num_absent += 1
+    return groundings, num_absent
+
+
+def name_phrases(names):
+    """List everything that names a category.
+
+    Args:
+      names: set of the categories' names.
+
+    Returns:
+      dict of tuple of words, in the singular or the plural, to the category's name.
+    """
+    meanings = {phrase: name for phrase, name in SYNONYMS.items() if name in names} | {name: name for name in names}
+    plurals = {tuple(plural(phrase).split()): name for phrase, name in meanings.items()}
+    return plurals | {tuple(phrase.split()): name for phrase, name in meanings.items()}
+
+
+def plural(phrase):
+    """The plural of an English noun, or of a phrase that ends in one."""
+    before, blank, noun = phrase.rpartition(" ")
+    if noun in IRREGULAR_PLURALS:
+        return before + blank + IRREGULAR_PLURALS[noun]
+    if noun.endswith(("s", "x", "z", "ch", "sh")):
+        return phrase + "es"
+    if noun.endswith("y") and not noun.endswith(("ay", "ey", "oy", "uy")):
+        return phrase[:-1] + "ies"
+    return phrase + "s"
+
+
+def find_mentions(words, phrases):
+    """Find where a caption names categories. Of several phrases that begin at one word, the longest counts.
+
+    Args:
+      words: list of str, the caption.
+      phrases: dict of tuple of words to name.
+
+    Returns:
+      list of (start, end, name), `words[start:end]` being the phrase.
+    """
+    longest = max(map(len, phrases), default=0)
+    mentions, position = [], 0
+    while position < len(words):
+        ends = range(min(position + longest, len(words)), position, -1)
+        end = next((end for end in ends if tuple(words[position:end]) in phrases), None)
+        if end:
+            mentions.append((position, end, phrases[tuple(words[position:end])]))
+        position = end or position + 1
+    return mentions

@@ -1,0 +1,408 @@
+"""The page of attention: an HTML file that lights each picture where the model looked for each word of its caption.
+
+The file needs nothing but a browser. Pictures, attention, style and script are all inside, and its Content Security
+Policy lets the browser fetch nothing and run no other script. Many pictures become several files that link each other.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import html
+import io
+import itertools
+import json
+import math
+import pathlib
+import re
+import string
+import urllib.parse
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from captioning.attention.maps import scale_light, times_level
+from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.features.image_files import open_image, upright_rgb
+from captioning.words import is_character, parted
+from support.files import replacing
+
+TEMPLATES = pathlib.Path(__file__).parent / "page"
+MARK = '<meta name="generator" content="attention page">'  # tells our own pages from other files of such a name
+HEAD_BYTES = 1000  # of a file, in which MARK is to be found
+
+PAGE_BYTES = 15_000_000  # a page of `page_size` pictures stays below this, whatever the pictures are
+END_BYTES = 50_000  # kept free for the script and the links between pages
+LONGEST_SIDE = 720  # pixels of an embedded picture
+SHORTEST_SIDE = 64  # pixels, below which a picture is not shrunk further to save bytes
+JPEG_QUALITIES = (88, 78, 66, 54, 42)  # tried in turn until the picture is small enough
+TURNED = (5, 6, 7, 8)  # values of EXIF's Orientation with which width and height change places
+
+SHADES = 10  # steps from the faintest word to the darkest
+FAINTEST = 0.01  # probability at and below which a word is shown in the faintest shade
+NEIGHBOURS = 2  # pages on each side of this one that are linked by number, besides the first and the last
+
+# Characters that cannot be seen or not be written, and those that turn the direction of the text around them
+INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclasses.dataclass(frozen=True)
+class PageCaption:
+    """One caption below a picture.
+
+    Attributes:
+      predicted: the caption, its words' log-probabilities and attention weights.
+      label: tells the picture's captions apart, for example "greedy" or "epoch 3". "" where there is only one.
+      note: shown beside the label, for example "CIDEr 0.83".
+      boxes: for a word's position in the caption, the boxes of what the word names: list of [x, y, width, height] in
+        pixels of the upright picture, x and y of the upper left corner.
+    """
+
+    predicted: PredictedCaption
+    label: str = ""
+    note: str = ""
+    boxes: Mapping[int, Sequence[Sequence[float]]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class PagePicture:
+    """A picture of the page.
+
+    Attributes:
+      heading: shown above the picture; the file's name, as a rule.
+      path: path of the image file.
+      captions: captions, shown side by side.
+      note: shown beside the heading.
+    """
+
+    heading: str
+    path: pathlib.Path
+    captions: Sequence[PageCaption]
+    note: str = ""
+
+
+def write_pages(folder, title, pictures, tables=(), page_size=100, file_name="index.html", intro=""):
+    """Write the pictures to one page, or to several that link each other.
+
+    The pages appear together when all are written. Further pages that an earlier call left are removed.
+
+    Args:
+      folder: path of the folder; made where it is missing.
+      title: str, the pages' heading.
+      pictures: iterable of PagePicture. No more than `page_size` of them are held in memory.
+      tables: list of tables, shown on the first page. A table is a list of rows, the first one the column names.
+      page_size: int, pictures per page.
+      file_name: str, name of the first page. Those of the others are made from it: index_2.html, index_3.html, ...
+      intro: str, a paragraph below the heading.
+
+    Returns:
+      list of pathlib.Path of the pages.
+
+    Raises:
+      UserError: a page cannot be written.
+      ValueError: `page_size` is not positive.
+    """
+    if page_size < 1:
+        raise ValueError(f"page_size is {page_size}, but a page needs at least one picture")
+    first = pathlib.Path(folder, file_name)
+    pictures = iter(pictures)
+    paths, temporaries = [], []
+    with contextlib.ExitStack() as stack:  # the first page is renamed last: it never links to one that is not there
+        more = True
+        while more:
+            on_page = list(itertools.islice(pictures, page_size))
+            more = len(on_page) == page_size
+            if not on_page and paths:
+                break
+            paths.append(page_path(first, len(paths) + 1))
+            temporaries.append(stack.enter_context(replacing(paths[-1])))
+            header = (title, intro, tables) if len(paths) == 1 else (f"{title}, page {len(paths)}", "", ())
+            write_page(temporaries[-1], on_page, header, page_size)
+        for number, temporary in enumerate(temporaries, 1):  # only now is it known how many there are
+            with temporary.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(page_end(first, number, len(temporaries)))
+    remove_further_pages(first, len(paths))
+    return paths
+
+
+def describe_light(caption):
+    """What the light on a page shows, for its introduction. PredictedCaption, one of those on the page -> str."""
+    return f"The light shows the {caption.map_name()}. It goes from the least to the most of each caption."
+
+
+# --- Pages --------------------------------------------------------------------------------------------------------
+
+
+def page_path(first, number):
+    """The path of a page, from that of the first one and the page's number, which starts at 1."""
+    return first if number == 1 else first.with_name(f"{first.stem}_{number}{first.suffix}")
+
+
+def remove_further_pages(first, count):
+    """Delete the pages with numbers above `count`. Files that are no page of ours stay."""
+    numbered = re.compile(f"{re.escape(first.stem)}_([1-9][0-9]*){re.escape(first.suffix)}")
+    for path in first.parent.iterdir():
+        match = numbered.fullmatch(path.name)
+        if match and int(match[1]) > max(count, 1) and is_page(path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def is_page(path):
+    try:
+        with path.open("rb") as file:
+            return MARK.encode() in file.read(HEAD_BYTES)
+    except OSError:
+        return False
+
+
+def write_page(path, pictures, header, page_size):
+    """Write a page without its end, see `page_end`.
+
+    Args:
+      header: (title, introduction, tables).
+      page_size: int, the number of pictures that are to fit in PAGE_BYTES.
+    """
+    start = page_start(*header)
+    room = (PAGE_BYTES - END_BYTES - len(start.encode())) // page_size  # for a picture
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(start)
+        if not pictures:
+            file.write("<p>No pictures.</p>\n")
+        for number, picture in enumerate(pictures, 1):
+            file.write(picture_html(picture, number, room))
+
+
+def read_template(name):
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def page_start(title, intro, tables):
+    """The page's text before its first picture."""
+    paragraph = f"<p>{show(intro)}</p>\n" if intro else ""
+    style, script = read_template("page.css"), read_template("page.js")
+    return string.Template(read_template("page.html").split("$pictures")[0]).substitute(
+        policy=content_policy(style, script),
+        mark=MARK,
+        title=show(title),
+        style=style,
+        introduction=paragraph + "".join(table_html(rows) for rows in tables),
+    )
+
+
+def page_end(first, number, count):
+    """The page's text after its last picture: the links to the other pages, and the script."""
+    end = string.Template(read_template("page.html").split("$pictures")[1])
+    return end.substitute(pages=navigation_html(first, number, count), script=read_template("page.js"))
+
+
+def content_policy(style, script):
+    """The Content Security Policy: only this very style and this very script, pictures only from inside the file."""
+    sources = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (style, script)
+    ]
+    return (
+        f"default-src 'none'; style-src {sources[0]}; script-src {sources[1]}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def navigation_html(first, number, count):
+    """Links to the previous page, to the next one, and to others by their numbers."""
+    if count == 1:
+        return ""
+    near = range(number - NEIGHBOURS, number + NEIGHBOURS + 1)
+    items = [page_link(first, number - 1, "Previous")] if number > 1 else []
+    last = 0
+    for other in sorted({1, count, *(page for page in near if 1 <= page <= count)}):
+        if other > last + 1:
+            items.append("<span>…</span>")
+        items.append(f'<span aria-current="page">{other}</span>' if other == number else page_link(first, other, other))
+        last = other
+    if number < count:
+        items.append(page_link(first, number + 1, "Next"))
+    return '<nav aria-label="Pages"><ol>' + "".join(f"<li>{item}</li>" for item in items) + "</ol></nav>"
+
+
+def page_link(first, number, text):
+    address = urllib.parse.quote(page_path(first, number).name, errors="surrogateescape")
+    return f'<a href="./{address}">{text}</a>'
+
+
+def table_html(rows):
+    """A table; columns of numbers are set flush right, and the first column names its rows."""
+    names, *body = [[show(cell) for cell in row] for row in rows]
+    sides = ["", *(' class="number"' for _ in names[1:])]
+    head = "".join(f'<th scope="col"{side}>{cell}</th>' for cell, side in zip(names, sides, strict=True))
+    lines = [f"<thead><tr>{head}</tr></thead>\n<tbody>"]
+    for row in body:
+        cells = (f"<td{side}>{cell}</td>" for cell, side in zip(row[1:], sides[1:], strict=True))
+        lines.append(f'<tr><th scope="row">{row[0]}</th>{"".join(cells)}</tr>')
+    table = "\n".join(lines)
+    return f'<div class="table" role="region" aria-label="Table" tabindex="0"><table>{table}</tbody></table></div>\n'
+
+
+# --- A picture ----------------------------------------------------------------------------------------------------
+
+
+def picture_html(picture, number, room):
+    """A picture with its captions, as HTML of at most `room` bytes if that is possible."""
+    several = " several" if len(picture.captions) > 1 else ""
+    image, size, problem = read_picture(picture.path)
+    captions = "".join(caption_html(caption, size) for caption in picture.captions)
+    before = f'<article aria-labelledby="picture-{number}">\n<h2 id="picture-{number}">'
+    before += f"<bdi>{show(picture.heading)}</bdi>{note_html(picture.note)}</h2>\n"
+    after = f'\n<p class="status"></p>\n<div class="captions{several}">{captions}</div>\n'
+    after += references_html(picture.captions) + "</article>\n"
+    if image is None:
+        frame = f'<div class="frame"><p>The picture cannot be shown: {show(problem)}</p></div>'
+    else:
+        frame = frame_html(image, spoken(picture.captions), room - len((before + after).encode()))
+    return before + frame + after
+
+
+def read_picture(path):
+    """An image file, scaled down to what the page shows.
+
+    Returns:
+      (Pillow image, (width, height) of the upright file in pixels, "") or, where the file cannot be read,
+      (None, None, str why)
+    """
+    try:
+        with open_image(path) as opened:
+            size = opened.size
+            if opened.getexif().get(ExifTags.Base.Orientation) in TURNED:
+                size = size[::-1]
+            image = upright_rgb(opened, LONGEST_SIDE)
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+            return image, size, ""
+    except FileNotFoundError:
+        return None, None, "the file is gone"
+    except Exception as error:  # Pillow's decoders raise errors of many classes on damaged files
+        return None, None, f"{type(error).__name__}: {error}"
+
+
+def frame_html(image, description, room):
+    """A picture as HTML of at most `room` bytes, if that is possible."""
+    before = '<div class="frame"><img src="data:image/jpeg;base64,'
+    after = f'" alt="{show(description)}" width="{image.width}" height="{image.height}" decoding="async"></div>'
+    most = (room - len((before + after).encode())) * 3 // 4  # base64 makes four bytes of three
+    return before + base64.b64encode(encode_jpeg(image, most)).decode() + after
+
+
+def encode_jpeg(image, most):
+    """An image as JPEG of at most `most` bytes, if that is possible: first its quality goes down, then its size.
+
+    Of the file only the pixels are in the result. So the page does not tell where a photograph was taken.
+    """
+    image.info.clear()
+    while True:
+        for quality in JPEG_QUALITIES:
+            data = io.BytesIO()
+            image.save(data, "JPEG", quality=quality)
+            if data.tell() <= most:
+                return data.getvalue()
+        if max(image.size) <= SHORTEST_SIDE:
+            return data.getvalue()
+        image = image.resize([max(side * 3 // 4, 1) for side in image.size], Image.Resampling.LANCZOS)
+
+
+def spoken(captions):
+    """What a screen reader says in place of a picture."""
+    return "; ".join(f"{c.label}: {c.predicted.caption}" if c.label else c.predicted.caption for c in captions)
+
+
+def note_html(note):
+    return f'<span class="note">{show(note)}</span>' if note else ""
+
+
+def references_html(captions):
+    references = next((c.predicted.references for c in captions if c.predicted.references), ())
+    if not references:
+        return ""
+    lines = "".join(f'<li dir="auto">{show(reference)}</li>' for reference in references)
+    return f'<div class="references"><h3>References</h3><ul>{lines}</ul></div>\n'
+
+
+def caption_html(caption, size):
+    """A caption as one button per word.
+
+    Args:
+      size: (width, height) of the upright picture in pixels, which its boxes refer to. None if it cannot be read.
+    """
+    about = f"<b>{show(caption.label)}</b>" if caption.label else ""
+    about += note_html(caption.note)
+    name = f" ({caption.label})" if caption.label else ""
+    blanks = parted(caption.predicted.words)
+    words = "".join("\n" * blank + word_html(caption, position, size) for position, blank in enumerate(blanks))
+    if words:
+        body = f'<button type="button" class="play" aria-pressed="false" aria-label="Play{show(name)}"></button>'
+        body += f'<div role="toolbar" aria-label="Words{show(name)}">{words}</div>'
+    else:
+        body = "<div>(no words)</div>"
+    about = f'<div class="about">{about}</div>' if about else ""
+    return f'<div>{about}<div class="caption" dir="auto">{body}</div></div>'
+
+
+def word_html(caption, position, size):
+    """A word as a button. Its attributes hold what the page's script needs.
+
+    data-weights: the word's light, a byte each, in base64. 0 is the caption's least weight, 255 its largest.
+    data-joined: there where the word is a character that has no blanks beside it.
+    data-peak: the word's largest weight, as a multiple of what a level map has.
+    data-boxes: JSON of boxes [x, y, width, height] in shares of the picture's width and height.
+    data-sure: see `shade`.
+    """
+    predicted = caption.predicted
+    word = show(predicted.words[position])
+    maps = np.nan_to_num(np.asarray(predicted.shown_maps(), np.float64)).clip(0)  # (words, P)
+    levels = np.rint(scale_light(maps)[position] * 255).astype(np.uint8)  # (P,)
+    data = f'data-weights="{base64.b64encode(levels.tobytes()).decode()}"'
+    data += " data-joined" * is_character(predicted.words[position])
+    if maps[position].any():
+        data += f' data-peak="{times_level(maps[position]):.1f}"'
+    boxes = relative_boxes(caption.boxes.get(position, ()), size)
+    if boxes:
+        data += f' data-boxes="{json.dumps(boxes)}"'
+    title = word
+    log_prob = float(predicted.log_probs[position]) if position < len(predicted.log_probs) else math.nan
+    if not math.isnan(log_prob):
+        probability = math.exp(min(log_prob, 0.0))
+        title += f": probability {probability:.2f}" if probability >= 0.005 else ": probability under 0.01"
+        data += f' data-sure="{shade(probability)}"'
+    return f'<button type="button" class="word" {data} title="{title}" aria-label="{title}">{word}</button>'
+
+
+def shade(probability):
+    """How dark a word is: 0 (FAINTEST or less likely) to SHADES (certain), in even steps of the logarithm."""
+    share = 1 - math.log(max(probability, FAINTEST)) / math.log(FAINTEST)
+    return round(SHADES * share)
+
+
+def relative_boxes(boxes, size):
+    """Boxes in shares of the picture's width and height, cut off at its edges."""
+    if size is None:
+        return []
+    width, height = size
+    shares = []
+    for x, y, w, h in (box for box in boxes if all(map(math.isfinite, box))):
+        left, right = (min(max(edge / width, 0.0), 1.0) for edge in (x, x + w))
+        top, bottom = (min(max(edge / height, 0.0), 1.0) for edge in (y, y + h))
+        shares.append([round(share, 4) for share in (left, top, right - left, bottom - top)])
+    return shares
+
+
+# --- Text ---------------------------------------------------------------------------------------------------------
+
+
+def show(text):
+    """Any text as HTML in which it shows as it is. What cannot be seen is written as Python would, as in \\u2028."""
+    return html.escape(INVISIBLE.sub(escape_character, str(text)))
+
+
+def escape_character(match):
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8; see os.fsdecode
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

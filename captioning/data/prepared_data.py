@@ -1,0 +1,217 @@
+"""What script 1 leaves for the others: splits with encoded captions, the vocabulary and the features' statistics.
+
+settings.json                                 what the data were prepared with; it vouches for the other files
+train.json, validation.json, test.json        the images of each split; not all data have a test split
+vocabulary.json                               the words
+feature_statistics.npz                        mean and standard deviation of the features
+skipped.json                                  the images that were left out, and why
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from captioning.data.captioned_images import CaptionedImage, clean_folder, clean_id, find_name_problem
+from captioning.data.splits import check_validation
+from captioning.features.cache import MEASURED_IMAGES, check_features, measure_features, read_network
+from captioning.features.cnn import CHANNELS
+from captioning.settings import DATA_SETTINGS, dataset_option, quote
+from captioning.vocabulary import build_vocabulary, encode_captions, read_vocabulary
+from captioning.words import character_scripts
+from support.errors import UserError
+from support.files import read_json, remove_leftovers, replacing, write_json
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """Data that are ready to train on and to caption.
+
+    Attributes:
+      train, validation, test: lists of CaptionedImage with encoded captions. `test` may be empty.
+      vocabulary: list of V str.
+      feature_mean: float32 (F,), each channel's mean over training images and locations.
+      feature_std: float, standard deviation of the features from these means.
+      network: str, identity of the network that made the features, or MADE_ELSEWHERE.
+    """
+
+    train: list[CaptionedImage]
+    validation: list[CaptionedImage]
+    test: list[CaptionedImage]
+    vocabulary: list[str]
+    feature_mean: np.ndarray
+    feature_std: float
+    network: str
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------
+
+
+def retract_prepared(config):
+    """Withdraw what was prepared before, because what it depends on is about to change."""
+    pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
+
+
+def save_prepared(splits, skipped, config):
+    """Encode the captions and write the files of the prepared data, settings.json last.
+
+    Args:
+      splits: dict of "train", "validation" and, where there is one, "test" to lists of CaptionedImage.
+      skipped: dict of an image's name to reason, for images to leave out.
+
+    Raises:
+      UserError: a split has no image left, or a file cannot be written.
+    """
+    splits = {name: [image for image in images if image.name not in skipped] for name, images in splits.items()}
+    for name, images in splits.items():
+        if not images:
+            raise UserError(f"no readable {name} images are left ({len(skipped)} skipped): check the image folder")
+    check_validation(splits["validation"], config.max_words)
+    folder = pathlib.Path(config.data_dir)
+    remove_leftovers(folder)
+    vocabulary = build_vocabulary([text for image in splits["train"] for text in image.captions], config.vocab_size)
+    write_json(folder / "vocabulary.json", vocabulary)
+    for name, images in splits.items():
+        write_json(folder / f"{name}.json", [vars(image) for image in encode_images(images, vocabulary)])
+        print(f"{name}: {len(images)} images, {sum(len(image.captions) for image in images)} captions")
+    write_json(folder / "skipped.json", skipped, indent=1)
+    mean, std = measure_features(splits["train"][:MEASURED_IMAGES], config)
+    with replacing(folder / "feature_statistics.npz") as temporary:
+        np.savez(temporary, mean=mean, std=std)
+    settings = {name: getattr(config, name) for name in DATA_SETTINGS}
+    write_json(folder / "settings.json", settings | {"splits": list(splits), "network": read_network(config)}, indent=1)
+    if scripts := character_scripts(vocabulary):
+        print(f"{' and '.join(scripts)}: characters are the words, and --max_words and --vocab_size count them")
+    print(f"vocabulary: {len(vocabulary)} words; {len(skipped)} images skipped (see {folder / 'skipped.json'})")
+
+
+def encode_images(images, vocabulary):
+    """Set the encoded captions of images. list of CaptionedImage, list of V str -> list of CaptionedImage."""
+    encoded = iter(encode_captions([text for image in images for text in image.captions], vocabulary))
+    return [dataclasses.replace(image, encoded_captions=[next(encoded) for _ in image.captions]) for image in images]
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------
+
+
+def read_prepared_settings(data_dir, remedy="run python data_utils.py"):
+    """Read the settings that data were prepared with.
+
+    Args:
+      data_dir: path of the folder that script 1 filled.
+      remedy: str, which command mends it if nothing is prepared there or the file is damaged.
+
+    Returns:
+      dict of setting to value. The values may be of wrong types where somebody has changed the file.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    saved = read_settings_file(data_dir, remedy)
+    return {name: saved[name] for name in DATA_SETTINGS}
+
+
+def read_settings_file(data_dir, remedy):
+    """The content of settings.json: dict of DATA_SETTINGS, "splits" and "network" to values, or UserError."""
+    path = pathlib.Path(data_dir, "settings.json")
+    saved = read_json(path, remedy, dict)
+    for name in (*DATA_SETTINGS, "splits", "network"):
+        if name not in saved:
+            raise UserError(f"{path} is damaged (it does not say {name}): {remedy}")
+    return saved
+
+
+def load_prepared(config):
+    """Read what script 1 prepared, and check it. No feature is read unless its time has changed.
+
+    Returns:
+      Prepared
+
+    Raises:
+      UserError: nothing is prepared, it was prepared with other settings, or a file or a feature is missing, damaged,
+        or has changed since.
+    """
+    folder = pathlib.Path(config.data_dir)
+    remedy = f"run python data_utils.py {dataset_option(config)}".rstrip()
+    saved = read_settings_file(folder, remedy)
+    for name in DATA_SETTINGS:
+        check_setting(folder, name, saved[name], getattr(config, name))
+    vocabulary = read_vocabulary(folder / "vocabulary.json", remedy)
+    names = ("train", "validation", *(["test"] if "test" in str(saved["splits"]) else []))
+    splits = {name: read_images(folder / f"{name}.json", len(vocabulary), remedy) for name in names}
+    check_features([image for images in splits.values() for image in images], config, saved["network"], remedy)
+    mean, std = read_feature_statistics(folder / "feature_statistics.npz", remedy)
+    return Prepared(
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits.get("test", []),
+        vocabulary=vocabulary,
+        feature_mean=mean,
+        feature_std=std,
+        network=saved["network"],
+    )
+
+
+def check_setting(folder, name, saved, value):
+    """Raise UserError if the data were prepared with another value of a setting."""
+    if saved != value:
+        raise UserError(
+            f"{folder} was prepared with --{name} {quote(saved)}, not {quote(value)}: "
+            f"give --{name} {quote(saved)}, or run python data_utils.py with the new value"
+        )
+
+
+def read_images(path, vocab_size, remedy):
+    """Read the images of a split.
+
+    Args:
+      path: path of the JSON file.
+      vocab_size: int, V.
+      remedy: str, which command mends a bad file.
+
+    Returns:
+      list of CaptionedImage, not empty
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    records = read_json(path, remedy, list)
+    images = [CaptionedImage(**record) for record in records if is_prepared_image(record, vocab_size)]
+    if not images or len(images) < len(records):
+        raise UserError(f"{path} is damaged ({len(images)} of {len(records)} images are whole): {remedy}")
+    return images
+
+
+def is_prepared_image(record, vocab_size):
+    """Whether a JSON value of any kind is an image with encoded captions as `save_prepared` writes it."""
+    fields = {field.name for field in dataclasses.fields(CaptionedImage)}
+    if not isinstance(record, dict) or record.keys() != fields:
+        return False
+    if clean_id(record["image_id"]) is None or find_name_problem(record["file_name"]):
+        return False
+    if any(clean_folder(record[name]) is None for name in ("folder", "coco_split")):
+        return False
+    if record["feature_stem"] and find_name_problem(f"{record['feature_stem']}.npy"):
+        return False
+    if record["url"] is not None and not isinstance(record["url"], str):
+        return False
+    captions, references, encoded = (record[name] for name in ("captions", "references", "encoded_captions"))
+    return (
+        all(isinstance(values, list) for values in (captions, references, encoded))
+        and all(isinstance(text, str) for text in captions + references)
+        and len(captions) == len(encoded)
+        and all(isinstance(token_ids, list) and len(token_ids) > 2 for token_ids in encoded)
+        and all(type(i) is int and 0 <= i < vocab_size for token_ids in encoded for i in token_ids)
+    )
+
+
+def read_feature_statistics(path, remedy):
+    """Read the features' statistics. Returns (float32 (F,) mean, float standard deviation), or raises UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as statistics:
+            mean, std = statistics["mean"], float(statistics["std"])
+    except Exception as error:  # a zip file and its arrays raise errors of many classes
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {remedy}") from error
+    if mean.shape != (CHANNELS,) or mean.dtype != np.float32 or not np.isfinite(mean).all() or not 0 < std < np.inf:
+        raise UserError(f"{path} is damaged (these are not the statistics of features): {remedy}")
+    return mean, std

@@ -1,0 +1,1 @@
+"""What model.py is built from, and beam search."""

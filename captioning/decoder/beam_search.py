@@ -1,0 +1,104 @@
+"""Beam search: likelier captions than greedy decoding finds.
+
+Letters of shapes as in model.py; K is the beam width.
+"""
+
+import tensorflow as tf
+
+from captioning.decoder.rules import DecodedCaptions, has_ended, next_word_log_probs
+from captioning.vocabulary import PAD, START
+
+
+def beam_search(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0):
+    """The likeliest caption of those that `beam_width` beams keep in view, as one graph over the batch.
+
+    A beam that says <end> keeps its place to the last. The others go on until they end or have `max_words` words. Of
+    an image's ended beams (of all, where none has ended) the one of the highest log-probability divided by
+    length ** length_penalty is taken.
+
+    Args:
+      features: float (B, P, F)
+      max_words: int, the most words of a caption.
+      beam_width: int, K.
+      length_penalty: float; 0 ranks by plain log-probabilities, which favour short captions, 1 by their mean per word.
+      repeat_block: int, no sequence of so many words is said twice; 0 for no such rule.
+
+    Returns:
+      DecodedCaptions, L being the longest beam's length
+    """
+    encoded_features = encoder(features)  # (B, P, D)
+    keys = decoder.attention.key_layer(encoded_features)  # (B, P, U)
+    hidden = decoder.initial_hidden(encoded_features)  # (B, U)
+    repeated = (tf.repeat(x, beam_width, 0) for x in (encoded_features, keys, hidden))
+    encoded_features, keys, hidden = repeated  # (BK, P, D), (BK, P, U), (BK, U)
+
+    def one_word(scores, hidden, words, log_probs, attention_weights):
+        said = tf.reshape(words, (-1, tf.shape(words)[2]))  # (BK, t + 1)
+        logits, hidden, weights = decoder(said[:, -1:], encoded_features, hidden, keys)
+        word_log_probs = next_word_log_probs(logits, said, repeat_block)  # (BK, V)
+        word_log_probs = tf.reshape(word_log_probs, (-1, beam_width, logits.shape[-1]))  # (B, K, V)
+        scores, beam, word, word_log_probs = best_continuations(scores, word_log_probs, has_ended(words))  # (B, K)
+        weights = tf.reshape(weights, (-1, beam_width, 1, weights.shape[1]))  # (B, K, 1, P)
+        hidden = tf.reshape(hidden, (-1, beam_width, hidden.shape[-1]))  # (B, K, U)
+        follow = lambda x: tf.gather(x, beam, batch_dims=1)  # noqa: E731
+        hidden = tf.reshape(follow(hidden), (-1, hidden.shape[-1]))  # (BK, U)
+        words = tf.concat((follow(words), word[:, :, tf.newaxis]), 2)  # (B, K, t + 2)
+        log_probs = tf.concat((follow(log_probs), word_log_probs[:, :, tf.newaxis]), 2)  # (B, K, t + 1)
+        attention_weights = follow(tf.concat((attention_weights, weights), 2))  # (B, K, t + 1, P)
+        return scores, hidden, words, log_probs, attention_weights
+
+    batch, locations = tf.shape(features)[0], features.shape[1]
+    state = (
+        tf.tile([[0.0] + [-1e6] * (beam_width - 1)], (batch, 1)),  # (B, K); all beams are alike, so only one begins
+        hidden,
+        tf.fill((batch, beam_width, 1), START),
+        tf.zeros((batch, beam_width, 0)),
+        tf.zeros((batch, beam_width, 0, locations)),
+    )
+    growing = (None, beam_width), (None, hidden.shape[-1]), *[(None, beam_width, None)] * 2
+    scores, _, words, log_probs, attention_weights = tf.while_loop(
+        lambda scores, hidden, words, *_: ~tf.reduce_all(has_ended(words)),
+        one_word,
+        state,
+        shape_invariants=tuple(map(tf.TensorShape, (*growing, (None, beam_width, None, locations)))),
+        maximum_iterations=max_words,
+    )
+    best = best_beam(scores, words, length_penalty)  # (B,)
+    found = (tf.gather(x, best, batch_dims=1) for x in (words[:, :, 1:], log_probs, attention_weights))
+    return DecodedCaptions(*found)  # (B, L), (B, L), (B, L, P)
+
+
+def best_continuations(scores, word_log_probs, ended):
+    """The K best continuations of an image's K beams by one word.
+
+    Args:
+      scores: float (B, K), log-probability of each beam.
+      word_log_probs: float (B, K, V), of the next word.
+      ended: bool (B, K)
+
+    Returns:
+      scores: float (B, K), of the continued beams
+      beam: int (B, K), the beam that each continues
+      word: int (B, K)
+      word_log_probs: float (B, K), of that word
+    """
+    beam_width, vocab_size = word_log_probs.shape[1:]
+    flat = lambda x: tf.reshape(x, (-1, beam_width * vocab_size))  # noqa: E731
+    ended = ended[:, :, tf.newaxis]  # (B, K, 1)
+    word_log_probs = tf.where(ended, 0.0, word_log_probs)  # (B, K, V)
+    candidates = scores[:, :, tf.newaxis] + word_log_probs  # (B, K, V)
+    # An ended beam goes on with <pad> alone, and that ranks above all that running beams can say (at most 0).
+    is_pad = tf.range(vocab_size) == PAD  # (V,)
+    ranks = tf.where(ended, tf.where(is_pad, 1.0, -tf.float32.max), candidates)  # (B, K, V)
+    best = tf.math.top_k(flat(ranks), beam_width).indices  # (B, K)
+    scores, word_log_probs = (tf.gather(flat(x), best, batch_dims=1) for x in (candidates, word_log_probs))  # (B, K)
+    return scores, best // vocab_size, best % vocab_size, word_log_probs
+
+
+def best_beam(scores, words, length_penalty):
+    """The beam taken at the end. float (B, K), int (B, K, L + 1) -> int (B,)."""
+    ended = has_ended(words)  # (B, K)
+    eligible = ended | ~tf.reduce_any(ended, axis=1, keepdims=True)  # (B, K)
+    lengths = tf.reduce_sum(tf.cast(words[:, :, 1:] != PAD, tf.float32), axis=2)  # (B, K)
+    ranks = tf.where(eligible, scores / lengths**length_penalty, -tf.float32.max)  # (B, K)
+    return tf.argmax(ranks, axis=1, output_type=tf.int32)  # (B,)

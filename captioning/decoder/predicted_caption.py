@@ -1,0 +1,53 @@
+"""What the model says about an image."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from captioning.words import join_words
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays cannot be compared as one value
+class PredictedCaption:
+    """A caption that the model predicted, and how it came to it.
+
+    Attributes:
+      path: pathlib.Path of the image file.
+      name: str, the image as the user knows it: a path or an address.
+      words: list of str, without <end>.
+      log_probs: (len(words),) natural logarithms of the words' probabilities, or one more with that of <end>.
+        Probabilities are of the words that the model can say, so not of <unk>.
+      attention_weights: (len(words), P).
+      image_id: int or str, or None for an image that is not of the data set.
+      references: list of str, what people wrote about the image.
+      evidence: (len(words), P), see captioning/attention/evidence.py, or None where it was not asked for.
+      feature_norms: (P,), length of the image's feature at each location, or None.
+    """
+
+    path: pathlib.Path
+    name: str
+    words: list[str]
+    log_probs: np.ndarray
+    attention_weights: np.ndarray
+    image_id: int | str | None = None
+    references: list[str] = ()
+    evidence: np.ndarray | None = None
+    feature_norms: np.ndarray | None = None
+
+    @property
+    def caption(self):
+        return join_words(self.words)
+
+    @property
+    def log_probability(self):
+        """Natural logarithm of the whole caption's probability."""
+        return float(np.sum(self.log_probs))
+
+    def shown_maps(self):
+        """What figures and pages show: the evidence where it is known, else the attention weights. (len(words), P)."""
+        return self.attention_weights if self.evidence is None else self.evidence
+
+    def map_name(self):
+        """The name of what `shown_maps` returns, for figures and pages."""
+        return "attention weights" if self.evidence is None else "evidence: what was seen there for the word"

@@ -1,0 +1,1 @@
+"""BLEU, METEOR and CIDEr of captions, and whether attention falls on what they name."""

@@ -1,0 +1,133 @@
+"""Does the model look at what it names? Attention peaks, compared with the boxes of demo scenes and of MS-COCO."""
+
+import numpy as np
+from PIL import Image
+
+from captioning.attention.maps import upsample
+
+# --- Accuracy -----------------------------------------------------------------------------------------------------
+
+
+def attention_accuracy(groundings):
+    """Measure whether maps point at what the words name, beside the guesses that a reader must know.
+
+    Maps: the evidence; the attention weights; the weights for a word of another picture; the length of the feature at
+    each location, whatever the word; the middle of the picture; a level map, which is chance. Things "off the middle"
+    are those of which no box covers the picture's middle.
+
+    Args:
+      groundings: list of Grounding, one for each word that names an object.
+
+    Returns:
+      dict of "words" and "words_off_middle", how many there are, and of "maps": for each map a dict of shares in 0..1,
+      or None where there are no words. "inside": the map's peak is in one of the boxes; "mass_inside": the mean share
+      of the map's sum in them (attention correctness, Liu et al., 2017, arXiv 1605.09553); and both again with
+      "_off_middle".
+    """
+    scores = {}
+    off_middle = [not covers_middle(grounding) for grounding in groundings]
+    covered = [cover(grounding.size, grounding.boxes) for grounding in groundings]
+    for name, maps in maps_to_compare(groundings).items():
+        rows = np.array([score_map(*pair) for pair in zip(maps, covered, strict=True)]).reshape(-1, 2)  # (words, 2)
+        scores[name] = named_means(rows, "") | named_means(rows[off_middle], "_off_middle")
+    return {"words": len(groundings), "words_off_middle": sum(off_middle), "maps": scores}
+
+
+def named_means(rows, ending):
+    """The means of (words, 2) shares as a dict, None where there are no words."""
+    means = rows.mean(axis=0).tolist() if len(rows) else (None, None)
+    return {f"inside{ending}": means[0], f"mass_inside{ending}": means[1]}
+
+
+def covers_middle(grounding):
+    """Whether the pixel in the picture's middle lies in one of the boxes."""
+    width, height = grounding.size
+    return bool(cover(grounding.size, grounding.boxes)[height // 2, width // 2])
+
+
+def maps_to_compare(groundings):
+    """The maps that are measured: dict of name to list of (P,) arrays, one for each grounding.
+
+    Evidence and feature lengths are left out where they are not known.
+    """
+    level = [
+        np.full_like(grounding.attention_weights, 1 / len(grounding.attention_weights)) for grounding in groundings
+    ]
+    maps = {"evidence": [grounding.evidence for grounding in groundings]}
+    maps["attention weights"] = [grounding.attention_weights for grounding in groundings]
+    maps["weights of another picture"] = [other.attention_weights for other in others(groundings)]
+    maps["feature length"] = [grounding.feature_norms for grounding in groundings]
+    maps["middle"] = [middle_map(len(weights)) for weights in level]
+    maps["level (chance)"] = level
+    return {name: values for name, values in maps.items() if not any(value is None for value in values)}
+
+
+def others(groundings):
+    """For each grounding one of another picture: the next in the list, from halfway round it."""
+    count = len(groundings)
+    found = []
+    for number, grounding in enumerate(groundings):
+        candidates = (groundings[(number + count // 2 + step) % count] for step in range(count))
+        found.append(next((other for other in candidates if other.image_id != grounding.image_id), grounding))
+    return found
+
+
+def middle_map(locations):
+    """A map of the four locations around the middle of the grid."""
+    side = round(locations**0.5)
+    grid = np.zeros((side, side), np.float32)
+    grid[(side - 1) // 2 : side // 2 + 1, (side - 1) // 2 : side // 2 + 1] = 1
+    return grid.ravel() / grid.sum()
+
+
+def score_map(weights, covered):
+    """Measure one map.
+
+    Args:
+      weights: (P,)
+      covered: bool (height, width), the pixels in the boxes. A pixel belongs to a box if its middle is inside.
+
+    Returns:
+      (share of the map's peak that lies inside: 0 or 1, or between where several pixels share the peak; share of the
+      map's sum that lies inside)
+    """
+    height, width = covered.shape
+    side = round(len(weights) ** 0.5)
+    cells = Image.fromarray(covered.astype(np.float32)).resize((side, side), Image.Resampling.BOX)  # share of each cell
+    mass = float(np.asarray(cells).ravel() @ weights / max(np.sum(weights), 1e-12))
+    return float(covered[find_peak(weights, (width, height))].mean()), mass
+
+
+def find_peak(weights, size):
+    """Mark the pixels at which attention weights, as a map over the image, are highest.
+
+    Args:
+      weights: (P,).
+      size: (width, height) of the image in pixels.
+
+    Returns:
+      bool (height, width). All pixels are marked if all weights are equal.
+    """
+    if np.ptp(weights) == 0:
+        return np.ones(size[::-1], bool)  # (height, width)
+    # Zeros around the grid keep the peak of an outermost location in its middle.
+    light = upsample(weights, size, border="constant")  # (height, width)
+    return light == light.max()
+
+
+def cover(size, boxes):
+    """Mark the pixels that lie in at least one box.
+
+    Args:
+      size: (width, height) in pixels.
+      boxes: list of [x, y, w, h] in pixels.
+
+    Returns:
+      bool (height, width).
+    """
+    width, height = size
+    down, across = np.ogrid[0.5:height, 0.5:width]  # (height, 1), (1, width): the pixels' middles
+    covered = np.zeros((height, width), bool)
+    for x, y, w, h in boxes:
+        covered |= (x <= across) & (across < x + w) & (y <= down) & (down < y + h)  # (height, width)
+    return covered

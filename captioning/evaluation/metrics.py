@@ -1,0 +1,309 @@
+"""Captions scored by the field's metrics, all computed by pycocoevalcap, COCO's evaluation code."""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import threading
+import unicodedata
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from captioning.data.captioned_images import id_order
+from captioning.words import split_words
+from support.errors import UserError
+from support.files import write_json
+from support.process import silenced_stderr
+
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+
+
+def score_captions(predicted, references, patience=120):
+    """Score captions as COCO's official evaluation does.
+
+    METEOR and the PTB tokeniser are for English, and need Java. If most letters of the references are outside Latin
+    script, or Java is missing, fails or hangs, one line on standard output says so. METEOR is then None, and the others
+    are computed on the project's own tokens, see captioning/words.py. Other languages in Latin script are scored as
+    English is, as their letters do not tell them apart.
+
+    Args:
+      predicted: dict of image id to caption, a str.
+      references: dict of the same image ids to list of str, one or more.
+      patience: float, seconds to wait for Java to start. METEOR gets 1/20 s more for each image.
+
+    Returns:
+      dict of each of METRICS to float or None, and of "tokens" to "PTB" or "project". BLEU, METEOR and ROUGE-L range
+      from 0 to 100, CIDEr from 0 to 10. CIDEr weights an n-gram by how few of the images have it in their references,
+      and is therefore 0 for a single image.
+
+    Raises:
+      UserError: there are no captions, an image has no caption or no references, or no reference has a word.
+    """
+    predicted, references = pair_by_image(predicted, references)
+    with java_settings():
+        try:
+            check_script(references)
+            predicted, references = ptb_tokens(predicted, patience), ptb_tokens(references, patience)
+        except RuntimeError as error:
+            print(f"{error}: METEOR is left out, and the other metrics use the project's own tokens instead of PTB's")
+            predicted, references = project_tokens(predicted), project_tokens(references)
+            scores = {"METEOR": None, "tokens": "project"}
+        else:
+            scores = {"METEOR": score_meteor(predicted, references, patience), "tokens": "PTB"}
+    rouge, _ = Rouge().compute_score(references, predicted)
+    scores |= {"ROUGE-L": 100 * float(rouge), **score_ngrams(predicted, references)}
+    return {name: scores[name] for name in (*METRICS, "tokens")}
+
+
+def quick_score(predicted, references):
+    """Score captions in seconds and without Java, to compare epochs.
+
+    Args, Raises: as for `score_captions`.
+
+    Returns:
+      dict of BLEU-1..4 and CIDEr to float, computed on the project's own tokens, and of "tokens" to "project".
+    """
+    predicted, references = map(project_tokens, pair_by_image(predicted, references))
+    return {**score_ngrams(predicted, references), "tokens": "project"}
+
+
+def cider_by_image(predicted, references):
+    """CIDEr of each image, on the project's own tokens.
+
+    Args, Raises: as for `score_captions`.
+
+    Returns:
+      dict of image id to float
+    """
+    predicted, references = map(project_tokens, pair_by_image(predicted, references))
+    _, scores = Cider().compute_score(references, predicted)
+    return dict(zip(references, map(float, scores), strict=True))
+
+
+def pair_by_image(predicted, references):
+    """Bring captions and references into the same order.
+
+    Args:
+      predicted: dict of image id to str.
+      references: dict of image id to list of str.
+
+    Returns:
+      (dict of image id to list of one str, dict of image id to list of str), both by ascending image id.
+
+    Raises:
+      UserError: there are no captions, or an image has no caption or no references.
+    """
+    if not predicted:
+        raise UserError("there are no captions to score: run python data_utils.py again to prepare validation images")
+    image_ids = sorted(predicted.keys() | references.keys(), key=id_order)
+    for image_id in image_ids:
+        if image_id not in predicted or not references.get(image_id):
+            missing = "references" if image_id in predicted else "caption"
+            raise UserError(f"image {image_id} has no {missing} and cannot be scored: run python data_utils.py again")
+    return {i: [predicted[i]] for i in image_ids}, {i: references[i] for i in image_ids}
+
+
+def score_ngrams(predicted, references):
+    """Compute BLEU-1..4 and CIDEr.
+
+    Args:
+      predicted: dict of image id to list of one str, its tokens separated by blanks.
+      references: dict of image id to list of such str.
+
+    Returns:
+      dict of metric to float.
+
+    Raises:
+      UserError: no reference has a word.
+    """
+    if not any(any(group) for group in references.values()):
+        raise UserError("captions cannot be scored, as no reference has a word: run python data_utils.py again")
+    bleu, _ = Bleu(4).compute_score(references, predicted, verbose=0)
+    cider, _ = Cider().compute_score(references, predicted)
+    return {**{f"BLEU-{n}": 100 * float(score) for n, score in enumerate(bleu, 1)}, "CIDEr": float(cider)}
+
+
+# --- Tokens and Java --------------------------------------------------------------------------------------------
+
+
+def check_script(references):
+    """RuntimeError where most letters of the references are outside Latin script. dict of image id to list of str."""
+    letters = collections.Counter("".join(text for group in references.values() for text in group))
+    letters = {letter: count for letter, count in letters.items() if unicodedata.category(letter).startswith("L")}
+    latin = sum(count for letter, count in letters.items() if "LATIN" in unicodedata.name(letter, ""))
+    if 2 * latin < sum(letters.values()):
+        raise RuntimeError("Most letters of the references are outside Latin script")
+
+
+def project_tokens(captions):
+    """Write captions in the words that a vocabulary is made of. dict of image id to list of str -> the same."""
+    return {i: [" ".join(split_words(caption)) for caption in group] for i, group in captions.items()}
+
+
+@contextlib.contextmanager
+def java_settings():
+    """Make Java speak English inside the block.
+
+    In many other languages METEOR writes numbers with a decimal comma, which it then fails to read.
+    """
+    before = os.environ.get("JAVA_TOOL_OPTIONS")
+    os.environ["JAVA_TOOL_OPTIONS"] = f"{before or ''} -Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
+    try:
+        yield
+    finally:
+        del os.environ["JAVA_TOOL_OPTIONS"]
+        if before is not None:
+            os.environ["JAVA_TOOL_OPTIONS"] = before
+
+
+def ptb_tokens(captions, patience):
+    """Write captions in the Penn Treebank's tokens, without punctuation.
+
+    Args:
+      captions: dict of image id to list of str.
+      patience: float, seconds to wait for Java to start.
+
+    Returns:
+      dict of image id to list of str, the tokens separated by blanks.
+
+    Raises:
+      RuntimeError: Java is missing, fails or hangs, or the folder of pycocoevalcap, where it writes, is read-only.
+    """
+    if not shutil.which("java"):
+        raise RuntimeError("Java is not installed")
+    # The tokeniser reads one caption a line. A line break inside a caption would give all later ones to other images.
+    lines = {i: [{"caption": " ".join(caption.splitlines())} for caption in group] for i, group in captions.items()}
+    try:
+        # The tokeniser waits for Java without a limit. So find out first whether Java hangs.
+        subprocess.run(["java", "-version"], capture_output=True, check=True, timeout=patience)
+        with silenced_stderr():
+            tokens = PTBTokenizer().tokenize(lines)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"Java's PTB tokeniser cannot be run ({error})") from error
+    if any(len(tokens.get(image_id, [])) != len(group) for image_id, group in captions.items()):
+        raise RuntimeError("Java's PTB tokeniser broke off")
+    return tokens
+
+
+def score_meteor(predicted, references, patience):
+    """Compute METEOR.
+
+    Args:
+      predicted: dict of image id to list of one str.
+      references: dict of image id to list of str.
+      patience: float, seconds to wait for Java, with 1/20 s more for each image.
+
+    Returns:
+      float from 0 to 100. If METEOR's Java program fails or hangs, a line is printed and None is returned.
+    """
+    scorer = Meteor()
+    java = scorer.meteor_p
+    watchdog = threading.Timer(patience + len(predicted) / 20, java.kill)
+    watchdog.start()
+    try:
+        score, _ = scorer.compute_score(references, predicted)
+        return 100 * score
+    except (OSError, ValueError):
+        print("METEOR is left out: its Java program, which takes up to 2 GB of memory, failed or hung")
+        return None
+    finally:
+        watchdog.cancel()
+        java.kill()
+        with contextlib.suppress(OSError), java:  # closes its pipes and waits until it has ended
+            pass
+        if scorer.lock.locked():  # so after a failure; the scorer's destructor would wait for this lock for ever
+            scorer.lock.release()
+
+
+# --- Results ----------------------------------------------------------------------------------------------------
+
+
+def write_metrics(folder, name, captions, metrics):
+    """Write metrics_<name>.json, and for each run a file of captions that COCO's official evaluation can read.
+
+    Args:
+      folder: path of the folder, which is made if it is missing.
+      name: str, a part of all names, as in captions_<name>_<run>_results.json. Blanks in the run's name are left out.
+      captions: dict of run name to dict of image id to str.
+      metrics: what metrics_<name>.json is to hold, as JSON can.
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written.
+    """
+    for run, by_image in captions.items():
+        results = [{"image_id": image_id, "caption": caption} for image_id, caption in by_image.items()]
+        write_json(pathlib.Path(folder, f"captions_{name}_{run.replace(' ', '')}_results.json"), results)
+    write_json(pathlib.Path(folder, f"metrics_{name}.json"), metrics, indent=1)
+
+
+def format_table(rows):
+    """Show the metrics of several runs as a Markdown table.
+
+    Args:
+      rows: dict of run name to dict of metric to value.
+
+    Returns:
+      str, with "-" for a missing value.
+    """
+    names = (*METRICS, "tokens")
+    table = [["run", *names], *([run, *(format_score(name, rows[run].get(name)) for name in names)] for run in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_score(name, value):
+    """Write a metric's value as papers do: CIDEr with three decimals, the others with one."""
+    if value is None:
+        return "-"
+    return value if name == "tokens" else f"{value:.3f}" if name == "CIDEr" else f"{value:.1f}"
+
+
+# Articles, prepositions and conjunctions of English, behind which something must come.
+OPEN_WORDS = frozenset(
+    "a an the about above across against along among and around as at because before behind below beneath beside "
+    "between beyond but by during for from if in inside into like near of off on onto or over past than that through "
+    "to toward towards under until upon when where which while with within without".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionForm:
+    """What the captions of a split look like.
+
+    Attributes:
+      captions: int, how many there are.
+      distinct: int, how many different ones.
+      mean_length: float, words.
+      broken_endings: int, captions whose last word is an article, a preposition or a conjunction, or that have no word.
+    """
+
+    captions: int
+    distinct: int
+    mean_length: float
+    broken_endings: int
+
+    def __str__(self):
+        return (
+            f"{self.distinct} of {self.captions} captions differ; {self.mean_length:.1f} words each; "
+            f"{self.broken_endings} break off"
+        )
+
+
+def describe_form(captions):
+    """The CaptionForm of some captions. list of str -> CaptionForm."""
+    words = [split_words(caption) for caption in captions]
+    return CaptionForm(
+        captions=len(captions),
+        distinct=len(set(captions)),
+        mean_length=sum(map(len, words)) / max(len(words), 1),
+        broken_endings=sum(not each or each[-1] in OPEN_WORDS for each in words),
+    )

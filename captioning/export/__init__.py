@@ -1,0 +1,1 @@
+"""A trained captioner as a SavedModel, or as a LiteRT or ONNX bundle."""

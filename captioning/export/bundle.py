@@ -1,0 +1,264 @@
+"""The trained captioner as a bundle: two or three models, a vocabulary and a script that needs no TensorFlow.
+
+encoder     pixels -> what the decoder needs to know of a picture
+decoder     one word of K captions -> log-probabilities of the next
+evidence    a word that was said -> the map that figures show
+
+captioner.json, vocabulary.json, README.md and caption.py lie beside them. For LiteRT, decoder and evidence are two
+signatures of one file, which share their weights. Letters of shapes as in model.py; K captions are decoded at a time.
+"""
+
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+import tensorflow as tf
+
+from captioning.data.captioned_images import image_path
+from captioning.data.prepared_data import load_prepared
+from captioning.decoder.rules import ban_words, next_word_log_probs
+from captioning.export.saved_model import new_folder
+from captioning.features.cnn import CHANNELS, IMAGE_SIZE, LOCATIONS
+from captioning.features.image_files import load_image
+from captioning.training.run_folder import other_folder, read_network
+from captioning.words import CHARACTER
+from support.errors import UserError
+from support.files import write_json
+from support.process import silenced_stderr
+
+RUNTIMES = {"litert": "ai-edge-litert", "onnx": "onnxruntime"}  # the package that runs each format
+WEIGHTS = {"litert": ("float32", "float16", "int8"), "onnx": ("float32",)}
+DEFAULT_WEIGHTS = {"litert": "float16", "onnx": "float32"}  # the smallest that leave 97 % of captions unchanged
+DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block")  # settings that the script takes too
+CALIBRATION_PICTURES = 100
+MOST_BYTES = 2_000_000_000  # of a model: both formats end at 2 GiB
+OPSET = 18  # of ONNX
+FILES = pathlib.Path(__file__).parent / "bundle"  # caption.py and README.md as they are copied
+
+
+def check_weights(kind, weights):
+    """UserError where a format has no weights of this type; otherwise the weights, or the format's default for None."""
+    if weights and weights not in WEIGHTS.get(kind, ()):
+        fitting = ", ".join(name for name in WEIGHTS if weights in WEIGHTS[name])
+        raise UserError(f"--weights {weights} does not go with --format {kind}, only with {fitting}")
+    return weights or DEFAULT_WEIGHTS.get(kind)
+
+
+def export_bundle(captioner, network, kind, weights, config, folder):
+    """Write the captioner to a folder, which is whole afterwards or not there.
+
+    Args:
+      captioner: Captioner
+      network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
+      kind: "litert" or "onnx".
+      weights: str, their number type, one of WEIGHTS[kind].
+      config: Config; its max_words, beam_width, length_penalty and repeat_block are the script's defaults.
+      folder: where to; may be there if it is empty.
+
+    Raises:
+      UserError: the folder holds something or cannot be written, a model would be too large for the format, tf2onnx is
+        not installed, or there are no training pictures to calibrate int8 weights on.
+    """
+    check_size(captioner)
+    with new_folder(folder) as temporary:
+        functions = bundle_functions(captioner, network)
+        if kind == "onnx":
+            write_onnx(functions, temporary)
+        else:
+            pictures = calibration_pictures(config) if weights == "int8" else None
+            write_litert(functions, captioner, weights, pictures, temporary)
+        write_json(temporary / "vocabulary.json", captioner.vocabulary)
+        write_json(temporary / "captioner.json", describe(captioner, kind, weights, config), indent=1)
+        readme = (FILES / "README.md").read_text(encoding="utf-8")
+        (temporary / "README.md").write_text(readme.replace("RUNTIME", RUNTIMES[kind]), encoding="utf-8")
+        shutil.copyfile(FILES / "caption.py", temporary / "caption.py")
+
+
+def check_size(captioner):
+    """UserError where a model with float32 weights, which the others are made from, may be too large for a file."""
+    size = 4 * sum(int(np.prod(weight.shape)) for weight in captioner.encoder.weights + captioner.decoder.weights)
+    if size > MOST_BYTES:
+        raise UserError(
+            f"the weights take {size / 1e9:.1f} GB, and a model of LiteRT or ONNX {MOST_BYTES / 1e9:g} GB at the most: "
+            "take --format savedmodel, or train with a smaller --vocab_size, --units, --encoder_dim or --embedding_dim"
+        )
+
+
+def describe(captioner, kind, weights, config):
+    """What captioner.json holds."""
+    return {
+        "format": kind,
+        "weights": weights,
+        "sizes": {
+            "image": IMAGE_SIZE,
+            "locations": LOCATIONS,
+            "channels": CHANNELS,
+            "encoder_dim": config.encoder_dim,
+            "embedding_dim": config.embedding_dim,
+            "units": config.units,
+            "vocabulary": len(captioner.vocabulary),
+        },
+        "characters": CHARACTER,  # for a class of a regular expression; no blank is written beside these
+        "decoding": {name: getattr(config, name) for name in DECODING},
+        "network": read_network(config.run_dir, other_folder(config)),
+        "checkpoint": captioner.checkpoint,
+        "checkpoint_identity": captioner.identity,
+    }
+
+
+# --- The functions ----------------------------------------------------------------------------------------------
+
+
+def bundle_functions(captioner, network):
+    """The functions of a bundle as dict of name to tf.function. All shapes are fixed but for K."""
+    encoder, decoder = captioner.encoder, captioner.decoder
+    encoded_features = encoder(tf.zeros((1, LOCATIONS, CHANNELS)))  # (1, P, D)
+    keys, hidden = decoder.attention.key_layer(encoded_features), decoder.initial_hidden(encoded_features)
+    pixels = tf.TensorSpec((1, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8, "pixels")
+    word, said = (tf.TensorSpec((1, 1), tf.int32, name) for name in ("words", "said"))
+    words = tf.TensorSpec((None, 1), tf.int32, "words")
+    one_hidden, many_hidden = (tf.TensorSpec((count, hidden.shape[1]), name="hidden") for count in (1, None))
+    picture = tf.TensorSpec(encoded_features.shape, name="encoded_features"), tf.TensorSpec(keys.shape, name="keys")
+    norms = tf.TensorSpec((1, LOCATIONS), name="feature_norms")
+
+    @tf.function(input_signature=[pixels])
+    def encode(pixels):
+        features = network(pixels)  # (1, P, F)
+        encoded_features = encoder(features)  # (1, P, D)
+        return {
+            "encoded_features": encoded_features,
+            "keys": decoder.attention.key_layer(encoded_features),  # (1, P, U)
+            "hidden": decoder.initial_hidden(encoded_features),  # (1, U)
+            "feature_norms": tf.norm(features, axis=2),  # (1, P)
+        }
+
+    @tf.function(input_signature=[words, many_hidden, *picture])
+    def decode(words, hidden, encoded_features, keys):
+        encoded_features, keys = (tf.repeat(x, tf.shape(words)[0], 0) for x in (encoded_features, keys))  # (K, P, ...)
+        logits, next_hidden, attention_weights = decoder(words, encoded_features, hidden, keys)
+        log_probs = next_word_log_probs(logits, words, repeat_block=0)  # (K, V); the script blocks repeats
+        return {"log_probs": log_probs, "next_hidden": next_hidden, "attention_weights": attention_weights[:, :, 0]}
+
+    @tf.function(input_signature=[word, said, one_hidden, *picture, norms])
+    def explain(words, said, hidden, encoded_features, keys, feature_norms):
+        return word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_norms)
+
+    return {"encoder": encode, "decoder": decode, "evidence": explain}
+
+
+def word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_norms):
+    """What captioning.attention.evidence.explain_captions computes of one word, by operations that both formats know.
+
+    That evidence needs v_p . g for each location, the derivative of the said word's log-probability where the context
+    vector moves towards v_p. If all encoded features move by v_p, their mean, the context vector, does so too. So P
+    copies of the picture move, each another way. LiteRT lacks operations of the backward pass, but differentiating that
+    pass once more, by its own input (which is linear), gives the derivative forwards.
+
+    Args:
+      decoder: RNN_Decoder
+      words, said: int (1, 1), the word before, and the word that the decoder is made to say.
+      hidden: float (1, U)
+      encoded_features, keys, feature_norms: float (1, P, D), (1, P, U) and (1, P).
+
+    Returns:
+      dict of next_hidden (1, U) and evidence (1, P)
+    """
+    sightings = decoder.detector(encoded_features, said[0])[:, :, 0]  # (1, P)
+    state = words, encoded_features, hidden, keys
+    words, moved, hidden, keys = (tf.repeat(x, LOCATIONS, 0) for x in state)  # (P, 1), (P, P, D), (P, U), (P, P, U)
+    ones = tf.ones(LOCATIONS)
+    directions = tf.repeat(tf.transpose(encoded_features, (1, 0, 2)), LOCATIONS, 1)  # (P, P, D)
+    with tf.GradientTape() as forwards:
+        forwards.watch(ones)
+        with tf.GradientTape() as backwards:
+            backwards.watch(moved)
+            logits, next_hidden, weights = decoder(words, moved, hidden, keys)
+            log_probs = tf.gather(tf.nn.log_softmax(ban_words(logits)), said[0, 0], axis=1)  # (P,)
+        gradients = backwards.gradient(log_probs, moved, ones)  # (P, P, D)
+    gains = forwards.gradient(gradients, ones, directions)[tf.newaxis]  # (1, P)
+    logs = tf.math.log(weights[:1, :, 0] + 1e-30) + gains + tf.math.log(sightings * feature_norms + 1e-30)  # (1, P)
+    return {"next_hidden": next_hidden[:1], "evidence": tf.nn.softmax(logs)}
+
+
+# --- LiteRT -----------------------------------------------------------------------------------------------------
+
+
+def write_litert(functions, captioner, weights, pictures, folder):
+    """Write encoder.tflite and decoder.tflite, the second with the signatures `decoder` and `evidence`.
+
+    Args:
+      functions: as `bundle_functions` returns them.
+      weights: "float32", "float16" or "int8".
+      pictures: list of uint8 (1, 299, 299, 3) to calibrate int8 weights on, else None.
+      folder: pathlib.Path
+    """
+    for file, names in (("encoder", ["encoder"]), ("decoder", ["decoder", "evidence"])):
+        with tempfile.TemporaryDirectory() as saved, silenced_stderr():  # not in `folder`, see is_pattern
+            module = tf.Module()
+            module.weights = [weight.value for weight in captioner.encoder.weights + captioner.decoder.weights]
+            tf.saved_model.save(module, saved, signatures={name: functions[name] for name in names})
+            converter = tf.lite.TFLiteConverter.from_saved_model(saved, signature_keys=names)
+            if weights != "float32":
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            if weights == "float16":
+                converter.target_spec.supported_types = [tf.float16]
+            if weights == "int8" and file == "encoder":  # the decoder's activations stay float32
+                converter.representative_dataset = lambda: (("encoder", {"pixels": pixels}) for pixels in pictures)
+            model = converter.convert()
+        (folder / f"{file}.tflite").write_bytes(model)
+
+
+def calibration_pictures(config):
+    """Training pictures that show how large the encoder's numbers become.
+
+    Returns:
+      list of uint8 (1, 299, 299, 3)
+
+    Raises:
+      UserError: the training pictures are not there.
+    """
+    try:
+        images = load_prepared(config).train
+        count = min(CALIBRATION_PICTURES, len(images))
+        chosen = np.random.default_rng(config.seed).choice(len(images), count, replace=False)
+        pictures = [load_image(image_path(images[i], config))[np.newaxis] for i in chosen]
+    except (UserError, ValueError) as error:
+        raise UserError(
+            f"int8 weights are calibrated on training pictures, and {error}: "
+            "name where these are by --data_dir and --coco_dir (or --images), or take --weights float16"
+        ) from error
+    print(f"int8 weights are calibrated on {count} training pictures of {config.data_dir}, drawn by seed {config.seed}")
+    return pictures
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------
+
+
+def write_onnx(functions, folder):
+    """Write encoder.onnx, decoder.onnx and evidence.onnx; UserError where tf2onnx is not installed."""
+    try:
+        import tf2onnx
+    except ImportError:
+        raise UserError("--format onnx needs one more package: run pip install tf2onnx") from None
+    rules = {name: (plain_gradient, []) for name in ("SigmoidGrad", "TanhGrad")}
+    for name, function in functions.items():
+        with silenced_stderr():
+            model, _ = tf2onnx.convert.from_function(
+                function, function.input_signature, opset=OPSET, custom_op_handlers=rules
+            )
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+
+
+def plain_gradient(graph, node, name, arguments):
+    """How tf2onnx shall write the gradients of sigmoid and tanh, for which it has no rule.
+
+    y, d_y -> d_y * (y - y * y) for the sigmoid, d_y * (1 - y * y) for tanh.
+    """
+    y, d_y = node.input
+    minuend = y if node.type == "SigmoidGrad" else graph.make_const(f"{name}/one", np.float32(1)).output[0]
+    square = graph.make_node("Mul", [y, y]).output[0]
+    slope = graph.make_node("Sub", [minuend, square]).output[0]
+    shapes, types = node.output_shapes, node.output_dtypes
+    graph.remove_node(node.name)
+    graph.make_node("Mul", [d_y, slope], outputs=node.output, name=name, shapes=shapes, dtypes=types)

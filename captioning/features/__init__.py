@@ -1,0 +1,1 @@
+"""From images through the CNN to features, one .npy each."""

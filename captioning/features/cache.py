@@ -1,0 +1,144 @@
+"""The feature cache: a folder with one .npy file for each image, named after the image file's stem.
+
+A feature file holds (P, F) numbers, float16 or float32. The manifest beside the files tells which network made them
+from which pictures (see feature_manifest.py). random_statistics.npz belongs to a network of random weights.
+"""
+
+import collections
+import dataclasses
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+
+from captioning.data.captioned_images import image_path
+from captioning.features.feature_files import parallel_map, read_feature, reading_features
+from captioning.features.manifest import read_live_manifest, read_manifest, scan_features
+from captioning.settings import prepare_command
+from support.errors import UserError
+
+# --- Places -----------------------------------------------------------------------------------------------------
+
+
+def features_folder(config):
+    return pathlib.Path(config.features_dir or pathlib.Path(config.data_dir, "features"))
+
+
+def feature_path(image, config):
+    """Where an image's features are. CaptionedImage, Config -> pathlib.Path."""
+    return features_folder(config) / f"{feature_stem(image)}.npy"
+
+
+def feature_stem(image):
+    return image.feature_stem or pathlib.PurePath(image.file_name).stem
+
+
+def random_statistics(config):
+    """Where the batch-norm statistics of random weights are. Config -> pathlib.Path."""
+    return features_folder(config) / "random_statistics.npz"
+
+
+# --- Features of prepared images ----------------------------------------------------------------------------------
+
+
+def read_network(config):
+    """The identity of the network that made the cached features, MADE_ELSEWHERE, or None. Config -> str or None."""
+    return read_manifest(features_folder(config), {}).network
+
+
+def check_features(images, config, network, remedy):
+    """Check that the features of prepared images are there, unchanged, and of the network that they were prepared with.
+
+    Args:
+      images: list of CaptionedImage.
+      network: str, identity of the network, or MADE_ELSEWHERE.
+      remedy: str, which command mends what is wrong.
+
+    Raises:
+      UserError: a feature is missing, damaged or changed, or is another network's.
+    """
+    folder = features_folder(config)
+    files = scan_features(folder)
+    manifest = read_live_manifest(folder, files)
+    problems = collections.defaultdict(list)
+    for image in images:
+        stem = feature_stem(image)
+        if stem not in files:
+            problems["missing from the feature cache"].append(feature_path(image, config))
+        elif stem not in manifest.entries:
+            problems["damaged, or changed since it was prepared"].append(feature_path(image, config))
+    for problem, paths in problems.items():
+        others = f", and {len(paths) - 1} others are too" if len(paths) > 1 else ""
+        raise UserError(f"{paths[0]} is {problem}{others}: {remedy}")
+    if manifest.network != network:
+        raise UserError(
+            f"the features in {folder} are another network's ({manifest.network}) than those that were prepared "
+            f"({network}): {remedy}"
+        )
+
+
+MEASURED_IMAGES = 500  # training images that the features' statistics are measured on, at the most
+LEAST_STD = 1e-6
+
+
+def measure_features(images, config):
+    """Measure the features of images.
+
+    Returns:
+      (float32 (F,), each channel's mean over images and locations; float, standard deviation from these means)
+    """
+    sample = np.stack([np.load(feature_path(image, config)) for image in images])  # (N, P, F)
+    mean = sample.mean((0, 1), dtype=np.float32)  # (F,)
+    squares = sum(float(np.square(features - mean).mean(dtype=np.float32)) for features in sample)
+    return mean, max((squares / len(sample)) ** 0.5, LEAST_STD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image to caption.
+
+    Attributes:
+      path: pathlib.Path of the image file.
+      name: str, the image as the user knows it: a path or an address.
+      image_id, references: as in PredictedCaption.
+      feature_path: pathlib.Path of its cached features, or None.
+    """
+
+    path: pathlib.Path
+    name: str
+    image_id: int | str | None = None
+    references: list[str] = ()
+    feature_path: pathlib.Path | None = None
+
+
+def dataset_pictures(images, config):
+    """The Pictures of a data set's images, with their cached features. list of CaptionedImages -> list of Pictures."""
+    pictures = []
+    for image in images:
+        path = image_path(image, config)
+        pictures.append(Picture(path, str(path), image.image_id, image.references, feature_path(image, config)))
+    return pictures
+
+
+def cached_batches(pictures, config):
+    """The pictures with their cached features, `decode_batch` at a time.
+
+    Args:
+      pictures: list of Pictures with a `feature_path`.
+
+    Yields:
+      (list of B Pictures, features float32 (B, P, F))
+
+    Raises:
+      UserError: a feature file is missing or damaged.
+    """
+    size = config.decode_batch
+    if not pictures:
+        return
+    paths = [str(picture.feature_path) for picture in pictures]
+    # Rounded as in training, where features made elsewhere have more digits than the settings name.
+    read = lambda path: tf.cast(read_feature(path, config.feature_dtype), tf.float32)  # noqa: E731
+    dataset = parallel_map(read, paths).batch(size).prefetch(1)
+    with reading_features(prepare_command(config)):
+        for number, batch in enumerate(dataset):
+            yield pictures[number * size : (number + 1) * size], batch  # (B, P, F)

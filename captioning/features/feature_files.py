@@ -1,0 +1,156 @@
+"""Feature files: one .npy for each image, (P, F) numbers, float16 or float32."""
+
+import contextlib
+import io
+import pathlib
+import re
+import zlib
+
+import numpy as np
+import tensorflow as tf
+
+from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.manifest import Entry
+from support.devices import usable_cores
+from support.errors import UserError
+from support.file_states import make_state
+from support.files import replacing
+
+# --- Feature files ----------------------------------------------------------------------------------------------
+
+
+def write_features(paths, features, dtype, journal=None, pictures=None):
+    """Write each image's features as a .npy file of its own, which takes its name when its line is on the disk.
+
+    Args:
+      paths: list of B paths.
+      features: (B, P, F).
+      dtype: "float16" or "float32", the number type on disk.
+      journal: Journal, or None to write no lines of a manifest.
+      pictures: list of B FileState, needed for a journal.
+
+    Raises:
+      UserError: a number is not finite in this type, or a file cannot be written.
+    """
+    stored = tf.cast(features, dtype)  # (B, P, F); TensorFlow casts several times faster than NumPy
+    finite = tf.reduce_all(tf.math.is_finite(stored), axis=(1, 2)).numpy()  # (B,)
+    if not finite.all():
+        raise UserError(
+            f"the network's features of {paths[finite.argmin()].stem} are not finite numbers in {dtype}: "
+            "give --feature_dtype float32 --extract_precision float32, or other --inception_weights"
+        )
+    entries = {}
+    with contextlib.ExitStack() as renamed:
+        for path, feature, picture in zip(paths, stored.numpy(), pictures or [None] * len(paths), strict=True):
+            data = io.BytesIO()
+            np.save(data, feature, allow_pickle=False)
+            temporary = renamed.enter_context(replacing(path))
+            temporary.write_bytes(data.getbuffer())
+            entries[path.stem] = Entry(make_state(temporary.stat(), zlib.crc32(data.getbuffer())), picture)
+        if journal:
+            journal.add(entries)
+
+
+def read_feature(path, dtype):
+    """Read one cached feature inside a TensorFlow graph, whichever of the two number types it has on disk.
+
+    Whoever trains or captions names the same type, `config.feature_dtype`: what is trained on is captioned with.
+
+    A file that cannot be one ends the pipeline with an error. `reading_features` turns that into one line.
+
+    Args:
+      path: string ().
+      dtype: number type of the result.
+
+    Returns:
+      (P, F)
+    """
+    data = tf.io.read_file(path)
+    header = npy_header_length(data)
+    length = tf.strings.length(data) - header
+    is_float16 = tf.equal(length, 2 * LOCATIONS * CHANNELS)
+    is_whole = is_float16 | tf.equal(length, 4 * LOCATIONS * CHANNELS)
+    with tf.control_dependencies([tf.debugging.Assert(is_whole, ["damaged feature file:", path])]):
+        numbers = tf.strings.substr(data, header, length)
+    features = tf.cond(
+        is_float16,
+        lambda: tf.cast(tf.io.decode_raw(numbers, tf.float16), dtype),
+        lambda: tf.cast(tf.io.decode_raw(numbers, tf.float32), dtype),
+    )
+    return tf.reshape(features, (LOCATIONS, CHANNELS))  # (P, F)
+
+
+def npy_header_length(data):
+    """The bytes before the numbers of a .npy file, whose format has three versions. string () -> int32 ()."""
+    start = tf.strings.join([tf.strings.substr(data, 0, 12), b"\0" * 12])  # an empty file has a start too
+    start = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int32)  # (12 or more,)
+    version, length = start[6], start[8] + 256 * start[9]
+    return tf.where(version == 1, 10 + length, 12 + length + 65_536 * start[10] + 16_777_216 * start[11])
+
+
+@contextlib.contextmanager
+def reading_features(remedy="run python data_utils.py"):
+    """Turn TensorFlow's errors about a feature file that cannot be read in the block into a UserError."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        damaged = re.search(r"damaged feature file:\] \[(.*?\.npy)\]", error.message)
+        absent = re.search(r"(?:.*(?:: |}} ))?(.*?\.npy); (.*?)\s*(?:\n|\[\[|$)", error.message)
+        if damaged:
+            raise UserError(f"{damaged[1]} is damaged: {remedy}") from None
+        if absent:
+            raise UserError(f"{absent[1]} cannot be read ({absent[2]}): {remedy}") from None
+        raise
+
+
+def parallel_map(function, inputs, workers=None):
+    """Apply a function to many inputs on many cores.
+
+    Args:
+      function: function of one row of `inputs`, in a graph.
+      inputs: tensor or tuple of tensors with the same number of rows.
+      workers: int, rows at work at a time, or None for one on each core.
+
+    Returns:
+      tf.data.Dataset of the results, in the order of the rows.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False  # TensorFlow's tuning thread can hold up a pipeline's end by a second or more
+    dataset = tf.data.Dataset.from_tensor_slices(inputs)
+    return dataset.map(function, num_parallel_calls=workers or usable_cores()).with_options(options)
+
+
+def check_feature_file(path, dtype="float32"):
+    """Read a feature file that another program made, and check it.
+
+    Args:
+      dtype: "float16" or "float32", the number type that the features must fit into.
+
+    Returns:
+      FileState, or None if it is not (64, 2048) of finite float16 or float32 numbers that `read_feature` can read.
+    """
+    path = pathlib.Path(path)
+    try:
+        stat, data = path.stat(), path.read_bytes()
+        features = load_npy(data)
+    except (OSError, ValueError):
+        return None
+    is_whole = (
+        features.shape == (LOCATIONS, CHANNELS)
+        and features.dtype in (np.float16, np.float32)
+        and features.flags.c_contiguous
+        and len(data) == int(npy_header_length(data[:12])) + features.nbytes
+        and bool(np.abs(features).max() <= np.finfo(dtype).max)  # false for NaN
+    )
+    return make_state(stat, zlib.crc32(data)) if is_whole else None
+
+
+def load_npy(data):
+    """The array of a .npy file's bytes. Raises ValueError where they are damaged."""
+    while True:
+        try:
+            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except SystemError:  # Python 3.11's parser, which NumPy reads headers with, sometimes fails in threads
+            continue
+        except Exception as error:  # a damaged header raises errors of many classes
+            raise ValueError(str(error)) from error

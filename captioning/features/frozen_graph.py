@@ -1,0 +1,148 @@
+"""InceptionV3's graph, kept beside a run, as making it takes longer than all the rest of a first caption.
+
+network_graph.pb       a TensorFlow GraphDef: batch norm folded, weights rounded, number types chosen
+network_graph.json     what it was made of, and the digest of network_graph.pb
+
+A graph that was made of anything else, or is damaged, is made anew. For CPUs only: a GPU's graph is another one.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import threading
+
+import keras
+import tensorflow as tf
+from tensorflow.core.protobuf import rewriter_config_pb2
+from tensorflow.python.grappler import tf_optimizer
+
+from captioning.features.cnn import IMAGE_SIZE
+from captioning.features.inception import (
+    check_identity,
+    compiled_once,
+    extraction_precision,
+    feature_graph,
+    network_identity,
+)
+from support.devices import has_fast_bfloat16
+from support.errors import UserError
+from support.files import read_json, write_bytes, write_json
+
+GRAPH, NOTE = "network_graph.pb", "network_graph.json"
+SOURCES = "inception.py", "rounding.py", "network_cache.py"  # a change of theirs may change the graph
+PIXELS, FEATURES = "pixels:0", "Identity:0"  # as TensorFlow names what feature_graph takes and returns
+# What a graph may consist of. A file that somebody else wrote could do anything else, such as write files.
+OPERATIONS = {"Placeholder", "Const", "Identity", "Cast", "Reshape", "Mul", "RealDiv", "AddV2", "Sub"}
+OPERATIONS |= {"Conv2D", "BiasAdd", "FusedBatchNormV3", "Relu", "MaxPool", "AvgPool", "ConcatV2"}
+
+
+def kept_network(folder, config, statistics, expected_identity):
+    """The network that is kept in a folder, or else the one that `feature_graph` makes, which is then kept there.
+
+    Both ways the same graph computes the features.
+
+    Args:
+      folder: pathlib.Path of the run.
+      config, statistics, expected_identity: as `feature_graph` takes them.
+
+    Returns:
+      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+
+    Raises:
+      UserError: as `feature_graph` does.
+    """
+    check_identity(config, statistics, expected_identity)
+    made_of = describe_network(config, statistics)
+    graph = read_graph(folder, made_of)
+    if graph is None:
+        made = feature_graph(config, statistics, expected_identity=expected_identity)
+        graph = rewrite_graph(made.get_concrete_function().graph.as_graph_def(), made_of["precision"])
+        keep_graph(folder, made_of, graph)
+    network = compiled_once(graph_function(graph))
+    blank = tf.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)
+    threading.Thread(target=network, args=(blank,)).start()  # compiles it while the caller goes on
+    return network
+
+
+def describe_network(config, statistics):
+    """All that the graph depends on. Returns a dict of name to str."""
+    here = pathlib.Path(__file__)
+    return {
+        "network": network_identity(config, statistics),
+        "precision": extraction_precision(config),
+        "code": digest(b"".join(here.with_name(name).read_bytes() for name in SOURCES)),
+        "libraries": f"TensorFlow {tf.version.VERSION}, Keras {keras.version()}",
+        "machine": f"{platform.machine()}, fast bfloat16: {has_fast_bfloat16()}",
+        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", ""),
+    }
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def rewrite_graph(graph, precision):
+    """Do beforehand what TensorFlow does to a graph when it first runs, but for the last step, see `graph_function`.
+
+    Args:
+      graph: GraphDef without variables.
+      precision: "bfloat16" or "float32", what convolutions compute in.
+
+    Returns:
+      GraphDef
+    """
+    options = tf.compat.v1.ConfigProto()
+    rewriting = options.graph_options.rewrite_options
+    rewriting.arithmetic_optimization = rewriter_config_pb2.RewriterConfig.OFF  # as extraction_graphs has it
+    if precision == "bfloat16":
+        rewriting.auto_mixed_precision_onednn_bfloat16 = rewriter_config_pb2.RewriterConfig.ON
+    whole = tf.compat.v1.MetaGraphDef(graph_def=graph)
+    whole.collection_def["train_op"].node_list.value.append(FEATURES)  # what is to be computed
+    rewritten = tf_optimizer.OptimizeGraph(options, whole)
+    for node in rewritten.node:
+        if node.op == "Const":  # bfloat16 numbers as bytes, which are read much faster
+            value = node.attr["value"].tensor
+            value.CopyFrom(tf.make_tensor_proto(tf.make_ndarray(value)))
+    return rewritten
+
+
+def graph_function(graph):
+    """What runs a graph that `rewrite_graph` returned. It has a session of its own for the sake of its own options."""
+    with tf.Graph().as_default() as owner:
+        tf.graph_util.import_graph_def(graph, name="")
+    options = tf.compat.v1.ConfigProto()
+    rewriting = options.graph_options.rewrite_options
+    rewriting.optimizers.append("remap")  # gives convolutions their biases and ReLUs, for which no file format exists
+    rewriting.meta_optimizer_iterations = rewriter_config_pb2.RewriterConfig.ONE
+    compute = tf.compat.v1.Session(graph=owner, config=options).make_callable(FEATURES, [PIXELS])
+    return lambda pixels: tf.constant(compute(pixels.numpy()))  # (B, P, F)
+
+
+# --- The files --------------------------------------------------------------------------------------------------
+
+
+def read_graph(folder, made_of):
+    """The GraphDef that is kept in a folder, or None where it is missing, damaged or made of anything else."""
+    try:
+        note = read_json(folder / NOTE, "")
+        data = (folder / GRAPH).read_bytes()
+        if note != {**made_of, "graph": digest(data)}:
+            return None
+        graph = tf.compat.v1.GraphDef.FromString(data)
+    except Exception:  # whatever is wrong with the files, the graph can be made anew
+        return None
+    is_arithmetic = {node.op for node in graph.node} <= OPERATIONS and not graph.library.function
+    return graph if is_arithmetic else None
+
+
+def keep_graph(folder, made_of, graph):
+    """Keep a GraphDef for the next start. Where that fails, a line says so, and nothing else is the worse for it."""
+    data = graph.SerializeToString()
+    try:
+        write_bytes(folder / GRAPH, data)
+        write_json(folder / NOTE, {**made_of, "graph": digest(data)}, indent=1)
+    except UserError as error:
+        print(f"note: the next start will take as long as this one: {error}")
+        return
+    print(f"InceptionV3 is kept ready in {folder / GRAPH} ({len(data) / 1e6:.0f} MB): later starts are faster")

@@ -1,0 +1,225 @@
+"""InceptionV3 without its top, from pixels to features, as one TensorFlow graph (Szegedy et al., arXiv 1512.00567)."""
+
+import contextlib
+import hashlib
+import pathlib
+import threading
+
+import keras
+import tensorflow as tf
+
+from captioning.features.bfloat16_weights import round_weights
+from captioning.features.cnn import CHANNELS, IMAGE_SIZE, LOCATIONS
+from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.features.random_weights import calibrate, set_random_weights, set_statistics, write_statistics
+from support.devices import has_fast_bfloat16
+from support.errors import UserError
+
+STATISTICS_REMEDY = (
+    "without this file the same network cannot be made again, so copy it from the folder of the features, "
+    "or delete the features and run python data_utils.py to make them anew"
+)
+
+
+def network_identity(config, statistics=None):
+    """Name the network in one line, so that other weights have another name. Looks at no feature and no picture.
+
+    Args:
+      config: Config. `inception_weights` is "imagenet", "random" or the path of a weights file.
+      statistics: path of the batch-norm statistics of random weights, which are a part of these, or None to name the
+        seed alone. Other weights do not need it.
+
+    Returns:
+      str
+
+    Raises:
+      UserError: the weights file or the statistics are missing.
+    """
+    weights = config.inception_weights
+    if weights == "imagenet":
+        return "InceptionV3, weights imagenet"
+    if weights == "random":
+        name = f"InceptionV3, random weights of seed {config.seed}"
+        if statistics is None:
+            return name
+        try:
+            return f"{name} and calibration {file_digest(statistics)}"
+        except OSError as error:
+            kind = type(error).__name__
+            raise UserError(f"{statistics} is missing or damaged ({kind}): {STATISTICS_REMEDY}") from None
+    try:
+        return f"InceptionV3, weights of SHA-256 {file_digest(weights)}"
+    except OSError:
+        raise UserError(f"--inception_weights {weights} is not a file: name one, or take imagenet or random") from None
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def feature_network(config, statistics=None, calibration_paths=None, expected_identity=None):
+    """The network that computes features, for several threads. Arguments and errors are those of `feature_graph`.
+
+    Returns:
+      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+    """
+    return compiled_once(feature_graph(config, statistics, calibration_paths, expected_identity))
+
+
+def feature_graph(config, statistics=None, calibration_paths=None, expected_identity=None):
+    """Make the network that computes features.
+
+    Args:
+      config: Config. `inception_weights` is "imagenet", "random" or the path of a weights file.
+      statistics: path of the batch-norm statistics of random weights. Other weights do not need it.
+      calibration_paths: list of training images. If there is no file `statistics`, it is made from them.
+      expected_identity: str, what `network_identity` said of the network whose features a model was trained on. None
+        stands for any.
+
+    Returns:
+      tf.function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), without variables
+
+    Raises:
+      UserError: the weights or their statistics are missing or damaged, or the network is not the one expected.
+    """
+    is_random = config.inception_weights == "random"
+    check_identity(config, statistics, expected_identity)
+    precision = extraction_precision(config)
+    inception = load_inception(config.inception_weights, precision)
+    if is_random:
+        set_random_weights(inception, config.seed)
+        if calibration_paths is not None and not pathlib.Path(statistics).exists():
+            values = calibrate(inception, calibration_paths)
+            if not pathlib.Path(statistics).exists():  # another shard may have been quicker
+                write_statistics(statistics, values, network_identity(config))
+        set_statistics(inception, statistics, network_identity(config))
+    rounded = precision == "bfloat16"
+    factors = round_weights(inception) if rounded else 1.0  # (F,)
+
+    # TensorFlow folds batch norm into the convolutions if the weights are constants. It cannot do so with variables.
+    trainable = [variable.numpy() for variable in inception.trainable_variables]
+    others = [variable.numpy() for variable in inception.non_trainable_variables]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)])
+    def network(pixels):
+        values = tf.cast(pixels, tf.float32)
+        scaled = 2.0 * values - 255.0 if rounded else values / 127.5 - 1.0
+        constants = [tf.constant(value) for value in trainable], [tf.constant(value) for value in others]
+        grid, _ = inception.stateless_call(*constants, scaled, training=False)  # (B, 8, 8, F)
+        return tf.cast(tf.reshape(grid, (-1, LOCATIONS, CHANNELS)), tf.float32) / factors  # (B, P, F)
+
+    return network
+
+
+def compiled_once(graph):
+    """A function that calls a graph. While its first call is at work, those of other threads wait.
+
+    TensorFlow compiles a graph when it is first called: once for each thread that does so at the same time.
+    """
+    first, compiled = threading.Lock(), threading.Event()
+
+    def call(pixels):
+        if not compiled.is_set():
+            with first:
+                if not compiled.is_set():
+                    result = graph(pixels)
+                    compiled.set()
+                    return result
+        return graph(pixels)
+
+    return call
+
+
+def check_identity(config, statistics, expected):
+    """Raise UserError if the network is not the one that made the features which a model was trained on.
+
+    Args:
+      config, statistics: as `network_identity` takes them.
+      expected: str, what `network_identity` said of that network, MADE_ELSEWHERE, or None for any.
+    """
+    if expected == MADE_ELSEWHERE:
+        raise UserError(
+            "this model was trained on features made by another program, and only that program's network can read new "
+            "pictures for it: train a model on features that python data_utils.py made"
+        )
+    identity = network_identity(config)
+    if statistics and f"{expected} ".startswith(f"{identity} "):  # the seed fits, and the calibration may not
+        identity = network_identity(config, statistics)
+    if expected not in (None, identity):
+        raise UserError(
+            f"this model was trained on features of another network ({expected}) than the settings name ({identity}): "
+            "give the --inception_weights and --seed that it was trained with, and random weights their own statistics"
+        )
+
+
+# --- Number types -----------------------------------------------------------------------------------------------
+
+
+def extraction_precision(config):
+    """The number type that InceptionV3 computes in: "float32", "bfloat16" or "float16". "auto" is the fastest here."""
+    if config.extract_precision != "auto":
+        return config.extract_precision
+    if has_fast_bfloat16():
+        return "bfloat16"
+    gpus = tf.config.list_physical_devices("GPU")
+    return "float16" if gpus and compute_capability(gpus[0]) >= (7, 0) else "float32"
+
+
+def compute_capability(gpu):
+    return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
+
+
+@contextlib.contextmanager
+def extraction_graphs(config):
+    """Let TensorFlow rewrite the graphs of this block so that extraction is fast.
+
+    On a CPU this brings bfloat16 into the graph, where `extraction_precision` chooses it. A GPU's number type is part
+    of the Keras model. The options hold for the whole process. Decoding stays out of the block: captions are computed
+    in float32.
+    """
+    on_cpu = not tf.config.list_physical_devices("GPU")
+    # The arithmetic optimizer moves ReLU behind pooling and concatenation, where no convolution can absorb it.
+    set_rewriting(bfloat16=on_cpu and extraction_precision(config) == "bfloat16", arithmetic=False)
+    try:
+        yield
+    finally:
+        set_rewriting(bfloat16=False, arithmetic=True)
+
+
+def set_rewriting(bfloat16, arithmetic):
+    tf.config.optimizer.set_experimental_options(
+        {"auto_mixed_precision_onednn_bfloat16": bfloat16, "arithmetic_optimization": arithmetic}
+    )
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------
+
+
+def load_inception(weights, precision):
+    """Build Keras's InceptionV3.
+
+    Args:
+      weights: "imagenet", "random" or the path of a weights file.
+      precision: "float32", "bfloat16" or "float16". The last two are for GPUs. On a CPU the model itself is float32.
+
+    Raises:
+      UserError: the weights cannot be downloaded, or the file is damaged or another network's.
+    """
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy(f"mixed_{precision}" if on_gpu and precision != "float32" else "float32")
+        return keras.applications.InceptionV3(
+            include_top=False,
+            weights=None if weights == "random" else weights,
+            input_shape=(IMAGE_SIZE, IMAGE_SIZE, 3),
+        )
+    except Exception as error:  # a download or an HDF5 file raises errors of many classes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"InceptionV3 cannot take the weights {weights} ({reason}): "
+            "name a weights file without the top by --inception_weights"
+        ) from error
+    finally:
+        keras.config.set_dtype_policy(policy)

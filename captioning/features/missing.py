@@ -1,0 +1,167 @@
+"""Which images have no features yet, or features that no longer fit."""
+
+import functools
+import pathlib
+
+from tqdm import tqdm
+
+from captioning.data.captioned_images import image_path
+from captioning.features.cache import feature_path, feature_stem, features_folder, random_statistics
+from captioning.features.extraction import check_case, check_replaced
+from captioning.features.feature_files import check_feature_file
+from captioning.features.inception import network_identity
+from captioning.features.manifest import (
+    MADE_ELSEWHERE,
+    Entry,
+    Manifest,
+    keep_live,
+    read_manifest,
+    scan_features,
+    ways_out,
+    write_manifest,
+)
+from support.devices import usable_cores
+from support.errors import UserError
+from support.file_states import FileState, cancelling_pool, find_stat, renew_states
+
+UNKNOWN = FileState(-1, -1, -1)  # no file is like that
+
+
+# --- What is to be extracted ------------------------------------------------------------------------------------
+
+
+def find_missing(images, config, shared=False):
+    """Find the images whose features must be extracted. Reads neither pictures nor features that have not changed.
+
+    A feature of which the manifest has no line, as after a power cut, is extracted again: nothing tells what made it.
+
+    Args:
+      images: list of CaptionedImage.
+      shared: bool, whether other processes may be writing features to the same folder.
+
+    Returns:
+      list of CaptionedImage: those without features, with damaged ones, or whose picture has changed since
+
+    Raises:
+      UserError: the features were made by another network, or elsewhere and are not complete.
+    """
+    folder = features_folder(config)
+    check_case(images, folder)
+    files = scan_features(folder)
+    recorded = read_manifest(folder, files)
+    manifest = keep_live(folder, files, recorded)
+    if files and manifest.network in (None, MADE_ELSEWHERE):
+        complete = check_made_elsewhere(images, manifest, files, config)
+        if not shared:
+            write_manifest(folder, complete)
+        print(f"features: {len(images)} of {len(images)} are in {folder} already, made elsewhere")
+        return []
+
+    check_replaced(images, recorded, manifest, files, config)
+    unknown = [feature_path(image, config) for image in files_without_line(images, recorded, files)]
+    manifest, changed = check_pictures(images, manifest, config)
+    usable = manifest.entries.keys() - changed
+    begun, statistics = network_identity(config), random_statistics(config)
+    identity = network_identity(config, statistics) if statistics.exists() else begun
+    is_same = f"{manifest.network} ".startswith(f"{begun} ")  # but for the calibration
+    if usable and is_same and config.inception_weights == "random" and not statistics.exists():
+        raise UserError(
+            f"{statistics} is missing, and without it no other feature can be made by the same network: "
+            f"{ways_out(folder)}"
+        )
+    if manifest.network not in (None, begun, identity) and (usable or shared):
+        raise UserError(
+            f"the features in {folder} were made by another network ({manifest.network}) than the settings name "
+            f"({identity}): {ways_out(folder)}"
+        )
+    if not shared:
+        manifest = settle(manifest, usable, begun, config)
+    missing = [image for image in images if feature_stem(image) not in usable]
+    print(f"features: {len(images) - len(missing)} of {len(images)} are in {folder} already")
+    if unknown:
+        print(f"features without a line in the manifest: {len(unknown)}, such as {unknown[0]}; extracted again")
+    if changed:
+        print(f"pictures that have changed since: {len(changed)}; their features are extracted again")
+    return missing
+
+
+def check_made_elsewhere(images, manifest, files, config):
+    """Check features that another program made. New and changed ones are read.
+
+    Args:
+      manifest: Manifest of the features that are known and unchanged.
+      files: dict of stem to os.stat_result, the feature files.
+
+    Returns:
+      Manifest with a line for each image
+
+    Raises:
+      UserError: a feature is missing or damaged.
+    """
+    new = files_without_line(images, manifest, files)
+    entries = dict(manifest.entries)
+    with cancelling_pool(usable_cores()) as pool:
+        check = functools.partial(check_feature_file, dtype=config.feature_dtype)
+        states = pool.map(check, [feature_path(image, config) for image in new])
+        states = tqdm(states, "checking features made elsewhere", total=len(new), unit=" files", disable=not new)
+        for image, state in zip(new, states, strict=True):
+            if state:
+                entries[feature_stem(image)] = Entry(state, None)
+    gaps = [image for image in images if feature_stem(image) not in entries]
+    if gaps:
+        raise UserError(
+            f"{len(gaps)} of {len(images)} features are missing, damaged or too large for --feature_dtype "
+            f"{config.feature_dtype}, such as {feature_path(gaps[0], config)}. "
+            "The features in this folder were made elsewhere, and another network does not fill their gaps: "
+            "make these with the program that made the others, or name another --features_dir"
+        )
+    return Manifest(MADE_ELSEWHERE, entries, manifest.journals)
+
+
+def files_without_line(images, manifest, files):
+    """The images that have a feature file of which the manifest knows nothing."""
+    stems = files.keys() - manifest.entries.keys()
+    return [image for image in images if feature_stem(image) in stems]
+
+
+def check_pictures(images, manifest, config):
+    """Compare the pictures with those that the features were made from. A picture that is gone counts as unchanged.
+
+    Returns:
+      (Manifest with the pictures' present times, set of the stems whose picture has changed)
+    """
+    paths = {stem: image_path(image, config) for image in images if (stem := feature_stem(image)) in manifest.entries}
+    stats = {stem: stat for stem, path in paths.items() if (stat := find_stat(path))}
+    recorded = [manifest.entries[stem].picture or UNKNOWN for stem in stats]
+    renewed = renew_states([paths[stem] for stem in stats], list(stats.values()), recorded)
+    entries, changed = dict(manifest.entries), set()
+    for stem, state in zip(stats, renewed, strict=True):
+        if state:
+            entries[stem] = entries[stem]._replace(picture=state)
+        else:
+            changed.add(stem)
+    return Manifest(manifest.network, entries, manifest.journals), changed
+
+
+def settle(manifest, usable, identity, config):
+    """Bring the manifest up to date. If none of the features is usable, the cache begins anew with this network.
+
+    No other process may be writing features.
+
+    Args:
+      manifest: Manifest of the features that are known and unchanged.
+      usable: set of the stems whose picture has not changed either.
+      identity: str, `network_identity`, of random weights that without their calibration, which is still to come.
+
+    Returns:
+      Manifest
+    """
+    folder = features_folder(config)
+    if not usable:
+        # The features first: whatever is left if this is interrupted, the next run comes here again.
+        for stem in manifest.entries:
+            pathlib.Path(folder, f"{stem}.npy").unlink(missing_ok=True)
+        random_statistics(config).unlink(missing_ok=True)
+        manifest = Manifest(identity, {}, manifest.journals)
+    write_manifest(folder, manifest)
+    return manifest

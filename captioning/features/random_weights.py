@@ -1,0 +1,86 @@
+"""A network of random weights: drawn from a seed, its batch norm measured on training images."""
+
+import contextlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from captioning.features.image_files import load_image
+from captioning.features.inception import STATISTICS_REMEDY
+from support.errors import UserError
+from support.files import replacing
+
+
+def batch_norms(inception):
+    return [layer for layer in inception.layers if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def set_random_weights(inception, seed):
+    """Draw He-normal kernels from a seed (He et al., arXiv 1502.01852)."""
+    rng = np.random.default_rng(seed)
+    for layer in inception.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            fan_in = np.prod(layer.kernel.shape[:3])
+            layer.kernel.assign(rng.standard_normal(layer.kernel.shape, np.float32) * np.sqrt(2.0 / fan_in))
+
+
+def calibrate(inception, image_paths):
+    """Measure the batch-norm statistics of random weights in one pass over images. Without them activations vanish.
+
+    Args:
+      inception: Keras model. Its own statistics change.
+      image_paths: list of image files. Those that cannot be read are left out: they are reported elsewhere.
+
+    Returns:
+      list of arrays: of each batch norm the mean, then the variance
+
+    Raises:
+      UserError: no image can be read.
+    """
+    pixels = []
+    for path in image_paths:
+        with contextlib.suppress(ValueError):
+            pixels.append(load_image(path))
+    if not pixels:
+        raise UserError("no training image can be read, and random weights need some: check the image folder")
+    norms = batch_norms(inception)
+    for norm in norms:
+        norm.momentum = 0.0
+    # As a graph, which lets go of each layer's outputs: otherwise all are held, 9 GB.
+    tf.function(inception)(tf.constant(np.stack(pixels) / np.float32(127.5) - 1), training=True)
+    return [variable.numpy() for norm in norms for variable in (norm.moving_mean, norm.moving_variance)]
+
+
+def write_statistics(path, values, identity):
+    with replacing(path) as temporary:
+        np.savez(temporary, *values, identity=identity)
+
+
+def set_statistics(inception, path, identity):
+    """Set the batch-norm statistics to what `write_statistics` wrote.
+
+    Args:
+      inception: Keras model.
+      path: path of the file.
+      identity: str, `network_identity`, without statistics, of the network that they must belong to.
+
+    Raises:
+      UserError: the file is missing or damaged, or belongs to another network.
+    """
+    remedy = STATISTICS_REMEDY
+    variables = [variable for norm in batch_norms(inception) for variable in (norm.moving_mean, norm.moving_variance)]
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            owner = str(saved["identity"])
+            values = [saved[name] for name in saved.files if name != "identity"]
+        if [value.shape for value in values] != [tuple(variable.shape) for variable in variables]:
+            raise ValueError("these are not the statistics of InceptionV3")
+        if not all(np.isfinite(value).all() for value in values):
+            raise ValueError("a number is not finite")
+    except Exception as error:  # a zip file and its arrays raise errors of many classes
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {remedy}") from error
+    if owner != identity:
+        raise UserError(f"{path} belongs to another network ({owner}) than the settings name ({identity}): {remedy}")
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -1,0 +1,1 @@
+"""Captions of the user's own images, and captions.jsonl."""

@@ -1,0 +1,169 @@
+"""The user's own pictures: files, folders and addresses to Pictures, and Pictures to features."""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import pathlib
+import re
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from captioning.features.cache import Picture
+from captioning.features.extraction import extract_features
+from captioning.features.inception import extraction_graphs
+from support.downloads import download_all
+from support.errors import UserError, printable
+
+EXTRACTED = 300  # pictures whose features are held in memory before they are captioned
+LARGEST = 50_000_000  # bytes of a picture fetched from an address
+SHOWN_KINDS = 8  # kinds of what was skipped that are counted each
+
+# Of the many formats that Pillow registers, those that hold pictures: not PDF, not video, not HDF5.
+PICTURE_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA"}
+PICTURE_FORMATS |= {"QOI", "SGI", "TIFF", "WEBP"}
+
+
+def find_pictures(names, output, skipped):
+    """The picture files that are named, those in the folders that are named, at any depth, and those of addresses.
+
+    Args:
+      names: list of str, files, folders and http or https addresses.
+      output: pathlib.Path of the folder that captions go to. What is in it is left out of a folder that holds it.
+        Pictures of addresses are to be downloaded to `output`/downloads, see `fetch_pictures`.
+      skipped: Counter of what is left out, by kind, such as files in folders that are no pictures; it is added to.
+
+    Returns:
+      list of Pictures, each file once
+
+    Raises:
+      UserError: there is none.
+    """
+    pictures = []
+    for name in names:
+        path = pathlib.Path(name)
+        if is_address(name):
+            pictures.append(Picture(output / "downloads" / local_name(name), name))
+        elif os.path.isdir(path):  # unlike path.is_dir, no error where the name is too long
+            check_output(path, output)
+            pictures += [Picture(file, str(file)) for file in walk_folder(path, output.resolve(), skipped)]
+        else:
+            pictures.append(Picture(path, str(path)))
+    if not pictures:
+        found = f" ({describe_skipped(skipped)})" if skipped else ""
+        raise UserError(f"no image file is in {', '.join(names)}{found}: name image files or folders behind --image")
+    different = {}
+    for picture in pictures:
+        different.setdefault(os.path.abspath(picture.path), picture)
+    return list(different.values())
+
+
+def check_output(folder, output):
+    """UserError where captions and figures would go among the pictures: the next run would take figures for pictures.
+
+    Folders below `folder` are no problem, see `walk_folder`.
+    """
+    if folder.resolve() == output.resolve():
+        raise UserError(f"{folder} holds the pictures: give another folder by --output, such as {folder / 'captions'}")
+
+
+def describe_skipped(skipped):
+    """The most frequent kinds of what was skipped, and how many are of other kinds. Counter -> str."""
+    by_count = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    shown = {kind: count for kind, count in by_count[:SHOWN_KINDS] if kind.isprintable()}
+    parts = [f"{count} {kind}" for kind, count in sorted(shown.items())]
+    others = skipped.total() - sum(shown.values())
+    return ", ".join([*parts, f"{others} others"] if others else parts)
+
+
+def walk_folder(folder, output, skipped):
+    """The picture files in a folder, at any depth, in order of their names.
+
+    Args:
+      folder: pathlib.Path
+      output: pathlib.Path, resolved; this folder is not entered.
+      skipped: Counter of the kinds of files that are no pictures; it is added to.
+
+    Returns:
+      list of pathlib.Path
+    """
+    endings = picture_endings()
+    found = []
+    unreadable = lambda error: skipped.update(["folders that cannot be read"])  # noqa: E731
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if pathlib.Path(place, name).resolve() != output]
+        for name in files:
+            ending = pathlib.PurePath(name).suffix.lower()
+            if name.startswith("._"):
+                skipped["macOS side files (._*)"] += 1
+            elif ending in endings:
+                found.append(pathlib.Path(place, name))
+            else:
+                skipped[f"*{ending}" if ending else "files without an ending"] += 1
+    return sorted(found)
+
+
+def picture_endings():
+    """The endings of file names, in lower case, that stand for pictures."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in PICTURE_FORMATS}
+
+
+def is_address(name):
+    return re.match("[a-z][a-z0-9+.-]*://", name, re.IGNORECASE) is not None
+
+
+def local_name(address):
+    """A file name for an address: letters and digits of its last part, and a digest that no other address has."""
+    last = re.sub("[^A-Za-z0-9]+", "_", address.split("?")[0].rsplit("/", 1)[-1])
+    return f"{last[-40:]}_{hashlib.sha256(os.fsencode(address)).hexdigest()[:16]}"
+
+
+def fetch_pictures(pictures, workers, skipped):
+    """Download the pictures of addresses, anew in each run. Those that cannot be had are named, counted and left out.
+
+    Args:
+      workers: int, pictures fetched at a time.
+      skipped: as in `find_pictures`.
+    """
+    jobs = [(picture.name, picture.path) for picture in pictures if is_address(picture.name)]
+    for _, path in jobs:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    limits = {"attempts": 2, "timeout": 10.0, "limit": LARGEST, "give_up": None}
+    failed = dict(download_all(jobs, workers, progress=False, **limits))
+    for picture in pictures:
+        if picture.path in failed:
+            print(printable(f"{picture.name} cannot be fetched ({failed[picture.path]})"))
+            skipped["not fetched"] += 1
+    return [picture for picture in pictures if picture.path not in failed]
+
+
+def extract_batches(network, pictures, config, skipped):
+    """Features of picture files, about `decode_batch` at a time, but whole batches of extraction.
+
+    Pictures that cannot be read are named, counted and left out.
+
+    Args:
+      network: function, as feature_network returns.
+      skipped: as in `find_pictures`.
+
+    Yields:
+      (list of B Pictures, features float32 (B, P, F))
+    """
+    together = max(config.decode_batch // config.extract_batch, 1)
+    for start in range(0, len(pictures), EXTRACTED):
+        by_path = {picture.path: picture for picture in pictures[start : start + EXTRACTED]}
+        # Decoding, whose captions are to be float32's, stays outside of the block.
+        with extraction_graphs(config):
+            extracted = list(extract_features(network, list(by_path), config.extract_batch))
+        for i in range(0, len(extracted), together):
+            done, features, failed = zip(*extracted[i : i + together], strict=True)
+            for path, reason in itertools.chain(*failed):
+                name = by_path[path].name
+                tqdm.write(printable(f"{name}: {reason}" if is_address(name) else reason))
+                skipped["not readable"] += 1
+            readable = [by_path[path] for path in itertools.chain(*done)]
+            if readable:
+                yield readable, np.concatenate(features)  # (B, P, F)

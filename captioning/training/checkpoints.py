@@ -1,0 +1,112 @@
+"""The state of a training and its checkpoints: written whole, tested before they count as good, newest first."""
+
+import hashlib
+import pathlib
+import re
+import shutil
+import tempfile
+import weakref
+
+import tensorflow as tf
+
+from support.distribution import is_chief
+from support.errors import UserError
+from support.files import free_space
+
+# What TensorFlow writes for a checkpoint, and the folder that it writes it in first. All else is somebody's own.
+WRITTEN = re.compile(r"(ckpt-(?:0|[1-9][0-9]*))(\.index|\.data-[0-9]{5}-of-[0-9]{5}|_temp)")
+
+
+def captioner_checkpoint(encoder, decoder):
+    """What `best` holds: encoder and decoder, without the optimizer."""
+    return tf.train.Checkpoint(encoder=encoder, decoder=decoder)
+
+
+def save_checkpoint(objects, folder, number):
+    """Write a tf.train.Checkpoint as `folder`/ckpt-`number`, and keep the one before it and no others.
+
+    Of several workers only the chief writes.
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written.
+    """
+    if not is_chief():
+        return
+    path = folder / f"ckpt-{number}"
+    try:
+        objects.write(path)
+    except tf.errors.OpError as error:
+        reason = error.message.rpartition("; ")[2].partition(" [Op")[0]
+        raise UserError(f"cannot write {path}: {reason} ({free_space(folder)})") from error
+    finally:
+        kept = [path.name for path in list_checkpoints(folder) if checkpoint_number(path) <= number][:2]
+        for file in folder.glob("ckpt-*"):
+            name, part = match.groups() if (match := WRITTEN.fullmatch(file.name)) else ("", "")
+            if part == "_temp" and file.is_dir():  # of a save that was killed or failed
+                shutil.rmtree(file)
+            elif part not in ("", "_temp") and name not in kept and not file.is_dir():
+                file.unlink()
+
+
+def restore_newest(objects, folders, remedy):
+    """Restore a tf.train.Checkpoint's objects from the newest checkpoint that can be read.
+
+    Args:
+      folders: list of pathlib.Path; one is tried when nothing in those before it can be read.
+      remedy: str, what the user can do where no checkpoint can be read.
+
+    Returns:
+      pathlib.Path of the checkpoint without its ending, or None where there is none.
+
+    Raises:
+      UserError: there are some, and none can be read.
+    """
+    damaged = []
+    for path in (path for folder in folders for path in list_checkpoints(folder)):
+        try:
+            objects.read(readable_path(path, objects)).assert_existing_objects_matched().expect_partial()
+        except Exception as error:  # TensorFlow raises many kinds for damaged files
+            reason = str(error).partition("\n")[0]
+            damaged.append(f"{path} cannot be read ({reason})")
+            continue
+        for problem in damaged:
+            print(f"{problem}: {path.parent.name}/{path.name} is taken instead")
+        return path
+    if damaged:
+        raise UserError(f"{damaged[0]}: {remedy}")
+    return None
+
+
+def readable_path(path, owner):
+    """The path of a checkpoint as TensorFlow can read it.
+
+    Where `is_pattern` holds, the path returned goes through a link. The link is there as long as `owner`, because
+    TensorFlow reads again when something is added to what it restored.
+    """
+    if not is_pattern(path):
+        return path
+    folder = tempfile.mkdtemp()
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    link = pathlib.Path(folder, "folder")
+    link.symlink_to(path.parent.absolute(), target_is_directory=True)
+    return link / path.name
+
+
+def is_pattern(path):
+    """Whether TensorFlow cannot read weights by this path: it takes it for a pattern, though not when it writes."""
+    return re.search(r"[\[\\]", pathlib.Path(path).as_posix()) is not None
+
+
+def list_checkpoints(folder):
+    """The paths of the checkpoints in a folder, without endings, the newest first."""
+    paths = (path.with_suffix("") for path in folder.glob("ckpt-*.index") if WRITTEN.fullmatch(path.name))
+    return sorted(paths, key=checkpoint_number, reverse=True)
+
+
+def checkpoint_digest(path):
+    """A digest of a checkpoint's index file, which holds a checksum of every tensor: no other weights have the same."""
+    return hashlib.sha256(path.with_name(f"{path.name}.index").read_bytes()).hexdigest()[:16]
+
+
+def checkpoint_number(path):
+    return int(path.name.removeprefix("ckpt-"))

@@ -1,0 +1,212 @@
+"""A run folder: what a training leaves, enough to caption pictures without the data that it was trained on.
+
+config.json, vocabulary.json     settings and words
+network.json                     identity of the network that made the features
+random_statistics.npz            batch-norm statistics, where that network has random weights
+last/                            checkpoint to continue from
+best/                            checkpoint of the lowest validation loss, or of the highest self-critical CIDEr
+history.csv, loss.png            losses and CIDEr by epoch
+network_graph.pb, ....json       the network, ready to caption pictures with; made when it is first needed
+"""
+
+import dataclasses
+import pathlib
+import shutil
+
+import tensorflow as tf
+
+from captioning.captioner import Captioner
+from captioning.data.prepared_data import read_prepared_settings
+from captioning.features.cache import random_statistics
+from captioning.features.frozen_graph import kept_network
+from captioning.features.inception import feature_network
+from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.settings import (
+    DATA_SETTINGS,
+    MODEL_SETTINGS,
+    TRAINING_SETTINGS,
+    adopt_settings,
+    dataset_option,
+    differing_settings,
+    make_config,
+    quote,
+)
+from captioning.training.checkpoints import captioner_checkpoint, checkpoint_digest, list_checkpoints, restore_newest
+from captioning.vocabulary import read_vocabulary
+from model import build_captioner
+from support.errors import UserError
+from support.files import read_json, replacing, write_json
+
+NETWORK, STATISTICS = "network.json", "random_statistics.npz"
+
+
+def train_command(config):
+    return f"python train_image_caption_model.py {dataset_option(config)}".strip()
+
+
+def other_folder(config):
+    """What the user can do about a run folder that does not fit or is damaged. Nothing in it is lost that way."""
+    return f"give another --run_dir, or move that folder away, and run {train_command(config)}"
+
+
+def nothing_trained(config):
+    return f"no trained model is in {config.run_dir}: run {train_command(config)} first, or give its --run_dir"
+
+
+def begin_run(prepared, config):
+    """Write what captioning needs beside the checkpoints; for a run that is continued, say what differs."""
+    folder = pathlib.Path(config.run_dir)
+    if (folder / "config.json").exists():
+        saved = read_json(folder / "config.json", other_folder(config), dict)
+        for name, before, now in differing_settings(config, saved, TRAINING_SETTINGS):
+            print(f"continuing with --{name} {quote(now)}; the run had {quote(before)} before")
+    write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
+    write_json(folder / "vocabulary.json", prepared.vocabulary)
+    write_json(folder / NETWORK, prepared.network, indent=1)
+    statistics = random_statistics(config)
+    if config.inception_weights == "random" and statistics.exists():
+        with replacing(folder / STATISTICS) as temporary:
+            shutil.copyfile(statistics, temporary)
+
+
+def check_new_run(folder, config):
+    """Raise UserError where a training that begins in `folder`, which has no checkpoint in `last`, would spoil it.
+
+    The weights in `best` would soon be deleted, and until then lie beside another vocabulary. They are no beginning
+    either: how far that training came and what its best loss was is in `last` alone.
+    """
+    folder, remedy = pathlib.Path(folder), other_folder(config)
+    for path in list_checkpoints(folder / "best"):
+        raise UserError(f"{folder} holds best/{path.name} and no checkpoint in last/ to continue from: {remedy}")
+    if (folder / "settings.json").exists() and folder.resolve() != pathlib.Path(config.data_dir).resolve():
+        raise UserError(f"{folder} holds prepared data, and a run there would replace their words: {remedy}")
+
+
+def check_run_fits(folder, config, prepared):
+    """Raise UserError where the run in `folder` has other sizes, another vocabulary or another network.
+
+    Args:
+      folder: path of a run folder that holds a checkpoint.
+      prepared: Prepared, the data to train on or to caption.
+    """
+    check_model_settings(folder, config)
+    remedy = other_folder(config)
+    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), remedy)
+    if known != prepared.vocabulary:
+        raise UserError(
+            f"{folder} was trained with another vocabulary ({len(known)} words) "
+            f"than {config.data_dir}'s ({len(prepared.vocabulary)} words): {remedy}"
+        )
+    check_network(folder, config, prepared)
+
+
+def check_other_data(folder, config, prepared):
+    """For captioning, which needs the run's own words only: check the network, and say where the data are others."""
+    check_network(folder, config, prepared)
+    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), other_folder(config))
+    if known != prepared.vocabulary:
+        print(
+            f"note: {folder} was not trained on {config.data_dir} (the vocabularies differ): "
+            "its pictures may be among those trained on"
+        )
+
+
+def check_network(folder, config, prepared):
+    """Raise UserError where the run in `folder` was trained on features of another network."""
+    remedy = other_folder(config)
+    network = read_network(folder, remedy)
+    if network != prepared.network:
+        raise UserError(
+            f"{folder} was trained on features of another network ({network}) than "
+            f"{config.data_dir}'s ({prepared.network}): {remedy}"
+        )
+
+
+def check_model_settings(folder, config):
+    """Raise UserError where the run in `folder` has other sizes than `config`."""
+    remedy = other_folder(config)
+    path = pathlib.Path(folder, "config.json")
+    saved = read_json(path, remedy, dict)
+    for name in MODEL_SETTINGS:
+        if name not in saved:
+            raise UserError(f"{path} is damaged (it does not say {name}): {remedy}")
+    for name, before, now in differing_settings(config, saved, MODEL_SETTINGS):
+        raise UserError(f"{folder} was trained with --{name} {before}, not {now}: give --{name} {before}, or {remedy}")
+
+
+def read_network(folder, remedy):
+    """The identity of the network that made the features which the run in `folder` was trained on.
+
+    Returns:
+      str, MADE_ELSEWHERE where another program made them.
+
+    Raises:
+      UserError: the file is missing or damaged; the message ends in `remedy`.
+    """
+    return read_json(pathlib.Path(folder, NETWORK), remedy, str)
+
+
+def run_network(config, keep=False):
+    """The network that made the features which the run in `run_dir` was trained on. New pictures must go through it.
+
+    Args:
+      keep: bool, whether the network is kept ready in `run_dir`, which saves most of the time to make it. On a machine
+        with a GPU it is made anew all the same.
+
+    Returns:
+      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+
+    Raises:
+      UserError: another program made those features, or the settings name another network than the run's.
+    """
+    folder, weights = pathlib.Path(config.run_dir), config.inception_weights
+    known = read_network(folder, other_folder(config))
+    if known != MADE_ELSEWHERE and weights not in ("imagenet", "random") and not pathlib.Path(weights).is_file():
+        raise UserError(
+            f"{weights} is not here, and {folder} needs the network whose features it was trained on ({known}): "
+            "name that weights file by --inception_weights"
+        )
+    if keep and not tf.config.list_physical_devices("GPU"):
+        return kept_network(folder, config, folder / STATISTICS, expected_identity=known)
+    return feature_network(config, folder / STATISTICS, expected_identity=known)
+
+
+def run_settings(given, run_dir):
+    """The Config of script 3: data and model as the run has them, this call's settings from config.py.
+
+    A `data_dir` on the command line brings its own data settings, so that a model can be asked about other pictures.
+
+    Args:
+      given: dict of setting to value, from the command line; these win.
+      run_dir: path of the run folder.
+
+    Raises:
+      UserError: nothing was trained there, or the settings of the run are damaged.
+    """
+    path = pathlib.Path(run_dir, "config.json")
+    config = make_config(given, {"run_dir": run_dir})
+    if not path.exists():
+        raise UserError(nothing_trained(config))
+    saved = read_json(path, other_folder(config), dict)
+    if given.get("data_dir", saved.get("data_dir")) != saved.get("data_dir"):
+        saved |= read_prepared_settings(given["data_dir"])
+    names = (*DATA_SETTINGS, "data_dir", *MODEL_SETTINGS)
+    return adopt_settings({**given, "run_dir": run_dir}, saved, names, run_dir)
+
+
+def load_captioner(config):
+    """Restore the best checkpoint of `run_dir`, or the last one where none of the best can be read.
+
+    Raises:
+      UserError: nothing was trained there, or with other sizes than `config` has, or no checkpoint can be read.
+    """
+    folder = pathlib.Path(config.run_dir)
+    check_model_settings(folder, config)
+    vocabulary = read_vocabulary(folder / "vocabulary.json", other_folder(config))
+    encoder, decoder = build_captioner(config, len(vocabulary))
+    folders = [folder / "best", folder / "last"]
+    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, other_folder(config))
+    if checkpoint is None:
+        raise UserError(nothing_trained(config))
+    name = f"{checkpoint.parent.name}/{checkpoint.name}"
+    return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint))

@@ -1,0 +1,124 @@
+"""What a training leaves in its run folder after each epoch, and what it says where it begins and ends."""
+
+import contextlib
+import dataclasses
+import pathlib
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from captioning.training.checkpoints import restore_newest, save_checkpoint
+from captioning.training.run_folder import other_folder
+from captioning.training.state import CROSS_ENTROPY, LOWER_RATE, SELF_CRITICAL, EpochRow, check_finite
+from support.distribution import is_chief, wait_for_chief
+from support.errors import UserError
+from support.files import replacing, write_csv
+
+
+def save_epoch(state, row, config):
+    """Write the checkpoints, `best` if this epoch is, and then history.csv and loss.png.
+
+    The best epoch has the lowest validation loss. Once there are self-critical epochs, it has the highest CIDEr.
+
+    Args:
+      state: TrainingState
+      row: EpochRow
+    """
+    folder, progress = pathlib.Path(config.run_dir), state.progress
+    check_finite(state, LOWER_RATE)
+    if not progress.saves:  # killed between `best` and `last`, the first epoch could not be continued
+        save_checkpoint(state, folder / "last", 0)
+    progress.epoch = row.epoch
+    if row.phase == CROSS_ENTROPY and row.validation_loss < progress.best_loss:
+        progress.best_loss = row.validation_loss
+        row = dataclasses.replace(row, best_by="validation loss")
+    elif row.phase == SELF_CRITICAL and row.validation_cider > progress.best_cider:
+        progress.best_cider = row.validation_cider
+        row = dataclasses.replace(row, best_by="validation CIDEr")
+    progress.history.append(dataclasses.asdict(row))
+    if row.best_by:
+        progress.best_epoch = row.epoch
+        save_checkpoint(state.captioner(), folder / "best", row.epoch)
+    save_last(state, config)
+    write_history(progress.history, folder)
+
+
+def save_last(state, config):
+    """Write the checkpoint that the same command continues from."""
+    check_finite(state, LOWER_RATE)
+    state.progress.saves += 1
+    save_checkpoint(state, pathlib.Path(config.run_dir, "last"), state.progress.saves)
+
+
+def return_to_best(state, cider, config):
+    """Take the best weights again, after an epoch whose captions broke down, and halve the learning rate."""
+    progress = state.progress
+    restored = restore_best(state, config)
+    progress.rate_factor /= 2
+    print(
+        f"validation CIDEr fell to {cider:.3f} from {progress.best_cider:.3f}: "
+        f"back to the weights of best/{restored.name}, at half the learning rate from here"
+    )
+
+
+def restore_best(state, config):
+    """Take the weights of `best`.
+
+    Returns:
+      pathlib.Path of the checkpoint
+
+    Raises:
+      UserError: there is none that can be read.
+    """
+    wait_for_chief()  # it may still be writing this checkpoint
+    folder = pathlib.Path(config.run_dir, "best")
+    restored = restore_newest(state.captioner(), [folder], other_folder(config))
+    if restored is None:
+        raise UserError(f"{folder} holds no checkpoint: {other_folder(config)}")
+    return restored
+
+
+def write_history(history, folder):
+    """Write history.csv and loss.png, from a list of a dict for each epoch. Only the checkpoints must not fail."""
+    if not history or not is_chief():
+        return
+    rows = [dataclasses.asdict(EpochRow(**row)) for row in history]  # rows of an older run may lack columns
+    with warning_only():
+        write_csv(folder / "history.csv", rows)
+    with warning_only():
+        plot_losses(history, folder / "loss.png")
+
+
+@contextlib.contextmanager
+def warning_only():
+    """Print a UserError of the block as a warning: another program may hold a file open, and training goes on."""
+    try:
+        yield
+    except UserError as error:
+        print(f"warning: {error}")
+
+
+def plot_losses(history, path):
+    """Draw training and validation loss by epoch, and where there are self-critical epochs their CIDEr.
+
+    Args:
+      history: list of dicts with epoch, train_loss and validation_loss (nats per word), and maybe sampled_cider and
+        validation_cider; None where an epoch has no such value.
+      path: path of the PNG file.
+    """
+    panels = [("loss (nats per word)", {"train_loss": "training", "validation_loss": "validation"})]
+    if any(row.get("validation_cider") is not None for row in history):
+        panels.append(("CIDEr", {"sampled_cider": "sampled", "validation_cider": "validation"}))
+    figure = Figure(figsize=(6, 1 + 3 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, columns) in zip(rows, panels, strict=True):
+        for name, label in columns.items():
+            points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set_ylabel(title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    rows[-1].set_xlabel("epoch")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,313 @@
+import dataclasses
+import json
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioning.data.coco import read_coco_captions
+from captioning.data.prepared_data import load_prepared, read_prepared_settings, retract_prepared, save_prepared
+from captioning.data.splits import draw_examples, split_by_image
+from captioning.features.cache import feature_path
+from captioning.features.cnn import CHANNELS
+from captioning.features.manifest import MADE_ELSEWHERE, MANIFEST
+from captioning.features.missing import find_missing
+from captioning.settings import DATA_SETTINGS, make_config
+from captioning.vocabulary import END, SPECIAL_WORDS, START
+from conftest import write_coco, write_features
+from strategies import JSON, NAMES, NUMBERS, SENTENCES, check_one_line, files_of, records
+from support.errors import UserError
+
+
+def make(root, **settings):
+    places = {"coco_dir": str(root / "coco"), "data_dir": str(root / "data")}
+    return make_config({**places, "num_examples": None, "inception_weights": "random", **settings})
+
+
+def prepare(config, skipped=None):
+    """Prepare COCO's layout from cached features, as script 1 does."""
+    images = read_coco_captions(f"{config.coco_dir}/annotations/captions_train2014.json", config.max_words)
+    train, validation = split_by_image(images, config.val_fraction, config.seed)
+    assert find_missing(images, config) == []
+    splits = {"train": train, "validation": validation}
+    save_prepared(splits, skipped or {}, config)
+    return splits
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The folder of prepared data, which tests only read."""
+    root = pathlib.Path(tmp_path_factory.mktemp("prepared"))
+    write_coco(root / "coco")
+    write_features(root / "data" / "features")
+    prepare(make(root))
+    return root
+
+
+@pytest.fixture
+def copied(root, tmp_path):
+    """The Config of prepared data that a test may damage."""
+    shutil.copytree(root / "data", tmp_path / "data")
+    return dataclasses.replace(make(root), data_dir=str(tmp_path / "data"))
+
+
+def without_encoding(images):
+    return [dataclasses.replace(image, encoded_captions=()) for image in images]
+
+
+def test_what_was_prepared_is_loaded(root, capsys):
+    config = make(root)
+    splits = prepare(config)
+    printed = capsys.readouterr().out
+    assert "train: 19 images, 95 captions" in printed and "0 images skipped" in printed
+    prepared = load_prepared(config)
+    assert without_encoding(prepared.train) == without_encoding(splits["train"])
+    assert without_encoding(prepared.validation) == without_encoding(splits["validation"])
+    assert prepared.test == []
+    assert prepared.network == MADE_ELSEWHERE
+    for image in prepared.train + prepared.validation:
+        for caption, token_ids in zip(image.captions, image.encoded_captions, strict=True):
+            assert (token_ids[0], token_ids[-1]) == (START, END)
+            words = "".join(letter if letter.isalpha() or letter == "'" else " " for letter in caption.lower()).split()
+            assert [prepared.vocabulary[i] for i in token_ids[1:-1]] == words
+
+
+def test_one_line_says_that_characters_are_the_words(copied, capsys):
+    prepared = load_prepared(copied)
+    chinese = dataclasses.replace(prepared.train[0], captions=["一只狗 dog"])
+    for images, count in ((prepared.train, 0), ([chinese], 1)):
+        capsys.readouterr()
+        save_prepared({"train": images, "validation": prepared.validation}, {}, copied)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "characters are the words" in line]
+        assert len(lines) == count and all(line.startswith("Han: ") for line in lines)
+    assert set(load_prepared(copied).vocabulary[4:]) == {"一", "只", "狗", "dog"}
+
+
+def test_the_statistics_are_those_of_the_training_features(root):
+    config = make(root)
+    prepared = load_prepared(config)
+    sample = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(float)
+    np.testing.assert_allclose(prepared.feature_mean, sample.mean((0, 1)), atol=1e-3)
+    assert prepared.feature_std == pytest.approx(np.std(sample - sample.mean((0, 1))), rel=1e-3)
+
+
+def test_karpathys_data_have_a_test_split(copied):
+    config = dataclasses.replace(copied, dataset="karpathy")
+    prepared = load_prepared(copied)
+    splits = {"train": prepared.train, "validation": prepared.validation[:2], "test": prepared.validation[2:]}
+    save_prepared(splits, {}, config)
+    loaded = load_prepared(config)
+    assert [len(loaded.train), len(loaded.validation), len(loaded.test)] == [19, 2, 3]
+    with pytest.raises(UserError, match="prepared with --dataset karpathy, not coco"):
+        load_prepared(copied)
+
+
+def test_skipped_images_are_left_out_and_named(copied):
+    images = load_prepared(copied).train
+    save_prepared({"train": images, "validation": images[:3]}, {images[0].file_name: "a reason"}, copied)
+    prepared = load_prepared(copied)
+    assert len(prepared.train) == len(images) - 1 and len(prepared.validation) == 2
+    assert json.loads(pathlib.Path(copied.data_dir, "skipped.json").read_text()) == {images[0].file_name: "a reason"}
+    with pytest.raises(UserError, match=r"no readable validation images are left \(1 skipped\): check the image"):
+        save_prepared({"train": images, "validation": images[:1]}, {images[0].file_name: "a reason"}, copied)
+
+
+def test_the_words_are_the_training_captions_and_the_draw_keeps_all_references(copied):
+    images = load_prepared(copied).train + load_prepared(copied).validation
+    images = draw_examples(images, 30, seed=0)
+    train, validation = split_by_image(images, 0.2, 0)
+    captions = {image.image_id: [f"{text} word{image.image_id}" for text in image.captions] for image in images}
+    splits = {
+        name: [dataclasses.replace(image, captions=captions[image.image_id]) for image in split]
+        for name, split in (("train", train), ("validation", validation))
+    }
+    save_prepared(splits, {}, copied)
+    prepared = load_prepared(copied)
+    own_words = {f"word{image.image_id}" for image in train}
+    assert {word for word in prepared.vocabulary if word.startswith("word")} == own_words
+    assert all(len(image.references) == 5 for image in prepared.validation)
+
+
+def test_leftovers_of_a_killed_run_go(copied):
+    leftover = pathlib.Path(copied.data_dir, ".tmp-999999999-1-train.json")
+    leftover.touch()
+    prepared = load_prepared(copied)
+    save_prepared({"train": prepared.train, "validation": prepared.validation}, {}, copied)
+    assert not leftover.exists()
+
+
+# --- Settings
+
+
+@pytest.mark.parametrize("name", DATA_SETTINGS)
+def test_a_setting_that_contradicts_what_was_prepared_is_named(root, name):
+    config = make(root)
+    value = getattr(config, name)
+    other = f"{value}x" if isinstance(value, str) else 3 if value is None else value * 2
+    said = value if value != "" else "''"
+    with pytest.raises(UserError, match=f"prepared with --{name} {said}, not {other}: give --{name} {said}, or run"):
+        load_prepared(dataclasses.replace(config, **{name: other}))
+
+
+def test_nothing_prepared_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"settings.json is missing: run python data_utils.py --dataset demo$"):
+        load_prepared(make_config({"dataset": "demo", "data_dir": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"settings.json is missing: run python data_utils.py$"):
+        read_prepared_settings(tmp_path)
+    with pytest.raises(UserError, match=r"settings.json is missing: do this$"):
+        read_prepared_settings(tmp_path, "do this")
+
+
+def test_the_settings_of_prepared_data_make_their_config(root):
+    saved = read_prepared_settings(root / "data")
+    assert make_config({"data_dir": str(root / "data")}, saved) == make(root)
+
+
+def test_what_is_retracted_is_not_loaded(copied):
+    retract_prepared(copied)
+    retract_prepared(copied)
+    with pytest.raises(UserError, match="settings.json is missing: run python data_utils.py"):
+        load_prepared(copied)
+
+
+# --- Features
+
+
+def test_prepared_features_are_not_read(root, monkeypatch):
+    monkeypatch.setattr("support.file_states.read_state", None)
+    load_prepared(make(root))
+
+
+def test_features_that_another_program_replaced_after_preparing_are_one_line(copied):
+    image = load_prepared(copied).validation[0]
+    path = feature_path(image, copied)
+    np.save(path, np.load(path) + np.float16(1))
+    with pytest.raises(UserError, match=rf"{path} is damaged, or changed since it was prepared: run python data_utils"):
+        load_prepared(copied)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path} is missing from the feature cache: run python data_utils.py$"):
+        load_prepared(copied)
+
+
+def test_a_cache_of_another_network_than_the_prepared_one_is_one_line(copied):
+    path = pathlib.Path(copied.data_dir, "features", MANIFEST)
+    path.write_text(path.read_text().replace(MADE_ELSEWHERE, "InceptionV3, weights imagenet"))
+    with pytest.raises(UserError) as raised:
+        load_prepared(copied)
+    assert str(raised.value) == (
+        f"the features in {path.parent} are another network's (InceptionV3, weights imagenet) than those that were "
+        "prepared (made elsewhere): run python data_utils.py"
+    )
+
+
+# --- Damage
+
+
+def edited(change):
+    """A function from a JSON file's bytes to those of the value that `change` makes of its value."""
+    return lambda data: json.dumps(change(json.loads(data))).encode()
+
+
+def with_first(**values):
+    return edited(lambda images: [{**images[0], **values}, *images[1:]])
+
+
+def without(key):
+    return edited(lambda settings: {name: value for name, value in settings.items() if name != key})
+
+
+def less_a_field(images):
+    return [{name: value for name, value in image.items() if name != "url"} for image in images]
+
+
+DAMAGES = [
+    ("settings.json", edited(lambda value: [value])),
+    ("settings.json", without("seed")),
+    ("settings.json", without("network")),
+    ("vocabulary.json", edited(lambda words: dict.fromkeys(words))),
+    ("vocabulary.json", edited(lambda words: [*words, 7])),
+    ("vocabulary.json", edited(lambda words: words[4:])),
+    ("vocabulary.json", edited(lambda words: [*words, words[-1]])),
+    ("train.json", edited(lambda images: {"images": images})),
+    ("train.json", edited(lambda images: [*images, None])),
+    ("train.json", edited(less_a_field)),
+    ("validation.json", edited(lambda images: [])),
+    ("train.json", with_first(file_name="../escape.jpg")),
+    ("train.json", with_first(folder="../escape")),
+    ("train.json", with_first(image_id=True)),
+    ("train.json", with_first(image_id="")),
+    ("train.json", with_first(coco_split="../escape")),
+    ("train.json", with_first(feature_stem="../escape")),
+    ("train.json", with_first(extra="field")),
+    ("train.json", with_first(url=3)),
+    ("train.json", with_first(captions="A red dog.")),
+    ("train.json", with_first(references=[3])),
+    ("train.json", with_first(encoded_captions=[[2, 3]])),
+    ("train.json", with_first(captions=["a", "b"], encoded_captions=[[2, True, 3], [2, 5, 3]])),
+    ("train.json", with_first(captions=["a"], encoded_captions=[[2, -1, 3]])),
+    ("train.json", with_first(captions=["a"], encoded_captions=[[2, 21, 3]])),  # there are 21 words
+    ("feature_statistics.npz", lambda data: data[:-100]),
+    ("feature_statistics.npz", lambda data: data[:200] + bytes(8) + data[208:]),
+]
+FILES = ("settings.json", "vocabulary.json", "train.json", "validation.json", "feature_statistics.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*DAMAGES, *((name, damage) for name in FILES for damage in (None, lambda data: b"", lambda data: data[:-20]))],
+)
+def test_a_damaged_prepared_file_is_named_with_the_command(copied, name, damage):
+    path = pathlib.Path(copied.data_dir, name)
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=name) as raised:
+        load_prepared(copied)
+    assert "run python data_utils.py" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+TOKEN_IDS = st.lists(st.integers(0, 20) | st.sampled_from([21, -1, 2**40]), max_size=5)
+PREPARED = st.lists(
+    records(
+        image_id=NUMBERS,
+        file_name=st.just("COCO_train2014_000000000001.jpg") | NAMES,
+        folder=st.just("") | NAMES,
+        coco_split=st.just("") | NAMES,
+        feature_stem=st.just("") | NAMES,
+        url=st.none() | NAMES,
+        captions=st.lists(SENTENCES, min_size=1, max_size=1),
+        references=st.lists(SENTENCES, max_size=2),
+        encoded_captions=st.lists(TOKEN_IDS.map(lambda ids: [START, *ids, END]), min_size=1, max_size=1),
+    ),
+    max_size=3,
+)
+WORDS = st.lists(SENTENCES, max_size=3).map(lambda words: [*SPECIAL_WORDS, *words])
+
+
+@pytest.mark.slow
+@given(
+    st.tuples(st.sampled_from(["train.json", "validation.json"]), files_of(PREPARED))
+    | st.tuples(st.just("vocabulary.json"), files_of(WORDS))
+    | st.tuples(st.sampled_from(["settings.json", "feature_statistics.npz"]), files_of(JSON))
+)
+def test_any_prepared_file_loads_or_is_one_line(root, damage):
+    name, data = damage
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (root / "data").iterdir():
+            pathlib.Path(folder, path.name).symlink_to(path)
+        pathlib.Path(folder, name).unlink()
+        pathlib.Path(folder, name).write_bytes(data)
+        config = dataclasses.replace(make(root), data_dir=folder)
+        try:
+            prepared = load_prepared(config)
+        except UserError as error:
+            return check_one_line(error)
+        for image in prepared.train + prepared.validation:
+            assert all(0 <= i < len(prepared.vocabulary) for ids in image.encoded_captions for i in ids)
+        assert prepared.feature_mean.shape == (CHANNELS,)

@@ -1,0 +1,177 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import model
+from captioning.decoder.beam_search import beam_search, best_beam, best_continuations
+from captioning.decoder.rules import BANNED_WORDS, ban_words
+from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.settings import make_config
+from captioning.vocabulary import END, PAD, START, UNK
+from tiny_captioner import SIZES, tiny_captioner
+
+SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16})
+VOCABULARY = 30
+
+decode = tf.function(beam_search)
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return model.build_captioner(SMALL, VOCABULARY, feature_std=0.5)
+
+
+@pytest.fixture
+def biased(captioner):
+    """A function that makes words of the captioner likelier until the test ends."""
+    bias = captioner[1].output_layer.bias
+    before = bias.numpy()
+    yield lambda words, by: bias.assign(tf.reduce_sum(tf.one_hot(words, VOCABULARY, on_value=by), 0))
+    bias.assign(before)
+
+
+@pytest.fixture(scope="module")
+def features():
+    return tf.constant(np.random.default_rng(1).standard_normal((3, LOCATIONS, CHANNELS), np.float32))
+
+
+def said_by(words):
+    """A row of decoded words without the padding."""
+    return [i for i in np.array(words).tolist() if i != PAD]
+
+
+@pytest.mark.parametrize("repeat_block", [0, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_beam_is_greedy_decoding(features, seed, repeat_block):
+    encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed}), VOCABULARY)
+    decoder.output_layer.kernel.assign(decoder.output_layer.kernel * 5)
+    greedy = model.greedy_decode(encoder, decoder, features, 7, repeat_block)
+    beams = beam_search(encoder, decoder, features, 7, 1, repeat_block=repeat_block)
+    np.testing.assert_array_equal(greedy.words, beams.words)
+    np.testing.assert_allclose(greedy.log_probs, beams.log_probs, rtol=1e-4, atol=1e-5)
+    real = greedy.words.numpy() != PAD
+    np.testing.assert_allclose(greedy.attention_weights[real], beams.attention_weights[real], atol=1e-5)
+
+
+def test_one_beam_ends_where_greedy_decoding_does(captioner, features, biased):
+    """Captions of the batch end at different words."""
+    encoder, decoder = captioner
+    for by in (0.5, 1.0, 2.0, 50.0):
+        biased([END], by)
+        greedy = model.greedy_decode(encoder, decoder, features, 7)
+        beams = beam_search(encoder, decoder, features, 7, 1)
+        np.testing.assert_array_equal(greedy.words, beams.words)
+    assert greedy.words.numpy().tolist() == [[END]] * 3
+
+
+def beams_by_hand(encoder, decoder, features, max_words, width, length_penalty):
+    """Beam search over one image in plain Python, one prefix at a time."""
+    encoded_features = encoder(features)
+    beams = [(0.0, [START], decoder.initial_hidden(encoded_features))]
+    for _ in range(max_words):
+        candidates = [beam for beam in beams if beam[1][-1] == END]
+        places = width - len(candidates)
+        running = []
+        for score, words, hidden in beams:
+            if words[-1] == END:
+                continue
+            logits, hidden, _ = decoder(tf.constant([[words[-1]]]), encoded_features, hidden)
+            logs = tf.nn.log_softmax(ban_words(logits))[0].numpy()
+            sayable = (i for i in range(len(logs)) if i not in BANNED_WORDS)
+            running += [(score + logs[i], [*words, i], hidden) for i in sayable]
+        beams = candidates + sorted(running, key=lambda beam: -beam[0])[:places]
+    ended = [beam for beam in beams if beam[1][-1] == END] or beams
+    score, words, _ = max(ended, key=lambda beam: beam[0] / (len(beam[1]) - 1) ** length_penalty)
+    return words[1:], score
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_beam_search_finds_what_it_finds_by_hand(captioner, features, width, length_penalty):
+    encoder, decoder = captioner
+    words, log_probs, attention_weights = decode(encoder, decoder, features, 7, width, length_penalty)
+    assert log_probs.shape == words.shape
+    for b in range(3):
+        expected, score = beams_by_hand(encoder, decoder, features[b : b + 1], 7, width, length_penalty)
+        said = said_by(words[b])
+        assert said == expected
+        np.testing.assert_allclose(np.sum(log_probs[b]), score, rtol=1e-4)
+        logits, along = decoder.teacher_forcing(tf.constant([[START, *said]]), encoder(features[b : b + 1]))
+        logs = tf.nn.log_softmax(ban_words(logits)).numpy()
+        np.testing.assert_allclose(log_probs[b, : len(said)], logs[range(len(said)), said], rtol=1e-4)
+        assert not np.any(log_probs[b, len(said) :])
+        np.testing.assert_allclose(attention_weights[b, : len(said)], along[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "seeds"), [(7, range(5)), (3, (0, 1, 3, 4))])
+def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(features, width, seeds):
+    """Two words and <end>, at most 2 in a caption: 7 beams hold them all. 3 may lose the best, but not for these."""
+    better_than_greedy = 0
+    for seed in seeds:
+        encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed, "compile": "off"}), 6)
+        decoder.output_layer.kernel.assign(decoder.output_layer.kernel * 5)
+        words, log_probs, _ = beam_search(encoder, decoder, features, 2, width)
+        greedy = model.greedy_decode(encoder, decoder, features, 2).words
+        for b in range(3):
+            scores = {}
+            for caption in ((END,), (4, END), (5, END)):
+                logits, _ = decoder.teacher_forcing(tf.constant([[START, *caption]]), encoder(features[b : b + 1]))
+                logs = tf.nn.log_softmax(ban_words(logits)).numpy()
+                scores[caption] = sum(logs[t, word] for t, word in enumerate(caption))
+            best = max(scores, key=scores.get)
+            assert tuple(said_by(words[b])) == best
+            np.testing.assert_allclose(np.sum(log_probs[b]), scores[best], rtol=1e-4)
+            better_than_greedy += best != tuple(said_by(greedy[b]))
+    assert better_than_greedy
+
+
+def test_special_words_are_never_said(captioner, features, biased):
+    before = beam_search(*captioner, features, 6, 3)
+    biased([PAD, UNK, START], 50.0)
+    words, log_probs, _ = beam_search(*captioner, features, 6, 3)
+    assert not np.isin(words, (UNK, START)).any()
+    assert (words[:, 0].numpy() != PAD).all()
+    np.testing.assert_array_equal(words, before.words)
+    np.testing.assert_allclose(log_probs, before.log_probs, rtol=1e-4)  # probabilities are of what can be said
+
+
+def test_captions_repeat_no_sequence(captioner, features, biased):
+    """One word is made likelier than all others: it would be said over and over."""
+    biased([7], 30.0)
+    freely = beam_search(*captioner, features, 8, 3).words
+    words = beam_search(*captioner, features, 8, 3, 0.0, 2).words
+    assert (freely[:, :7] == 7).numpy().all()
+    for said in words.numpy().tolist():
+        pairs = [pair for pair in zip(said, said[1:], strict=False) if PAD not in pair]
+        assert len(pairs) == len(set(pairs)) > 3
+
+
+def test_an_ended_beam_goes_on_with_pad_alone_and_keeps_its_place():
+    """Even where the running beam can say likelier words than the ended one's whole caption."""
+    word_log_probs = tf.math.log([[[0.1, 0.1, 0.1, 0.1, 0.3, 0.3], [0.1, 0.1, 0.1, 0.1, 0.2, 0.4]]])  # (1, 2, V)
+    scores, beam, word, gained = best_continuations(
+        tf.constant([[-9.0, -1.0]]), word_log_probs, tf.constant([[True, False]])
+    )
+    assert beam.numpy().tolist() == [[0, 1]]
+    assert word.numpy().tolist() == [[PAD, 5]]
+    np.testing.assert_allclose(scores, [[-9.0, -1.0 + np.log(0.4)]], rtol=1e-6)
+    np.testing.assert_allclose(gained, [[0.0, np.log(0.4)]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("length_penalty", "taken"), [(0.0, 0), (1.0, 1)])
+def test_of_the_ended_beams_the_best_by_its_length_is_taken(length_penalty, taken):
+    words = tf.constant([[[START, 5, END, PAD], [START, 5, 6, END], [START, 5, 6, 7]]])
+    scores = tf.constant([[-3.0, -4.0, -0.1]])  # the third has not ended
+    assert best_beam(scores, words, length_penalty).numpy().tolist() == [taken]
+
+
+def test_each_beam_goes_on_with_the_hidden_state_of_the_beam_that_it_continues(features):
+    """Weights so large that hidden states decide what is said, and beams that change places."""
+    captioner = tiny_captioner(make_config(SIZES), features.numpy(), seed=3)
+    encoder, decoder = captioner.encoder, captioner.decoder
+    decoder.output_layer.kernel.assign(decoder.output_layer.kernel / 3)
+    words, log_probs, _ = beam_search(encoder, decoder, features, 7, 4, 0.7)
+    for b in range(3):
+        expected, score = beams_by_hand(encoder, decoder, features[b : b + 1], 7, 4, 0.7)
+        assert said_by(words[b]) == expected
+        assert np.sum(log_probs[b]) == pytest.approx(score, rel=1e-3)

@@ -1,0 +1,570 @@
+import argparse
+import ast
+import collections
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from matplotlib import get_data_path
+from PIL import Image
+from test_export import NEAR, SAME, draw
+from test_image_files import PICTURES, jpeg_header, pillow_set_up, png_header
+
+import inference_image_caption as inference
+from captioning.attention.evidence import explain_captions
+from captioning.captioner import beam_graph, caption_batch, decode_captions, greedy_graph
+from captioning.export.saved_model import bundle as export_bundle
+from captioning.features.cache import Picture
+from captioning.features.extraction import extract_features
+from captioning.features.image_files import MOST_FILE_PIXELS, MOST_PIXELS, load_image
+from captioning.features.inception import feature_network
+from captioning.inference.own_images import PICTURE_FORMATS, find_pictures
+from captioning.settings import make_config
+from captioning.vocabulary import END, PAD, START
+from captioning.words import CHARACTER, join_words, split_words
+from conftest import options
+from support.errors import UserError
+from tiny_captioner import MIXED, SIZES, colour_network, tiny_captioner
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+RUNNER = ROOT / "captioning" / "bundle" / "caption.py"
+CONFIG = make_config({**SIZES, "max_words": 9, "beam_width": 1, "repeat_block": 2})
+
+# What the script may import, and what these packages import themselves.
+ALLOWED = {"numpy", "PIL", "ai_edge_litert", "onnxruntime", "flatbuffers", "ml_dtypes", "google", "pillow_heif"}
+ALLOWED |= {"typing_extensions", "backports", "tqdm", "packaging", "defusedxml", "olefile"}
+
+
+def load_runner(folder=RUNNER.parent):
+    """A bundle's script as a module."""
+    spec = importlib.util.spec_from_file_location("bundle_runner", folder / "caption.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def export(kind, folder, weights="float32", config=CONFIG, network=colour_network, seed=1):
+    """Export the tiny captioner to folder / "bundle", with a run folder beside it. Returns (captioner, bundle)."""
+    (folder / "network.json").write_text('"a network"')
+    config = dataclasses.replace(config, run_dir=str(folder))
+    captioner = dataclasses.replace(tiny_captioner(config, seed=seed), vocabulary=MIXED)
+    export_bundle.export_bundle(captioner, network, kind, weights, config, folder / "bundle")
+    return captioner, folder / "bundle"
+
+
+@pytest.fixture(scope="module", params=["litert", "onnx"])
+def exported(request, tmp_path_factory):
+    """(captioner, folder of its bundle with float32 weights, that folder's script as a module)"""
+    captioner, folder = export(request.param, tmp_path_factory.mktemp("exported"))
+    return captioner, folder, load_runner(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    return [draw(folder, name, *how) for name, how in (SAME | NEAR).items()]
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------
+
+
+def kinds_of_files():
+    """Image files of every kind that script 1 reads, by name."""
+    files = {f"{number}.jpg": data for number, data in enumerate(PICTURES)}  # the ending says nothing
+    rng = np.random.default_rng(3)
+    noise = Image.fromarray(rng.integers(0, 256, (30, 50, 3), np.uint8))
+    for turned in range(1, 9):
+        exif, data = Image.Exif(), io.BytesIO()
+        exif[0x0112] = turned
+        noise.save(data, "JPEG", exif=exif)
+        files[f"turned{turned}.jpg"] = data.getvalue()
+    more = {"LA.png": "LA", "L.png": "L", "1.png": "1", "L.tiff": "L", "CMYK.tiff": "CMYK", "LAB.tiff": "LAB"}
+    for name, mode in more.items():
+        data = io.BytesIO()
+        image = Image.merge("LAB", noise.split()) if mode == "LAB" else noise.convert(mode)
+        image.save(data, name.partition(".")[2])
+        files[name] = data.getvalue()
+    clear = io.BytesIO()
+    noise.convert("P").save(clear, "PNG", transparency=3)
+    return files | {"clear.png": clear.getvalue()}
+
+
+@pytest.mark.parametrize("name", kinds_of_files())
+def test_the_script_reads_a_picture_as_script_1_does(tmp_path, name):
+    runner, path = load_runner(), tmp_path / name
+    path.write_bytes(kinds_of_files()[name])
+    with pillow_set_up():
+        try:
+            expected = load_image(path)
+        except ValueError:  # PostScript alone
+            assert path.read_bytes().startswith(b"%!PS")
+            with pytest.raises(OSError, match="PostScript"):
+                runner.read_pixels(path, 299)
+            return
+        pixels = runner.read_pixels(path, 299)
+    assert (pixels.shape, pixels.dtype) == ((299, 299, 3), np.uint8)
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+def test_the_script_reads_photographs_and_drawings_as_script_1_does(pictures):
+    for path in pictures:
+        assert np.abs(load_runner().read_pixels(path, 299).astype(int) - load_image(path)).max() <= 1, path
+
+
+def test_the_script_has_the_limits_of_script_1(tmp_path, monkeypatch):
+    runner = load_runner()
+    assert (runner.MOST_PIXELS, runner.MOST_FILE_PIXELS) == (MOST_PIXELS, MOST_FILE_PIXELS)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", MOST_FILE_PIXELS // 2)
+    for data in (png_header(12_000, 9_000), png_header(20_000, 20_000), jpeg_header(17_000, 15_000)):
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises((OSError, Image.DecompressionBombError), match="pixels"):
+            runner.read_pixels(tmp_path / "a.png", 299)
+
+
+# --- Captions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "length_penalty", "repeat_block"), [(1, 1.0, 2), (2, 0.0, 0), (3, 1.0, 2), (5, 0.7, 1), (3, 1.0, 3)]
+)
+def test_the_script_finds_the_captions_of_script_3(exported, pictures, width, length_penalty, repeat_block):
+    captioner, _, runner = exported
+    encode, decode = (runner.load_model(name, bundle_format(exported)) for name in ("encoder", "decoder"))
+    for max_words in (9, 2):
+        given = {"max_words": max_words, "beam_width": width, "length_penalty": length_penalty}
+        given["repeat_block"] = repeat_block
+        config = dataclasses.replace(CONFIG, **given)
+        pixels = np.stack([load_image(path) for path in pictures])
+        graphs = greedy_graph, beam_graph
+        features = colour_network(pixels)
+        decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, graphs=graphs)
+        assert len({tuple(words) for words in decoded.words.numpy()}) >= 3
+        for picture, words, log_probs in zip(pixels, decoded.words.numpy(), decoded.log_probs.numpy(), strict=True):
+            found, score = runner.beam_search(encode(pixels=picture[None]), decode, argparse.Namespace(**given))
+            assert found.tolist() == [i for i in words.tolist() if i != PAD]
+            assert score == pytest.approx(log_probs.sum(), rel=1e-3, abs=1e-3)
+
+
+def bundle_format(exported):
+    return json.loads((exported[1] / "captioner.json").read_text())["format"]
+
+
+def test_the_evidence_is_that_of_the_figures(exported, pictures):
+    captioner, _, runner = exported
+    encode, explain = (runner.load_model(name, bundle_format(exported)) for name in ("encoder", "evidence"))
+    pixels = load_image(pictures[0])[None]
+    words = np.int32([5, 9, 6, 19, 7])
+    weights, evidence, norms = explain_captions(
+        captioner.encoder, captioner.decoder, colour_network(pixels), tf.constant([[*words, END]])
+    )
+    encoded = encode(pixels=pixels)
+    np.testing.assert_allclose(encoded["feature_norms"], norms, rtol=1e-4)
+    found = runner.find_evidence(encoded, explain, words)  # (L, P)
+    np.testing.assert_allclose(found, evidence[0, :5], atol=1e-4)
+    assert np.abs(found - weights[0, :5]).max() > 0.01
+
+
+def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exported, pictures, tmp_path):
+    captioner, folder, _ = exported
+    paths = pictures[:6]
+    (tmp_path / "more").mkdir()
+    for path in paths[3:]:
+        path = pathlib.Path(path)
+        (tmp_path / "more" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "more" / "notes.txt").write_text("no picture")
+    program = (
+        "import importlib.abc, pathlib, runpy, sys\n"
+        "class Refuse(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        top = name.partition('.')[0]\n"
+        f"        if top not in sys.stdlib_module_names and top not in {sorted(ALLOWED)} and not top.startswith('_'):\n"
+        "            raise ModuleNotFoundError(f'{name} is not allowed', name=name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "for name in ('tensorflow', 'keras', 'captioning', 'support', 'matplotlib'):\n"
+        "    try:\n"
+        "        __import__(name)\n"
+        "        raise SystemExit('the block does not work')\n"
+        "    except ModuleNotFoundError:\n"
+        "        pass\n"
+        "script, *sys.argv[1:] = sys.argv[1:]\n"
+        "sys.argv[0] = script\n"
+        "runpy.run_path(script, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", program, folder / "caption.py", *paths[:3], tmp_path / "more", "--beam_width", "3"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert ended.returncode == 0, ended.stderr
+    in_order = [*paths[:3], *sorted(tmp_path / "more" / path.name for path in paths[3:])]
+    config = dataclasses.replace(CONFIG, beam_width=3)
+    features = colour_network(np.stack([load_image(path) for path in in_order]))
+    predicted = caption_batch(captioner, [Picture(path, str(path)) for path in in_order], features, config)
+    assert ended.stdout.splitlines() == [f"{caption.name}: {caption.caption}" for caption in predicted]
+    assert any(re.search("[一-龥]word", caption.caption) for caption in predicted)
+
+
+def test_the_script_is_short_and_imports_no_more_than_it_says():
+    text = RUNNER.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 190
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name if isinstance(node, ast.Import) else node.module for node in nodes for alias in node.names}
+    tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    assert tops == {"numpy", "PIL", "ai_edge_litert", "onnxruntime"}
+
+
+def test_the_script_takes_the_files_that_script_3_takes(tmp_path):
+    runner = load_runner()
+    assert set(runner.FORMATS) == PICTURE_FORMATS
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    for name in (
+        "._a.jpg a.jpg b.PNG paper.pdf drawing.eps film.mpg data.h5 notes.txt deep/c.tiff deep/deeper/._d.webp".split()
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    named = [str(tmp_path / "deep" / "c.tiff"), str(tmp_path), str(tmp_path / "paper.pdf"), "x" * 300, "http:/gone.jpg"]
+    theirs = find_pictures(named, tmp_path / "out", collections.Counter())
+    found = runner.find_pictures(named)
+    assert found == [picture.path for picture in theirs]
+    assert [path.name for path in found[:4]] == ["c.tiff", "a.jpg", "b.PNG", "paper.pdf"]
+
+
+def test_the_script_does_not_wait_for_a_pipe_and_prints_no_order_to_the_terminal(exported, tmp_path):
+    """Nor does a name that is not UTF-8 end it."""
+    _, folder, _ = exported
+    os.mkfifo(tmp_path / "pipe.jpg")
+    names = [b"pipe.jpg", b"caf\xe9.png", b"a\x1b[31m\nb.png", b"x" * 300]
+    paths = [os.fsencode(tmp_path) + b"/" + name for name in names]
+    try:
+        for path in paths[1:3]:
+            with open(path, "wb") as file:
+                Image.new("RGB", (9, 9)).save(file, "PNG")
+    except OSError:
+        pytest.skip("the file system does not take such names")
+    utf8 = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, folder / "caption.py", *paths]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=utf8)
+    assert ended.returncode == 1
+    said = [line.partition(": ")[0] for line in ended.stdout.splitlines()]
+    assert said == [rf"{tmp_path}/caf\udce9.png", rf"{tmp_path}/a\x1b[31m\nb.png"]
+    failed = [line for line in ended.stderr.splitlines() if line.startswith(str(tmp_path))]
+    assert len(failed) == 2 and "pipe.jpg: " in failed[0] and "x" * 300 in failed[1]
+    assert "\x1b" not in ended.stdout + ended.stderr
+
+
+def test_a_damaged_picture_is_one_line_and_the_others_get_captions(exported, pictures, tmp_path, capsys):
+    _, _, runner = exported
+    (tmp_path / "bad.jpg").write_bytes(b"text")
+    assert runner.main([str(tmp_path / "bad.jpg"), str(tmp_path / "gone.jpg"), str(pictures[0])]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{pictures[0]}: word")
+    assert [line.partition(": ")[0] for line in printed.err.splitlines()] == [
+        str(tmp_path / "bad.jpg"),
+        str(tmp_path / "gone.jpg"),
+    ]
+    assert runner.main([str(pictures[0])]) == 0
+
+
+@pytest.mark.parametrize("wrong", [["--beam_width", "0"], ["--max_words", "0"], ["--figure", "a.png"], []])
+def test_options_of_the_script_that_cannot_be_are_refused(exported, pictures, tmp_path, wrong):
+    _, _, runner = exported
+    (tmp_path / "empty").mkdir()
+    named = pictures[:2] if wrong else [tmp_path / "empty"]
+    with pytest.raises(SystemExit) as ended:
+        runner.main([*map(str, named), *wrong])
+    assert ended.value.code == 2
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------
+
+
+def test_the_figure_is_lit_where_the_map_is_high(tmp_path):
+    runner, width, line, gap = load_runner(), 224, 26, 4
+    Image.new("RGB", (640, 480), (200, 200, 200)).save(tmp_path / "a.png")
+    maps = np.full((6, 64), 0.01, np.float32)
+    for word in range(6):
+        maps[word, 9 * word] = 0.5  # on the diagonal
+    figure = np.asarray(runner.draw_attention(tmp_path / "a.png", ["a"] * 6, maps), int)
+    assert figure.shape == (2 * (165 + line + gap), 5 * width, 3)
+    for word in range(6):
+        left, top = (word + 1) % 5 * width, (word + 1) // 5 * (165 + line + gap) + line
+        panel = figure[top : top + 165, left : left + 220, 0]
+        row, column = np.unravel_index(panel.argmax(), panel.shape)
+        assert (row * 8 // 165, column * 8 // 220) == (word, word)
+        assert panel.max() > 190 and panel[-10:, :10].max() < 60
+        assert (figure[top - line : top, left : left + width] < 100).any()  # the word
+
+
+def test_a_figure_is_drawn_also_of_a_caption_without_words(exported, pictures, tmp_path, monkeypatch, capsys):
+    _, _, runner = exported
+    assert runner.main([str(pictures[0]), "--figure", str(tmp_path / "words.png")]) == 0
+    monkeypatch.setattr(runner, "beam_search", lambda *_: (np.int32([END]), 0.0))
+    assert runner.main([str(pictures[0]), "--figure", str(tmp_path / "none.png")]) == 0
+    with Image.open(tmp_path / "words.png") as words, Image.open(tmp_path / "none.png") as none:
+        assert words.size[0] == none.size[0] and words.size[1] >= none.size[1] > 100
+    assert capsys.readouterr().out.splitlines()[1] == f"{pictures[0]}: "
+
+
+@pytest.mark.parametrize("caption", ["", "a dog", "一只狗 and 2 dogs", "น้ำ", "می\u200cخواهد بدود", "<unk> 狗"])
+def test_the_script_writes_captions_as_script_3_does(caption):
+    words = ["<unk>" if word == "unk" else word for word in split_words(caption)]
+    assert load_runner().join_words(words, CHARACTER) == join_words(words)
+
+
+def test_letters_of_a_figure_are_in_a_font_that_has_them_or_named(tmp_path, monkeypatch, capsys):
+    runner = load_runner()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no fontconfig
+    assert runner.find_missing(runner.find_font("dog"), "god") == capsys.readouterr().err == ""
+    runner.find_font("кот狗")
+    assert "no font here has these letters, and the figure has boxes for them: кот狗\n" in capsys.readouterr().err
+    (tmp_path / "fc-match").write_text(
+        f"#!/bin/sh\nprintf '{pathlib.Path(get_data_path(), 'fonts/ttf/DejaVuSans.ttf')}\\n0'\n"
+    )
+    (tmp_path / "fc-match").chmod(0o755)
+    assert runner.find_font("кот\u200c").getname()[0] == "DejaVu Sans"
+    assert capsys.readouterr().err == ""
+    runner.find_font("кот狗")
+    assert "for them: 狗\n" in capsys.readouterr().err
+
+
+# --- The folder -------------------------------------------------------------------------------------------------
+
+
+def test_the_bundle_says_what_it_is(exported):
+    captioner, folder, _ = exported
+    about = json.loads((folder / "captioner.json").read_text())
+    assert about["decoding"] == {"max_words": 9, "beam_width": 1, "length_penalty": 1.0, "repeat_block": 2}
+    assert about["sizes"] == {
+        "image": 299,
+        "locations": 64,
+        "channels": 2048,
+        **SIZES,
+        "vocabulary": len(MIXED),
+    }
+    assert (about["network"], about["checkpoint"]) == ("a network", captioner.checkpoint)
+    assert json.loads((folder / "vocabulary.json").read_text(encoding="utf-8")) == MIXED
+    readme = (folder / "README.md").read_text()
+    assert f"pip install numpy pillow {export_bundle.RUNTIMES[about['format']]}\n" in readme
+    assert len(readme.splitlines()) <= 20
+    models = {path.name for path in folder.iterdir()} - {"captioner.json", "vocabulary.json", "README.md", "caption.py"}
+    expected = {"encoder", "decoder"} if about["format"] == "litert" else {"encoder", "decoder", "evidence"}
+    assert {pathlib.Path(name).stem for name in models if not name.startswith("__")} == expected
+    assert [name for name in os.listdir(folder.parent) if name.startswith(".")] == [".bundle.export.lock"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
+    def half(functions, captioner, weights, pictures, folder):
+        (folder / "encoder.tflite").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(export_bundle, "write_litert", half)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        export("litert", tmp_path)
+    assert set(os.listdir(tmp_path)) == {"network.json", ".bundle.export.lock"}
+
+
+def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
+    """The second one comes while the first writes its models."""
+    monkeypatch.setattr(export_bundle, "bundle_functions", lambda captioner, network: captioner)
+
+    def write(captioner, again, weights, pictures, folder):
+        monkeypatch.setattr(export_bundle, "write_litert", lambda *_: pytest.fail("two at once"))
+        with pytest.raises(UserError, match="is at work"):
+            export("litert", tmp_path, "float16", seed=2)
+        (folder / "encoder.tflite").write_bytes(b"first")
+
+    monkeypatch.setattr(export_bundle, "write_litert", write)
+    export("litert", tmp_path)
+    assert (tmp_path / "bundle" / "encoder.tflite").read_bytes() == b"first"
+    assert json.loads((tmp_path / "bundle" / "captioner.json").read_text())["weights"] == "float32"
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "mine.txt").touch()
+    with pytest.raises(UserError, match="bundle is there already"):
+        export("litert", tmp_path)
+    assert os.listdir(tmp_path / "bundle") == ["mine.txt"]
+
+
+def test_a_model_that_no_file_can_hold_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_bundle, "MOST_BYTES", 10_000)
+    with pytest.raises(UserError, match="take --format savedmodel") as raised:
+        export("litert", tmp_path)
+    assert "\n" not in str(raised.value)
+    assert os.listdir(tmp_path) == ["network.json"]
+
+
+def test_onnx_without_its_converter_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    with pytest.raises(UserError, match="pip install tf2onnx"):
+        export("onnx", tmp_path)
+    assert set(os.listdir(tmp_path)) == {"network.json", ".bundle.export.lock"}
+
+
+# --- Number types -----------------------------------------------------------------------------------------------
+
+
+def sizes(folder):
+    return {path.stem: path.stat().st_size for path in folder.glob("*.tflite")}
+
+
+@pytest.mark.parametrize("exported", ["litert"], indirect=True)
+def test_float16_weights_take_half_the_room_and_give_nearly_the_same(exported, tmp_path, pictures):
+    captioner, large, _ = exported
+    _, small = export("litert", tmp_path, "float16")
+    assert sizes(small)["encoder"] < 0.55 * sizes(large)["encoder"]
+    assert sizes(small)["decoder"] < sizes(large)["decoder"]
+    runner = load_runner(small)
+    encode, decode = (runner.load_model(name, "litert") for name in ("encoder", "decoder"))
+    pixels = np.stack([load_image(path) for path in pictures[:3]])
+    encoded_features = captioner.encoder(colour_network(pixels))  # (B, P, D)
+    for picture, expected in zip(pixels, encoded_features.numpy(), strict=True):
+        found = encode(pixels=picture[None])["encoded_features"]  # the stand-in multiplies errors by up to 255
+        assert np.sum(found * expected) > 0.99 * np.linalg.norm(found) * np.linalg.norm(expected)
+        hidden, keys = (
+            f(expected[None]) for f in (captioner.decoder.initial_hidden, captioner.decoder.attention.key_layer)
+        )
+        step = decode(words=np.int32([[START]]), encoded_features=expected[None], hidden=hidden, keys=keys)
+        logits, _, _ = captioner.decoder(tf.constant([[START]]), expected[None], hidden, keys)
+        known = tf.nn.log_softmax(logits[:, 3:])[0]  # without the words that are never said
+        np.testing.assert_allclose(step["log_probs"][0, 3:], known, atol=0.05)
+
+
+def captions(folder, pictures):
+    runner = load_runner(folder)
+    encode, decode = (runner.load_model(name, "litert") for name in ("encoder", "decoder"))
+    how = argparse.Namespace(max_words=9, beam_width=1, length_penalty=1.0, repeat_block=2)
+    pixels = [runner.read_pixels(path, 299)[None] for path in pictures]
+    return [tuple(runner.beam_search(encode(pixels=each), decode, how)[0].tolist()) for each in pixels]
+
+
+@pytest.mark.slow
+def test_int8_weights_are_calibrated_on_training_pictures(trained, tmp_path, capsys, monkeypatch):
+    from ai_edge_litert.interpreter import Interpreter
+
+    seen = []
+    monkeypatch.setattr(export_bundle, "load_image", lambda path: seen.append(path) or load_image(path))
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
+    argv = [*options(trained), "--export", str(tmp_path / "bundle"), "--format", "litert", "--weights", "int8"]
+    inference.main(argv)
+    training = {image["file_name"] for image in json.loads((trained / "data" / "train.json").read_text())}
+    assert {path.name for path in seen} == training
+    printed = capsys.readouterr().out
+    assert f"calibrated on {len(training)} training pictures of {trained / 'data'}, drawn by seed 42" in printed
+    tensors = Interpreter(str(tmp_path / "bundle" / "encoder.tflite")).get_tensor_details()
+    assert any(tensor["dtype"] is np.int8 for tensor in tensors)
+    assert len(captions(tmp_path / "bundle", sorted((trained / "coco" / "train2014").iterdir())[:3])) == 3
+    assert json.loads((tmp_path / "bundle" / "captioner.json").read_text())["weights"] == "int8"
+
+
+@pytest.mark.parametrize("missing", ["data", "pictures"])
+def test_int8_weights_without_training_pictures_are_one_line(trained, tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
+    gone = tmp_path / "gone"
+    shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("captions"))
+    if missing == "data":
+        saved = json.loads((tmp_path / "run" / "config.json").read_text())
+        (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"data_dir": str(gone)}))
+    else:
+        monkeypatch.setattr(export_bundle, "image_path", lambda image, config: gone / image.file_name)
+    argv = ["--run_dir", str(tmp_path / "run"), "--export", str(tmp_path / "bundle")]
+    with pytest.raises(UserError, match="int8 weights are calibrated on training pictures, and ") as raised:
+        inference.main([*argv, "--format", "litert", "--weights", "int8"])
+    message = str(raised.value)
+    assert "\n" not in message and str(gone) in message and "--data_dir" in message and "--weights float16" in message
+    assert sorted(os.listdir(tmp_path)) == [".bundle.export.lock", "run"]
+
+
+# --- Script 3 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (
+            ["--export", "m", "--weights", "int8"],
+            "--weights int8 does not go with --format savedmodel, only with litert",
+        ),
+        (
+            ["--export", "m", "--format", "onnx", "--weights", "int8"],
+            "does not go with --format onnx, only with litert",
+        ),
+        (["--export", "m", "--format", "savedmodel", "--weights", "float32"], "only with litert, onnx"),
+        (["--format", "litert"], "give --export DIR"),
+        (["--weights", "int8"], "give --export DIR"),
+        (["--export", "m", "--format", "tflite"], "invalid choice: 'tflite'"),
+        (["--export", "m", "--format", "litert", "--weights", "int4"], "invalid choice: 'int4'"),
+    ],
+)
+def test_a_format_that_cannot_be_is_one_line(tmp_path, monkeypatch, wrong, match):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=match) as raised:
+        inference.main(wrong)
+    assert "\n" not in str(raised.value)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["litert", "onnx"])
+def test_a_run_is_exported_and_says_what_script_3_says(trained, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
+    picture = next((trained / "coco" / "train2014").iterdir())
+    run = ["--run_dir", str(trained / "run")]
+    inference.main([*run, "--export", str(tmp_path / "bundle"), "--format", kind])
+    about = json.loads((tmp_path / "bundle" / "captioner.json").read_text())
+    assert (about["format"], about["weights"]) == (kind, export_bundle.DEFAULT_WEIGHTS[kind])
+    assert about["network"] == json.loads((trained / "run" / "network.json").read_text())
+    assert about["checkpoint"].startswith("best/ckpt-") and about["checkpoint_identity"]
+    inference.main([*run, "--image", str(picture), "--output", str(tmp_path / "out"), "--figures", "0"])
+    (record,) = (json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines())
+    script = [sys.executable, tmp_path / "bundle" / "caption.py", picture]
+    ended = subprocess.run(script, capture_output=True, text=True)
+    assert ended.stdout == f"{picture}: {record['caption']}\n", ended.stderr
+
+
+def test_features_made_elsewhere_cannot_be_exported(trained, tmp_path):
+    with pytest.raises(UserError, match="made by another program"):
+        inference.main(["--run_dir", str(trained / "run"), "--export", str(tmp_path / "m"), "--format", "litert"])
+    assert os.listdir(tmp_path) == []
+
+
+# --- Photographs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: photographs and InceptionV3's weights")
+def test_photographs_get_the_captions_of_script_3_from_float32_weights(tmp_path):
+    """Some photographs, through InceptionV3; a captioner with drawn weights says much about small differences."""
+    paths = sorted((SHARED / "flickr8k_coco" / "train2014").glob("*.jpg"))[:12]
+    paths += sorted((SHARED / "coco_mini" / "train2017").glob("*.jpg"))[:8]
+    weights = str(SHARED / "weights" / "inception_v3_notop.weights.h5")
+    config = make_config({**SIZES, "inception_weights": weights, "extract_precision": "float32", "max_words": 12})
+    network = feature_network(config)
+    features = np.concatenate([batch for _, batch, _ in extract_features(network, paths, 10)])
+    (tmp_path / "network.json").write_text('"a network"')
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    captioner = tiny_captioner(config, features, seed=22)
+    for kind in ("litert", "onnx"):
+        folder = tmp_path / kind
+        export_bundle.export_bundle(captioner, network, kind, "float32", config, folder)
+        runner = load_runner(folder)
+        encode, decode = (runner.load_model(name, kind) for name in ("encoder", "decoder"))
+        encoded = [encode(pixels=runner.read_pixels(path, 299)[None]) for path in paths]
+        for width in (1, 3):
+            settings = dataclasses.replace(config, beam_width=width)
+            expected = decode_captions(captioner.encoder, captioner.decoder, features, settings).words.numpy()
+            how = argparse.Namespace(**{name: getattr(settings, name) for name in export_bundle.DECODING})
+            found = [runner.beam_search(each, decode, how)[0].tolist() for each in encoded]
+            assert found == [[i for i in words.tolist() if i != PAD] for words in expected]
+            assert len({tuple(words) for words in found}) > 8
+    assert START not in np.concatenate(found)
