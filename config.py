@@ -56,12 +56,11 @@ class Config:
     patience: Annotated[int, (1, None)] = 4  # epochs without a better validation loss before these epochs end
     self_critical_epochs: Annotated[int, (0, None)] = 0  # then so many that raise the CIDEr of sampled captions
     self_critical_rate: Annotated[float, (1e-8, 10.0)] = 2e-4  # Adam's step size in these, with the same schedule
-    samples_per_picture: Annotated[int, (2, 100)] = 5  # captions that are drawn and compared in these
+    samples_per_image: Annotated[int, (2, 100)] = 5  # captions that are drawn and compared in these
     reference_weight: Annotated[float, (0.0, None)] = 0.3  # of a reference, learned beside the samples; 0: none
-    pictures_per_step: Annotated[int, (1, 8_192)] = 32  # pictures per optimiser step in these
+    images_per_step: Annotated[int, (1, 8_192)] = 32  # images per optimiser step in these
     checkpoint_minutes: Annotated[float, (0.01, None)] = 30  # a checkpoint is also written in mid-epoch, this often
     tensorboard: Literal["yes", "no"] = "no"  # also write losses and sample captions as TensorBoard events
-    compile: Literal["auto", "on", "off"] = "auto"  # XLA for the loop over words; auto: on CPUs, in one process
 
     # Inference
     beam_width: Annotated[int, (1, 20)] = 1  # captions kept in view while decoding; 1 is greedy

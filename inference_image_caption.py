@@ -14,27 +14,14 @@ import sys
 
 import numpy as np
 
-from captioning.inference.caption_images import write_captions
-from captioning.features.cache import cached_batches
-from captioning.features.cache import dataset_pictures
-from captioning.training.run_folder import load_captioner
-from support.devices import set_up_devices
-from captioning.evaluation.evaluate import evaluate
-from captioning.export.saved_model import export_captioner
-from captioning.export.bundle import DEFAULT_WEIGHTS
-from captioning.export.bundle import check_weights
-from captioning.export.bundle import export_bundle
-from captioning.features.image_files import set_up_pillow
-from captioning.inference.own_images import extract_batches
-from captioning.inference.own_images import fetch_pictures
-from captioning.inference.own_images import find_pictures
-from captioning.data.prepared_data import load_prepared
-from captioning.training.run_folder import check_model_settings
-from captioning.training.run_folder import check_other_data
-from captioning.training.run_folder import run_network
-from captioning.training.run_folder import run_settings
-from captioning.settings import make_config
+from captioning import settings
+from captioning.evaluation import evaluate
+from captioning.export import bundle, saved_model
+from captioning.features import cache, image_files
+from captioning.inference import caption_images, own_images
+from captioning.training import run_folder
 from config import Config
+from support import devices
 from support.command_line import parse_command_line
 from support.errors import UserError, printable
 from support.files import locked, remove_leftovers
@@ -46,7 +33,7 @@ def add_options(parser):
         "--image",
         nargs="+",
         metavar="FILE_FOLDER_OR_URL",
-        help="caption these pictures instead of validation images; http and https addresses are fetched",
+        help="caption these images instead of validation images; http and https addresses are fetched",
     )
     parser.add_argument("--evaluate", action="store_true", help="score the captions of the whole split")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
@@ -61,30 +48,30 @@ def add_options(parser):
     parser.add_argument(
         "--weights",
         choices=("float32", "float16", "int8"),
-        help=f"of a bundle (default: {', '.join(' for '.join(pair[::-1]) for pair in DEFAULT_WEIGHTS.items())})",
+        help=f"of a bundle (default: {', '.join(' for '.join(pair[::-1]) for pair in bundle.DEFAULT_WEIGHTS.items())})",
     )
     parser.add_argument("--output", metavar="DIR", help="where captions and figures go (default: <run_dir>/captions)")
     parser.add_argument(
         "--attention",
         choices=("drawn", "all"),
         default="drawn",
-        help="the pictures whose attention weights captions.jsonl keeps: those with a figure, or all (default: drawn)",
+        help="the images whose attention weights captions.jsonl keeps: those with a figure, or all (default: drawn)",
     )
     parser.add_argument(
         "--anew",
         action="store_true",
-        help="first delete the captions and figures that the output folder's captions.jsonl lists, of all pictures",
+        help="first delete the captions and figures that the output folder's captions.jsonl lists, of all images",
     )
 
 
 def main(argv):
     given, options = parse_command_line(argv, __doc__, Config, add_options)
     check_options(options)
-    config = run_settings(given, make_config(given).run_dir)
-    set_up_pillow()
-    set_up_devices()
+    config = run_folder.run_settings(given, settings.make_config(given).run_dir)
+    image_files.set_up_pillow()
+    devices.set_up_devices()
     if options.export:
-        export(load_captioner(config), options, config)
+        export(run_folder.load_captioner(config), options, config)
         return
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
     with locked(output):
@@ -92,13 +79,13 @@ def main(argv):
         if options.image:
             caption_own(output, options, config)
             return
-        captioner = load_captioner(config)
+        captioner = run_folder.load_captioner(config)
         if options.evaluate:
-            evaluate(captioner, split_pictures(options.split, config), options.split, output, config)
+            evaluate.evaluate(captioner, split_images(options.split, config), options.split, output, config)
         else:
-            pictures = choose_pictures(split_pictures(options.split, config), config)
-            make_batches = lambda wanted: cached_batches(wanted, config)  # noqa: E731
-            write_captions(captioner, pictures, make_batches, output, options, config)
+            images = choose_images(split_images(options.split, config), config)
+            make_batches = lambda wanted: cache.cached_batches(wanted, config)  # noqa: E731
+            caption_images.write_captions(captioner, images, make_batches, output, options, config)
 
 
 def check_options(options):
@@ -108,57 +95,58 @@ def check_options(options):
         raise UserError(f"{' and '.join(asked)} do not go together: run the script once for each")
     if not options.export and (options.format or options.weights):
         raise UserError("--format and --weights say how to export: give --export DIR too")
-    check_weights(options.format or "savedmodel", options.weights)
+    bundle.check_weights(options.format or "savedmodel", options.weights)
 
 
 def export(captioner, options, config):
     """Write the captioner in the format that the options name."""
-    network = run_network(dataclasses.replace(config, extract_precision="float32"))  # as any machine can compute
+    anywhere = dataclasses.replace(config, extract_precision="float32")  # what any machine can compute
+    network = run_folder.run_network(anywhere)
     if (options.format or "savedmodel") == "savedmodel":
-        export_captioner(captioner, network, config, options.export)
+        saved_model.export_captioner(captioner, network, config, options.export)
         print(f"the SavedModel is in {printable(options.export)}")
         return
-    weights = check_weights(options.format, options.weights)
-    export_bundle(captioner, network, options.format, weights, config, options.export)
+    weights = bundle.check_weights(options.format, options.weights)
+    bundle.export_bundle(captioner, network, options.format, weights, config, options.export)
     print(f"the bundle is in {printable(options.export)}: see README.md there")
 
 
-def split_pictures(split, config):
-    """The pictures of a split that data_utils.py prepared, with their cached features.
+def split_images(split, config):
+    """The images of a split that data_utils.py prepared, with their cached features.
 
     Returns:
-      list of Pictures
+      list of ImageToCaption
 
     Raises:
       UserError: there is no such split, or the data are not those that the run fits.
     """
-    prepared = load_prepared(config)
-    check_other_data(config.run_dir, config, prepared)
+    prepared = cache.load_data(config)
+    run_folder.check_other_data(config.run_dir, config, prepared)
     images = getattr(prepared, split)
     if not images:
         raise UserError(f"{config.data_dir} has no {split} split: leave out --split, or prepare data that have one")
-    return dataset_pictures(images, config)
+    return cache.dataset_images(images, config)
 
 
-def choose_pictures(pictures, config):
-    """`plot_images` of the pictures, a choice that depends on the seed alone."""
-    count = min(config.plot_images, len(pictures))
-    chosen = np.random.default_rng(config.seed).choice(len(pictures), count, replace=False)
-    return [pictures[i] for i in chosen]
+def choose_images(images, config):
+    """`plot_images` of the images, a choice that depends on the seed alone."""
+    count = min(config.plot_images, len(images))
+    chosen = np.random.default_rng(config.seed).choice(len(images), count, replace=False)
+    return [images[i] for i in chosen]
 
 
 def caption_own(output, options, config):
-    """Caption the user's pictures; the exit status is 0 only if all were captioned."""
-    check_model_settings(config.run_dir, config)  # which costs nothing
+    """Caption the user's images; the exit status is 0 only if all were captioned."""
+    run_folder.check_model_settings(config.run_dir, config)  # which costs nothing
     skipped = collections.Counter()
-    pictures = find_pictures(options.image, output, skipped)
-    network = run_network(config, keep=True)  # before anything is downloaded, as it may not be had
-    captioner = load_captioner(config)  # meanwhile the network gets ready
-    fetched = fetch_pictures(pictures, config.download_workers, skipped)
-    make_batches = lambda wanted: extract_batches(network, wanted, config, skipped)  # noqa: E731
-    done = write_captions(captioner, fetched, make_batches, output, options, config, skipped)
-    if done < len(pictures):
-        print(f"{len(pictures) - done} of {len(pictures)} pictures have no caption; the lines above say why")
+    images = own_images.find_images(options.image, output, skipped)
+    network = run_folder.run_network(config, keep=True)  # before anything is downloaded, as it may not be had
+    captioner = run_folder.load_captioner(config)  # meanwhile the network gets ready
+    fetched = own_images.fetch_images(images, config.download_workers, skipped)
+    make_batches = lambda wanted: own_images.extract_batches(network, wanted, config, skipped)  # noqa: E731
+    done = caption_images.write_captions(captioner, fetched, make_batches, output, options, config, skipped)
+    if done < len(images):
+        print(f"{len(images) - done} of {len(images)} images have no caption; the lines above say why")
         sys.exit(1)
 
 

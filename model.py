@@ -14,10 +14,8 @@ import tensorflow as tf
 from keras import layers
 
 from captioning.decoder.basic_layers import MixedPrecisionDense, softmax_cross_entropy, variational_dropout
-from captioning.decoder.compiled_recurrence import compiled_unroll, compiles_loops
 from captioning.decoder.rules import DecodedCaptions, has_ended, next_word_log_probs
 from captioning.decoder.word_detector import WordDetector
-from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.vocabulary import PAD, START
 from config import Config
 
@@ -97,7 +95,6 @@ class RNN_Decoder(keras.Model):
       units: int, U.
       dropout: float, share of embeddings and of hidden states before the output layer that training drops.
       precision: Keras dtype policy of the large products; all else is float32.
-      compiled: bool, whether teacher forcing takes the compiled recurrence instead of `unroll`.
 
     Call, one step:
       words: int (B, 1), the previous word of each caption
@@ -111,10 +108,9 @@ class RNN_Decoder(keras.Model):
       attention_weights: float (B, P, 1)
     """
 
-    def __init__(self, vocab_size, embedding_dim, units, dropout=0.0, precision="float32", compiled=False):
+    def __init__(self, vocab_size, embedding_dim, units, dropout=0.0, precision="float32"):
         super().__init__()
-        self.dropout, self.compiled = dropout, compiled
-        self.product_type = keras.DTypePolicy(precision).compute_dtype
+        self.dropout = dropout
         self.embedding = layers.Embedding(vocab_size, embedding_dim)
         self.attention = BahdanauAttention(units, precision)
         self.initial_layer = layers.Dense(units, activation="tanh")
@@ -148,32 +144,11 @@ class RNN_Decoder(keras.Model):
         new = tf.tanh(x_new + tf.sigmoid(x_reset + h_reset) * h_new)
         return update * hidden + (1 - update) * new
 
-    def unroll(self, word_gates, lengths, hidden, encoded_features, keys):
-        """One step after the other over given words. `captioning.decoder.compiled_recurrence.compiled_unroll` computes the same.
-
-        Args:
-          word_gates: float (T, B, 3U), the words' part of the GRU's input gates.
-          lengths: int (B,), words of each caption; only the compiled loop uses them, to stop sooner.
-          hidden: float (B, U), before the first word.
-          encoded_features: float (B, P, D)
-          keys: float (B, P, U)
-
-        Returns:
-          all_hidden: float (T, B, U), after each word
-          all_attention_weights: float (T, B, P)
-        """
-
-        def one_word(state, word_gates):
-            hidden, attention_weights = self.step(word_gates, state[0], encoded_features, keys)
-            return hidden, attention_weights[:, :, 0]  # (B, U), (B, P)
-
-        return tf.scan(one_word, word_gates, (hidden, keys[:, :, 0]))  # the second only tells the shape
-
     def teacher_forcing(self, captions, encoded_features, dropout_seed=None):
         """Predict each word from the true words before it. Only attention and GRU go word by word.
 
         Args:
-          captions: int (B, T), <start>, words, <end>, then <pad>.
+          captions: int (B, T), <start>, words, <end>, then <pad>. T must be known when a graph is made.
           encoded_features: float (B, P, D)
           dropout_seed: int (2,), or None for no dropout.
 
@@ -182,33 +157,33 @@ class RNN_Decoder(keras.Model):
           attention_weights: float (B, T-1, P), of no meaning where the caption has ended
         """
         words = tf.transpose(captions)  # (T, B)
-        is_target = words[1:] != PAD  # (T-1, B)
         embedded = variational_dropout(self.embedding(words[:-1]), self.dropout, dropout_seed, layer=0)  # (T-1, B, E)
-        word_gates = self.word_gates(embedded)  # (T-1, B, 3U)
-        lengths = tf.reduce_sum(tf.cast(is_target, tf.int32), axis=0)  # (B,)
         keys = self.attention.key_layer(encoded_features)  # (B, P, U)
         hidden = self.initial_hidden(encoded_features)  # (B, U)
-        unroll = compiled_unroll if self.compiled else RNN_Decoder.unroll
-        all_hidden, all_weights = unroll(self, word_gates, lengths, hidden, encoded_features, keys)
-        all_hidden = variational_dropout(all_hidden, self.dropout, dropout_seed, layer=1)  # (T-1, B, U)
-        logits = self.output_layer(tf.boolean_mask(all_hidden, is_target))  # (N, V)
-        return logits, tf.transpose(all_weights, (1, 0, 2))  # (N, V), (B, T-1, P)
+        all_hidden, all_weights = [], []
+        for word_gates in tf.unstack(self.word_gates(embedded)):  # (B, 3U)
+            hidden, attention_weights = self.step(word_gates, hidden, encoded_features, keys)
+            all_hidden.append(hidden)
+            all_weights.append(attention_weights[:, :, 0])  # (B, P)
+        all_hidden = variational_dropout(tf.stack(all_hidden), self.dropout, dropout_seed, layer=1)  # (T-1, B, U)
+        logits = self.output_layer(tf.boolean_mask(all_hidden, words[1:] != PAD))  # (N, V)
+        return logits, tf.stack(all_weights, axis=1)  # (N, V), (B, T-1, P)
 
 
-def build_captioner(config, vocab_size, feature_mean=None, feature_std=1.0, precision="float32"):
+def build_captioner(config, vocab_size, feature_mean, feature_std=1.0, precision="float32"):
     """Encoder and decoder, a CNN_Encoder and an RNN_Decoder, with all their weights drawn from `config.seed`.
 
     Args:
       vocab_size: int, V.
-      feature_mean, feature_std: what normalises the features; a checkpoint that is restored brings its own.
+      feature_mean: float (F,), and feature_std: float, what normalises the features. A checkpoint that is restored
+        brings its own.
       precision: Keras dtype policy of the large products; weights are float32.
     """
     keras.utils.set_random_seed(config.seed)
-    mean = np.zeros(CHANNELS, np.float32) if feature_mean is None else feature_mean
-    encoder = CNN_Encoder(config.encoder_dim, mean, feature_std, precision)
+    encoder = CNN_Encoder(config.encoder_dim, feature_mean, feature_std, precision)
     sizes = vocab_size, config.embedding_dim, config.units
-    decoder = RNN_Decoder(*sizes, config.dropout, precision, compiles_loops(config))
-    encoded_features = encoder(tf.zeros((1, LOCATIONS, CHANNELS)))  # (1, P, D)
+    decoder = RNN_Decoder(*sizes, config.dropout, precision)
+    encoded_features = encoder(tf.zeros((1, 1, len(feature_mean))))  # (1, 1, D): weights depend on no P
     decoder.detector.build(encoded_features.shape)
     decoder(tf.zeros((1, 1), tf.int32), encoded_features, decoder.initial_hidden(encoded_features))
     return encoder, decoder
@@ -286,8 +261,9 @@ def greedy_decode(encoder, decoder, features, max_words, repeat_block=0):
 
 def print_shapes(batch=16):
     """Print what goes in and comes out at the defaults, read off the tensors themselves."""
-    encoder, decoder = build_captioner(Config(), Config().vocab_size)
-    features, words = tf.zeros((batch, LOCATIONS, CHANNELS)), tf.fill((batch, 1), START)
+    P, F = 64, 2048  # InceptionV3's
+    encoder, decoder = build_captioner(Config(), Config().vocab_size, np.zeros(F, np.float32))
+    features, words = tf.zeros((batch, P, F)), tf.fill((batch, 1), START)
     encoded_features = encoder(features)
     hidden = decoder.initial_hidden(encoded_features)
     logits, new_hidden, attention_weights = decoder(words, encoded_features, hidden)

@@ -14,10 +14,10 @@ from captioning.vocabulary import END, PAD, encode_captions
 from captioning.words import split_words
 from model import CNN_Encoder, RNN_Decoder, greedy_decode
 
-MOST_CAPTIONS = 20  # words, within which most captions end
+_MOST_CAPTIONS = 20  # words, within which most captions end
 
-greedy_graph = tf.function(greedy_decode, reduce_retracing=True)
-beam_graph = tf.function(beam_search, reduce_retracing=True)
+_greedy_graph = tf.function(greedy_decode, reduce_retracing=True)
+_beam_graph = tf.function(beam_search, reduce_retracing=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Captioner:
       vocabulary: list of V words.
       checkpoint: str, which checkpoint the weights are from, such as best/ckpt-5.
       identity: str, a digest that no other checkpoint has; "" where nobody asks for it.
+      network: str, identity of the network that made the features; "" where nobody asks for it.
     """
 
     encoder: CNN_Encoder
@@ -36,6 +37,7 @@ class Captioner:
     vocabulary: list[str]
     checkpoint: str
     identity: str = ""
+    network: str = ""
 
 
 def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(greedy_decode, beam_search)):
@@ -57,12 +59,12 @@ def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(
     return beams(encoder, decoder, features, most, config.beam_width, config.length_penalty, config.repeat_block)
 
 
-def caption_batch(captioner, pictures, features, config, with_evidence=False):
-    """Caption pictures from their features.
+def caption_batch(captioner, images, features, config, with_evidence=False):
+    """Caption images from their features.
 
     Args:
       captioner: Captioner
-      pictures: list of B Pictures.
+      images: list of B ImageToCaption.
       features: float (B, P, F)
       with_evidence: bool, whether the predictions get their evidence, which takes about as long as the captions.
 
@@ -71,20 +73,20 @@ def caption_batch(captioner, pictures, features, config, with_evidence=False):
     """
     features = tf.convert_to_tensor(features)
     # Greedily, few captions are long, and the others need not wait for them. With beams a longer one may yet win.
-    most = min(MOST_CAPTIONS, config.max_words) if config.beam_width == 1 else config.max_words
-    decoded = decode_rows(captioner, features, most, config)
+    most = min(_MOST_CAPTIONS, config.max_words) if config.beam_width == 1 else config.max_words
+    decoded = _decode_rows(captioner, features, most, config)
     unfinished = [i for i, row in enumerate(decoded) if not has_ended(row.words)]
     if unfinished and most < config.max_words:
-        longer = decode_rows(captioner, tf.gather(features, unfinished), config.max_words, config)
+        longer = _decode_rows(captioner, tf.gather(features, unfinished), config.max_words, config)
         for i, row in zip(unfinished, longer, strict=True):
             decoded[i] = row
-    predictions = [predicted_caption(*pair, captioner.vocabulary) for pair in zip(pictures, decoded, strict=True)]
+    predictions = [_predicted_caption(*pair, captioner.vocabulary) for pair in zip(images, decoded, strict=True)]
     if with_evidence:
-        return add_evidence(captioner, predictions, features, [row.words for row in decoded])
+        return _add_evidence(captioner, predictions, features, [row.words for row in decoded])
     return predictions
 
 
-def add_evidence(captioner, predictions, features, words):
+def _add_evidence(captioner, predictions, features, words):
     """Predictions with attention weights, evidence and the lengths of features, from making the model say the words.
 
     Args:
@@ -104,17 +106,17 @@ def add_evidence(captioner, predictions, features, words):
     return found
 
 
-def explain_references(captioner, pictures, config):
-    """What the model looks at while it is made to say the pictures' reference captions.
+def explain_references(captioner, images, config):
+    """What the model looks at while it is made to say the images' reference captions.
 
     Returns:
       list of PredictedCaptions with evidence, one for each reference; words that the model does not know are <unk>.
       They have no log_probs.
     """
     predictions = []
-    for batch, features in cached_batches(pictures, config):
-        for number in range(max(len(picture.references) for picture in batch)):
-            rows = [i for i, picture in enumerate(batch) if number < len(picture.references)]
+    for batch, features in cached_batches(images, config):
+        for number in range(max(len(image.references) for image in batch)):
+            rows = [i for i, image in enumerate(batch) if number < len(image.references)]
             encoded = encode_captions([batch[i].references[number] for i in rows], captioner.vocabulary)
             blank = [
                 PredictedCaption(
@@ -128,28 +130,28 @@ def explain_references(captioner, pictures, config):
                 for i in rows
             ]
             words = [np.array(token_ids[1:], np.int32) for token_ids in encoded]  # without <start>
-            predictions += add_evidence(captioner, blank, tf.gather(features, rows), words)
+            predictions += _add_evidence(captioner, blank, tf.gather(features, rows), words)
     return predictions
 
 
-def decode_rows(captioner, features, max_words, config):
+def _decode_rows(captioner, features, max_words, config):
     """list of B DecodedCaptions of NumPy arrays, one for each image: (L,), (L,) and (L, P)."""
-    graphs = greedy_graph, beam_graph
+    graphs = _greedy_graph, _beam_graph
     most = tf.constant(max_words)  # a tensor, as another number would be another graph
     decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, most, graphs)
     return [DecodedCaptions(*row) for row in zip(*(part.numpy() for part in decoded), strict=True)]
 
 
-def predicted_caption(picture, row, vocabulary):
+def _predicted_caption(image, row, vocabulary):
     """The PredictedCaption of one image's decoded words."""
     words = [vocabulary[i] for i in row.words if i not in (PAD, END)]
     count = int(np.count_nonzero(row.words != PAD))  # with <end>
     return PredictedCaption(
-        path=picture.path,
-        name=picture.name,
+        path=image.path,
+        name=image.name,
         words=words,
         log_probs=row.log_probs[:count],
         attention_weights=row.attention_weights[: len(words)],
-        image_id=picture.image_id,
-        references=picture.references,
+        image_id=image.image_id,
+        references=image.references,
     )

@@ -50,9 +50,9 @@ TRAINING_SETTINGS = (
     "patience",
     "self_critical_epochs",
     "self_critical_rate",
-    "samples_per_picture",
+    "samples_per_image",
     "reference_weight",
-    "pictures_per_step",
+    "images_per_step",
 )
 
 
@@ -104,7 +104,7 @@ def adopt_settings(given, saved, names, source):
     """
     taken = {name: saved[name] for name in names if name in saved and name not in given}
     for name, value in taken.items():
-        check_saved(name, value, source)
+        _check_saved(name, value, source)
     config = make_config(taken, given)
     # Presets are no surprise. What a user wrote into config.py, and is not followed, must be said.
     expected = make_config({"dataset": config.dataset}, given)
@@ -114,7 +114,7 @@ def adopt_settings(given, saved, names, source):
     return config
 
 
-def check_saved(name, value, source):
+def _check_saved(name, value, source):
     """Raise UserError if a setting saved in the folder `source` is none, as somebody has changed the file."""
     try:
         check_value(Config, name, value)

@@ -10,7 +10,7 @@ import unicodedata
 
 # The letters, digits and marks of scripts without blanks between words. From Unicode's Scripts.txt, with the signs for
 # repeated and for long sounds that Unicode counts to no single script. Code points without a letter are inside too.
-CHARACTER_SCRIPTS = {
+_CHARACTER_SCRIPTS = {
     "Thai": "\u0e01-\u0e5b",
     "Lao": "\u0e81-\u0edf",
     "Myanmar": "\u1000-\u109f\ua9e0-\ua9fe\uaa60-\uaa7f\U000116d0-\U000116e3",
@@ -19,11 +19,11 @@ CHARACTER_SCRIPTS = {
     "Katakana": "\u30a1-\u30ff\u31f0-\u31ff\U0001aff0-\U0001b000\U0001b120-\U0001b122\U0001b155\U0001b164-\U0001b167",
     "Han": "\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufad9\U00020000-\U0003347f",
 }
-CHARACTER = "".join(CHARACTER_SCRIPTS.values())  # all of them, for a class of a regular expression
+CHARACTER = "".join(_CHARACTER_SCRIPTS.values())  # all of them, for a class of a regular expression
 
 # Apostrophes as people and programs write them: left, right and reversed quotes, the letter, the acute accent, full
 # width, and Hebrew's geresh. The grave accent is ASCII, and parts words as before.
-APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bc\u00b4\uff07\u05f3"), "'")
+_APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bc\u00b4\uff07\u05f3"), "'")
 
 # In text that `_Letters` has gone through, whatever is no \w, apostrophe, joiner or blank is a mark.
 _MARK = r"[^\w\s'\u200c\u17d2\u1039]"  # U+200D too
@@ -52,7 +52,7 @@ class _Letters(dict):
         return self[code]
 
 
-_LETTERS = _Letters(APOSTROPHES | {code: code for code in map(ord, "'\u200c\u200d")})
+_LETTERS = _Letters(_APOSTROPHES | {code: code for code in map(ord, "'\u200c\u200d")})
 
 
 def split_words(caption):
@@ -102,4 +102,4 @@ def join_words(words):
 def character_scripts(words):
     """The names of the scripts whose characters are among the words. list of str -> list of str."""
     text = "".join(words)
-    return [name for name, letters in CHARACTER_SCRIPTS.items() if re.search(f"[{letters}]", text)]
+    return [name for name, letters in _CHARACTER_SCRIPTS.items() if re.search(f"[{letters}]", text)]

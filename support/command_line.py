@@ -45,22 +45,22 @@ def parse_command_line(argv, description, settings_class, add_options=None):
     Raises:
       UserError: an unknown option, or a value of the wrong type or out of range.
     """
-    parser = make_parser(description, settings_class, add_options)
+    parser = _make_parser(description, settings_class, add_options)
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_help())
-        parser.error(f"unknown option {unknown[0]}{suggest(unknown[0], known)}")
+        parser.error(f"unknown option {unknown[0]}{_suggest(unknown[0], known)}")
     own, given = {}, {}
-    names = setting_types(settings_class)
+    names = _setting_types(settings_class)
     for name, value in vars(options).items():
         if name in names:
-            given[name] = check_value(settings_class, name, parse_value(settings_class, name, value))
+            given[name] = check_value(settings_class, name, _parse_value(settings_class, name, value))
         else:
             own[name] = value
     return given, argparse.Namespace(**own)
 
 
-def make_parser(description, settings_class, add_options):
+def _make_parser(description, settings_class, add_options):
     """A parser of the script's own options and of every setting; a setting that is not given gets no value."""
     parser = OneLineParser(
         prog=os.path.basename(sys.argv[0]),
@@ -71,34 +71,34 @@ def make_parser(description, settings_class, add_options):
     )
     if add_options:
         add_options(parser)
-    group = parser.add_argument_group(f"settings (defaults from {source_file(settings_class)})")
-    annotations, comments = setting_types(settings_class), setting_comments(settings_class)
+    group = parser.add_argument_group(f"settings (defaults from {_source_file(settings_class)})")
+    annotations, comments = _setting_types(settings_class), _setting_comments(settings_class)
     for field in dataclasses.fields(settings_class):
         group.add_argument(
             f"--{field.name}",
-            metavar=describe_type(annotations[field.name]),
+            metavar=_describe_type(annotations[field.name]),
             default=argparse.SUPPRESS,
             help=f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%"),
         )
     return parser
 
 
-def suggest(name, known):
+def _suggest(name, known):
     """`, did you mean ...?` with the known name nearest to this one, or an empty text."""
     near = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {near[0]}?" if near else ""
 
 
-def source_file(settings_class):
+def _source_file(settings_class):
     return os.path.basename(inspect.getsourcefile(settings_class))
 
 
-def setting_comments(settings_class):
+def _setting_comments(settings_class):
     """Dict of setting name -> the comment behind it."""
     return dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(settings_class), flags=re.MULTILINE))
 
 
-def setting_types(settings_class):
+def _setting_types(settings_class):
     """Dict of setting name -> annotation."""
     return typing.get_type_hints(settings_class, include_extras=True)
 
@@ -121,14 +121,14 @@ class SettingType:
     optional: bool = False
 
 
-def read_annotation(annotation):
+def _read_annotation(annotation):
     """The SettingType of a field's annotation; TypeError for an annotation that the command line cannot express."""
     origin = typing.get_origin(annotation)
     if origin in (types.UnionType, typing.Union):
         inner, *others = (part for part in typing.get_args(annotation) if part is not types.NoneType)
         if others:
             raise TypeError(f"a setting cannot be one of several types: {annotation}")
-        return dataclasses.replace(read_annotation(inner), optional=True)
+        return dataclasses.replace(_read_annotation(inner), optional=True)
     if origin is typing.Literal:
         return SettingType(str, choices=typing.get_args(annotation))
     if origin is typing.Annotated:
@@ -139,9 +139,9 @@ def read_annotation(annotation):
     return SettingType(annotation)
 
 
-def describe_type(annotation):
+def _describe_type(annotation):
     """A field's annotation in the words of `--help`, such as `int 1..64 or None`."""
-    setting = read_annotation(annotation)
+    setting = _read_annotation(annotation)
     text = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.kind.__name__
     if setting.low is not None or setting.high is not None:
         low, high = ("" if bound is None else bound for bound in (setting.low, setting.high))
@@ -149,16 +149,16 @@ def describe_type(annotation):
     return text + (" or None" if setting.optional else "")
 
 
-def parse_value(settings_class, name, text):
+def _parse_value(settings_class, name, text):
     """The value that a text from the command line stands for; UserError where it is not of the setting's type."""
-    annotation = setting_types(settings_class)[name]
-    setting = read_annotation(annotation)
+    annotation = _setting_types(settings_class)[name]
+    setting = _read_annotation(annotation)
     if setting.optional and text.lower() == "none":
         return None
     try:
         return setting.kind(text)
     except ValueError:
-        raise UserError(f"--{name} takes {describe_type(annotation)}, not {text!r}") from None
+        raise UserError(f"--{name} takes {_describe_type(annotation)}, not {text!r}") from None
 
 
 def check_value(settings_class, name, value):
@@ -170,17 +170,17 @@ def check_value(settings_class, name, value):
     Raises:
       UserError: the settings have no such name, or the value has the wrong type or is out of range.
     """
-    annotations = setting_types(settings_class)
+    annotations = _setting_types(settings_class)
     if name not in annotations:
-        remedy = f"rename or remove it where it is set, which may be {source_file(settings_class)}"
-        raise UserError(f"{name!r} is not a setting{suggest(str(name), annotations)}: {remedy}")
-    setting = read_annotation(annotations[name])
-    if not (fits(setting, value) or (setting.optional and value is None)):
-        raise UserError(f"--{name} takes {describe_type(annotations[name])}, not {value!r}")
+        remedy = f"rename or remove it where it is set, which may be {_source_file(settings_class)}"
+        raise UserError(f"{name!r} is not a setting{_suggest(str(name), annotations)}: {remedy}")
+    setting = _read_annotation(annotations[name])
+    if not (_fits(setting, value) or (setting.optional and value is None)):
+        raise UserError(f"--{name} takes {_describe_type(annotations[name])}, not {value!r}")
     return value
 
 
-def fits(setting, value):
+def _fits(setting, value):
     """Whether a value other than None fits a SettingType. True is no int, and an int is also a float."""
     if type(value) is not setting.kind and not (setting.kind is float and type(value) is int):
         return False

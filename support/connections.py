@@ -11,11 +11,11 @@ import urllib.parse
 import requests
 import urllib3
 
-USER_AGENT = "show-attend-and-tell-captioner/1.0"  # some servers refuse programs that do not say who they are
-LEAST_SPEED = 5_000  # bytes a second, on average, that a server must send
-REDIRECTS = 10  # that are followed
+_USER_AGENT = "show-attend-and-tell-captioner/1.0"  # some servers refuse programs that do not say who they are
+_LEAST_SPEED = 5_000  # bytes a second, on average, that a server must send
+_REDIRECTS = 10  # that are followed
 
-PER_THREAD = threading.local()
+_PER_THREAD = threading.local()
 
 
 def get(url, headers, timeout):
@@ -35,10 +35,10 @@ def get(url, headers, timeout):
       requests.exceptions.RequestException, urllib3.exceptions.HTTPError: no answer came.
     """
     place = url
-    for _ in range(REDIRECTS + 1):
+    for _ in range(_REDIRECTS + 1):
         if urllib.parse.urlsplit(place).scheme not in ("http", "https"):
             raise ValueError(f"only http and https addresses are fetched: {place}")
-        response = thread_session().get(place, headers=headers, stream=True, timeout=timeout)
+        response = _thread_session().get(place, headers=headers, stream=True, timeout=timeout)
         if not response.is_redirect:
             return response
         target = response.headers["Location"].encode("latin-1", "replace").decode("utf-8", "replace")
@@ -46,12 +46,12 @@ def get(url, headers, timeout):
         if response.raw.length_remaining == 0:
             response.raw.read()  # the connection can be used again
         response.close()
-        if is_local(place) and not is_local(url):
+        if _is_local(place) and not _is_local(url):
             raise ValueError(f"it leads to {place}, which is not public")
-    raise ValueError(f"it redirects more than {REDIRECTS} times")
+    raise ValueError(f"it redirects more than {_REDIRECTS} times")
 
 
-def is_local(url):
+def _is_local(url):
     """Whether the host of an address is this machine or in its network. False where the host's name is unknown."""
     try:
         found = socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
@@ -60,15 +60,15 @@ def is_local(url):
     return not all(ipaddress.ip_address(address[0].partition("%")[0]).is_global for *_, address in found)
 
 
-def thread_session():
+def _thread_session():
     """This thread's session, which keeps connections open from one file to the next."""
-    if not hasattr(PER_THREAD, "session"):
-        PER_THREAD.session = _Session()
+    if not hasattr(_PER_THREAD, "session"):
+        _PER_THREAD.session = _Session()
         # "identity" asks for the file's own bytes, as ranges and digests count these.
-        PER_THREAD.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+        _PER_THREAD.session.headers.update({"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"})
         for scheme in _CONNECTIONS:
-            PER_THREAD.session.mount(f"{scheme}://", _Adapter())
-    return PER_THREAD.session
+            _PER_THREAD.session.mount(f"{scheme}://", _Adapter())
+    return _PER_THREAD.session
 
 
 class _Session(requests.Session):
@@ -89,8 +89,8 @@ class _Stream(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        if time.monotonic() - self.begun > self.patience + self.received / LEAST_SPEED:
-            raise TimeoutError(f"the server is slower than {LEAST_SPEED:,} bytes a second")
+        if time.monotonic() - self.begun > self.patience + self.received / _LEAST_SPEED:
+            raise TimeoutError(f"the server is slower than {_LEAST_SPEED:,} bytes a second")
         count = self.stream.readinto(buffer)
         self.received += count or 0
         return count

@@ -1,8 +1,10 @@
 """What the scripts compute on: GPUs or the CPU, said in one line, and the number types that are fast there."""
 
+import functools
 import os
 import pathlib
 import shutil
+import time
 
 import tensorflow as tf
 
@@ -24,20 +26,24 @@ def describe_devices():
     if gpus:
         names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
         return f"computing on {len(gpus)} GPU{'s' * (len(gpus) > 1)}: {', '.join(names)}"
-    line = f"computing on the CPU, {usable_cores()} cores" + (", with bfloat16" if has_fast_bfloat16() else "")
-    if has_idle_gpu():
+    line = f"computing on the CPU, {usable_cores()} cores"
+    if _has_idle_gpu():
         line += "; TensorFlow cannot use the GPU of this machine: pip install 'tensorflow[and-cuda]' mends that"
     return line
 
 
-def has_idle_gpu():
+def _has_idle_gpu():
     """Whether the machine has an NVIDIA GPU that TensorFlow does not find, though nobody hid it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and (pathlib.Path("/proc/driver/nvidia/gpus").is_dir() or shutil.which("nvidia-smi") is not None)
 
 
+@functools.cache
 def has_fast_bfloat16():
-    """Whether the device that TensorFlow computes on multiplies bfloat16 faster than float32."""
+    """Whether the device that TensorFlow computes on multiplies bfloat16 faster than float32.
+
+    A CPU is asked by multiplying: some that have the instructions take twice as long with them.
+    """
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
@@ -45,7 +51,19 @@ def has_fast_bfloat16():
         flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
     except OSError:  # not Linux; float32 is right everywhere
         return False
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
+    if not flags & {"avx512_bf16", "amx_bf16"}:
+        return False
+    return _time_product(tf.bfloat16) < 0.8 * _time_product(tf.float32)
+
+
+def _time_product(dtype, size=1024):
+    """Seconds that a product of two square matrices takes, the shortest of some tries."""
+    x, times = tf.ones((size, size), dtype), []
+    for _ in range(6):
+        start = time.perf_counter()
+        tf.matmul(x, x)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def usable_cores():

@@ -4,7 +4,6 @@ Outside of `replicas` there is one replica, and the functions below work as well
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -14,15 +13,14 @@ import sys
 import numpy as np
 import tensorflow as tf
 
-from captioning.settings import MODEL_SETTINGS, TRAINING_SETTINGS
 from support.errors import UserError
 
-TF_CONFIG_EXAMPLE = '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}'
+_TF_CONFIG_EXAMPLE = '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}'
 
-FACTS_BYTES = 8_192  # of a process's facts, which are all sent in this size
+_FACTS_BYTES = 8_192  # of a process's facts, which are all sent in this size
 
 # What TensorFlow raises when another worker is gone; it depends on how that one went and on who noticed.
-WORKER_LOST = (
+_WORKER_LOST = (
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
     tf.errors.CancelledError,
@@ -42,11 +40,11 @@ def replicas(config, devices=None):
     Raises:
       UserError: what open_strategy raises, or another worker stopped.
     """
-    strategy = open_strategy(config, devices)
+    strategy = _open_strategy(config, devices)
     try:
         with strategy.scope(), contextlib.redirect_stdout(sys.stdout if is_chief() else None):
             yield
-    except WORKER_LOST as error:
+    except _WORKER_LOST as error:
         if config.strategy != "multiworker":
             raise
         reason = re.search(r"aborted by: (.*)", error.message) or re.search("(.*)", error.message)
@@ -56,14 +54,14 @@ def replicas(config, devices=None):
         ) from error
 
 
-def open_strategy(config, devices=None):
+def _open_strategy(config, devices=None):
     """The tf.distribute.Strategy of `config.strategy`; arguments as in `replicas`.
 
     Raises:
       UserError: `mirrored` without several GPUs, or `multiworker` without a TF_CONFIG that can be used.
     """
     if config.strategy == "multiworker":
-        check_tf_config()
+        _check_tf_config()
         print("waiting for all workers of TF_CONFIG")
         try:
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -83,9 +81,9 @@ def open_strategy(config, devices=None):
     return tf.distribute.get_strategy()
 
 
-def check_tf_config():
+def _check_tf_config():
     """Raise UserError unless the environment variable TF_CONFIG lists the workers and says which one this is."""
-    remedy = f"set it on every worker, on the first to TF_CONFIG='{TF_CONFIG_EXAMPLE}'"
+    remedy = f"set it on every worker, on the first to TF_CONFIG='{_TF_CONFIG_EXAMPLE}'"
     if "TF_CONFIG" not in os.environ:
         raise UserError(f"--strategy multiworker needs the environment variable TF_CONFIG: {remedy}")
     try:
@@ -110,37 +108,6 @@ def is_chief():
     return 0 in local_replica_ids()
 
 
-def check_same_training(prepared, config):
-    """Raise UserError where the workers of a training have other settings or data. Paths may be others on each.
-
-    Args:
-      prepared: Prepared, what this worker is to train on.
-    """
-    if config.strategy != "multiworker":
-        return
-    names = ("seed", "max_words", *MODEL_SETTINGS, *TRAINING_SETTINGS)
-    settings = {f"--{name}": getattr(config, name) for name in names}
-    check_same_everywhere(settings, "give every worker the same value")
-    data = {
-        "the vocabulary": describe_list(prepared.vocabulary, "words"),
-        "the training split": describe_images(prepared.train),
-        "the validation split": describe_images(prepared.validation),
-        "the features' network": prepared.network,
-        "the features' statistics": describe_list([*prepared.feature_mean.tolist(), prepared.feature_std], "numbers"),
-    }
-    check_same_everywhere(data, f"copy {config.data_dir} from one worker to the others")
-
-
-def describe_images(images):
-    """A digest of all that a training takes from a list of CaptionedImage. Their folder and address are not of it."""
-    taken = [(image.image_id, image.file_name, image.encoded_captions, image.references) for image in images]
-    return describe_list(taken, "images")
-
-
-def describe_list(values, kind):
-    return f"{len(values)} {kind} of digest {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]}"
-
-
 def check_same_everywhere(facts, remedy):
     """Raise UserError where the processes do not have the same facts. All must call this.
 
@@ -148,29 +115,29 @@ def check_same_everywhere(facts, remedy):
       facts: dict of name to a value that JSON can hold.
       remedy: str, what the user can do. It ends the message, which names the first fact that differs, and two workers.
     """
-    first, *others = map(json.loads, gather_texts(json.dumps(facts)))
+    first, *others = map(json.loads, _gather_texts(json.dumps(facts)))
     for name in first:
         for number, other in enumerate(others, 1):
             if other.get(name) != first[name]:
-                labels = worker_labels()
+                labels = _worker_labels()
                 raise UserError(
                     f"{name} is not the same on every worker ({first[name]} on {labels[0]}, "
                     f"{other.get(name)} on {labels[number]}): {remedy}"
                 )
 
 
-def worker_labels():
+def _worker_labels():
     """What to call each process of TF_CONFIG, such as `worker 1 (host2:2222)`, in the order of their replicas."""
     cluster = json.loads(os.environ["TF_CONFIG"])["cluster"]
     return [f"{job} {i} ({host})" for job in ("chief", "worker") for i, host in enumerate(cluster.get(job, []))]
 
 
-def gather_texts(text):
+def _gather_texts(text):
     """The texts of all processes, in the order of their replicas. All must call this. str -> list of str, none empty"""
-    data = np.frombuffer(text.encode().ljust(FACTS_BYTES), np.uint8)
-    texts = np.zeros((tf.distribute.get_strategy().num_replicas_in_sync, FACTS_BYTES))
+    data = np.frombuffer(text.encode().ljust(_FACTS_BYTES), np.uint8)
+    texts = np.zeros((tf.distribute.get_strategy().num_replicas_in_sync, _FACTS_BYTES))
     texts[local_replica_ids()[0]] = data  # all others are 0, so the sum has each process's text in a row of its own
-    rows = add_processes(texts).astype(np.uint8)
+    rows = _add_processes(texts).astype(np.uint8)
     return [row.tobytes().decode().rstrip() for row in rows if row.any()]
 
 
@@ -222,10 +189,10 @@ def run_replicas(function, *args):
 
 def sum_processes(number):
     """The sum over all processes of a float that each of them has. All must call this."""
-    return float(add_processes(np.float64(number)))
+    return float(_add_processes(np.float64(number)))
 
 
-def add_processes(array):
+def _add_processes(array):
     """The sum over all processes of an array that each of them has, float64 (...) -> (...). All must call this."""
     strategy, first = tf.distribute.get_strategy(), local_replica_ids()[0]
     given = strategy.experimental_distribute_values_from_function(

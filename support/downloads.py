@@ -23,11 +23,11 @@ from tqdm import tqdm
 from support import connections, files
 from support.errors import UserError
 
-PIECE = 1 << 18  # bytes read at a time
-LARGEST = 50_000_000  # bytes of a file whose size nobody knows beforehand, such as an image
-IN_A_ROW = 20  # downloads that may fail one after the other before the rest is given up
-DENIALS = {401, 403, 407, 451}  # HTTP statuses that speak of who asks, or how often, and not of the file
-EXPANSION, SLACK = 100, 10_000_000  # an archive may unpack to this many times its size, plus this many bytes
+_PIECE = 1 << 18  # bytes read at a time
+_LARGEST = 50_000_000  # bytes of a file whose size nobody knows beforehand, such as an image
+_IN_A_ROW = 20  # downloads that may fail one after the other before the rest is given up
+_DENIALS = {401, 403, 407, 451}  # HTTP statuses that speak of who asks, or how often, and not of the file
+_EXPANSION, _SLACK = 100, 10_000_000  # an archive may unpack to this many times its size, plus this many bytes
 
 
 class DownloadError(UserError):
@@ -57,7 +57,7 @@ class WrongPart(AttemptFailed):
     """The .part file is not the beginning of the file that the server has now. Another attempt starts over."""
 
 
-def download_all(jobs, workers, progress=True, give_up=IN_A_ROW, need_most=False, attempts=3, **options):
+def download_all(jobs, workers, progress=True, give_up=_IN_A_ROW, need_most=False, attempts=3, **options):
     """Fetch many small files, several at a time. Files that are there already cost nothing.
 
     Args:
@@ -75,35 +75,35 @@ def download_all(jobs, workers, progress=True, give_up=IN_A_ROW, need_most=False
         most are needed; or a file cannot be written.
     """
     urls = {pathlib.Path(path): url for url, path in jobs}
-    missing = [(url, path) for path, url in urls.items() if not is_present(path, None)]
-    try_one = functools.partial(try_download, attempts=attempts, **options)
+    missing = [(url, path) for path, url in urls.items() if not _is_present(path, None)]
+    try_one = functools.partial(_try_download, attempts=attempts, **options)
     waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
     for job in missing:
         waiting.put(job)
     # Daemon threads let Ctrl-C end the process at once. A thread pool would wait for every open connection.
     for _ in range(min(workers, len(missing))):
-        threading.Thread(target=work, args=(try_one, waiting, results), daemon=True).start()
+        threading.Thread(target=_work, args=(try_one, waiting, results), daemon=True).start()
     try:
         with tqdm(total=len(urls), initial=len(urls) - len(missing), unit="file", disable=not progress) as bar:
-            return collect_failures(results, len(missing), give_up, need_most, bar)
+            return _collect_failures(results, len(missing), give_up, need_most, bar)
     finally:
-        empty(waiting)  # so that the threads end
+        _empty(waiting)  # so that the threads end
 
 
-def work(function, waiting, results):
+def _work(function, waiting, results):
     """Take jobs from one queue and put what the function returns for each into another, until no job is left."""
     with contextlib.suppress(queue.Empty):
         while True:
             results.put(function(waiting.get_nowait()))
 
 
-def empty(waiting):
+def _empty(waiting):
     with contextlib.suppress(queue.Empty):
         while True:
             waiting.get_nowait()
 
 
-def try_download(job, **options):
+def _try_download(job, **options):
     """(url, path, None or the error) of one job. A thread's error would be lost if it were raised here."""
     url, path = job
     try:
@@ -113,11 +113,11 @@ def try_download(job, **options):
     return url, path, None
 
 
-def collect_failures(results, count, give_up, need_most, bar):
-    """Read `count` results of `try_download`; the arguments, the list returned and the errors are `download_all`'s."""
+def _collect_failures(results, count, give_up, need_most, bar):
+    """Read `count` results of `_try_download`; the arguments, the list returned and the errors are `download_all`'s."""
     failed, in_a_row, not_served = [], 0, 0
     for done in range(1, count + 1):
-        url, path, error = next_result(results)
+        url, path, error = _next_result(results)
         bar.update()
         if error and not isinstance(error, DownloadError):
             raise error
@@ -139,13 +139,13 @@ def collect_failures(results, count, give_up, need_most, bar):
     return sorted(failed)
 
 
-def next_result(results):
+def _next_result(results):
     while True:
         with contextlib.suppress(queue.Empty):
             return results.get(timeout=0.5)  # a wait without end could miss a Ctrl-C that comes as it begins
 
 
-def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=LARGEST):
+def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=_LARGEST):
     """Fetch `url` to `path`. What has come is kept in `path`.part, and the next attempt or run continues it.
 
     A file that is already at `path` stays as it is, unless it is empty or does not have `size` bytes.
@@ -163,14 +163,14 @@ def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_o
       UserError: the file cannot be written, say because the disk is full.
     """
     path = pathlib.Path(path)
-    if is_present(path, size):
+    if _is_present(path, size):
         return
     wrong = 0
     for attempt in range(attempts):
         if attempt:
             time.sleep(back_off * 2 ** (attempt - 1))
         try:
-            return fetch(url, path, size, sha256, timeout, progress, limit)
+            return _fetch(url, path, size, sha256, timeout, progress, limit)
         except AttemptFailed as error:
             reason = str(error)
             wrong += isinstance(error, WrongPart)
@@ -179,13 +179,13 @@ def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_o
     raise DownloadError(url, path, reason)
 
 
-def is_present(path, size):
+def _is_present(path, size):
     """Whether a file that is not empty is at `path`, of `size` bytes unless that is None."""
     found = path.stat().st_size if path.is_file() else 0
     return found > 0 and size in (None, found)
 
 
-def fetch(url, path, size, sha256, timeout, progress, limit):
+def _fetch(url, path, size, sha256, timeout, progress, limit):
     """One attempt of `download`."""
     # The tag is the server's name for one version of the file. Without the tag or the digest of the whole file,
     # bytes of one version could be added to a part of another.
@@ -194,13 +194,13 @@ def fetch(url, path, size, sha256, timeout, progress, limit):
         path.parent.mkdir(parents=True, exist_ok=True)
         start = part.stat().st_size if part.exists() and (tag.exists() or sha256) else 0
         if start != size:
-            with open_url(url, path, start, timeout) as response:
-                first, whole = announced_extent(response, size, sha256)
+            with _open_url(url, path, start, timeout) as response:
+                first, whole = _announced_extent(response, size, sha256)
                 if whole and not size and whole > limit:
                     raise DownloadError(url, path, f"it is longer than {limit:,} bytes", refused=True)
-                prepare_part(part, tag, response, start, first)
-                receive(response, part, first, whole, progress, limit)
-        if sha256 and file_digest(part) != sha256.lower():
+                _prepare_part(part, tag, response, start, first)
+                _receive(response, part, first, whole, progress, limit)
+        if sha256 and _file_digest(part) != sha256.lower():
             raise WrongPart("its SHA-256 digest is not the expected one")
         os.replace(part, path)
         tag.unlink(missing_ok=True)
@@ -211,7 +211,7 @@ def fetch(url, path, size, sha256, timeout, progress, limit):
         raise UserError(f"cannot write {path}: {files.reason_and_remedy(error, path.parent)}") from error
 
 
-def open_url(url, path, start, timeout):
+def _open_url(url, path, start, timeout):
     """Ask for the bytes of `url` from `start` on.
 
     Returns:
@@ -226,7 +226,7 @@ def open_url(url, path, start, timeout):
     except ValueError as error:  # of the address, or of one that it redirects to
         raise DownloadError(url, path, str(error), refused=True) from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise AttemptFailed(describe(error)) from None
+        raise AttemptFailed(_describe(error)) from None
     if response.status_code in (200, 206):
         return response
     response.close()
@@ -234,12 +234,12 @@ def open_url(url, path, start, timeout):
         raise WrongPart("the file on the server is not the one begun")
     refused = 400 <= response.status_code < 500 and response.status_code not in (408, 429)
     if refused:
-        absent = response.status_code not in DENIALS
+        absent = response.status_code not in _DENIALS
         raise DownloadError(url, path, f"HTTP status {response.status_code}", refused, absent)
     raise AttemptFailed(f"HTTP status {response.status_code}")
 
 
-def describe(error):
+def _describe(error):
     """What the system or the server said first. requests and urllib3 wrap it in errors of their own."""
     reason = error
     while error := error.__cause__ or error.__context__:
@@ -249,7 +249,7 @@ def describe(error):
     return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
 
 
-def announced_extent(response, size, sha256):
+def _announced_extent(response, size, sha256):
     """What the headers of a response say.
 
     Returns:
@@ -273,7 +273,7 @@ def announced_extent(response, size, sha256):
     return first, whole or size
 
 
-def prepare_part(part, tag, response, start, first):
+def _prepare_part(part, tag, response, start, first):
     """Begin a new .part file if the response begins at byte 0; otherwise check that it continues the old one."""
     new_tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
     if first == 0:
@@ -285,7 +285,7 @@ def prepare_part(part, tag, response, start, first):
         raise WrongPart("the file on the server is not the one begun")
 
 
-def receive(response, part, first, whole, progress, limit):
+def _receive(response, part, first, whole, progress, limit):
     """Append a response to the .part file.
 
     Args:
@@ -298,7 +298,7 @@ def receive(response, part, first, whole, progress, limit):
     most = whole or limit
     bar = tqdm(total=whole, initial=first, unit="B", unit_scale=True, desc=part.stem, disable=not progress)
     with bar, open(part, "ab") as file:
-        for piece in read_pieces(response):
+        for piece in _read_pieces(response):
             file.write(piece)
             bar.update(len(piece))
             if file.tell() > most:
@@ -310,20 +310,20 @@ def receive(response, part, first, whole, progress, limit):
         raise AttemptFailed(f"the connection ended after {found:,} bytes")
 
 
-def read_pieces(response):
+def _read_pieces(response):
     """The body of a response as it comes, without decoding. A part of a compressed body could not be decoded.
 
     `read1` returns what is there. `read` would wait for a whole piece, and lose its beginning if no more came.
     """
-    response.raw.enforce_content_length = False  # `receive` counts the bytes and can say how many have come
+    response.raw.enforce_content_length = False  # `_receive` counts the bytes and can say how many have come
     try:
-        while piece := response.raw.read1(PIECE, decode_content=False):
+        while piece := response.raw.read1(_PIECE, decode_content=False):
             yield piece
     except urllib3.exceptions.HTTPError as error:
-        raise AttemptFailed(describe(error)) from None
+        raise AttemptFailed(_describe(error)) from None
 
 
-def file_digest(path):
+def _file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -342,16 +342,16 @@ def unpack(archive, folder, wanted=None, progress=True):
     try:
         with zipfile.ZipFile(archive) as source:
             members = [member for member in source.infolist() if not member.filename.endswith("/")]
-            check_members(archive, members)
+            _check_members(archive, members)
             members = [member for member in members if wanted is None or wanted(member.filename)]
-            members = [member for member in members if not is_present(folder / member.filename, member.file_size)]
+            members = [member for member in members if not _is_present(folder / member.filename, member.file_size)]
             total = sum(member.file_size for member in members)
             folder.mkdir(parents=True, exist_ok=True)
             if total > shutil.disk_usage(folder).free:
                 raise UserError(f"{archive} unpacks to {total / 1e6:,.0f} MB ({files.free_space(folder)})")
             with tqdm(total=total, unit="B", unit_scale=True, desc=archive.name, disable=not progress) as bar:
                 for member in members:
-                    extract(source, member, folder / member.filename, bar)
+                    _extract(source, member, folder / member.filename, bar)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, UnicodeError) as error:
         raise UserError(f"{archive} is damaged ({error}): delete it and run the same command again") from error
     except OSError as error:
@@ -360,20 +360,20 @@ def unpack(archive, folder, wanted=None, progress=True):
         raise UserError(f"cannot unpack {archive} ({reason}): {remedy}") from error
 
 
-def check_members(archive, members):
+def _check_members(archive, members):
     """UserError where a member is unsafe, or where all together are more than an honest archive holds."""
     remedy = "delete it and run the same command again"
     for member in members:
-        if fault := member_fault(member):
+        if fault := _member_fault(member):
             raise UserError(f"{archive} is not safe to unpack, {member.filename!r} {fault}: {remedy}")
     total = sum(member.file_size for member in members)
-    if total > EXPANSION * archive.stat().st_size + SLACK:
+    if total > _EXPANSION * archive.stat().st_size + _SLACK:
         largest = max(members, key=lambda member: member.file_size).filename
         swells = f"with {largest!r} it swells to {total / 1e6:,.0f} MB"
         raise UserError(f"{archive} is not safe to unpack, {swells}: {remedy}")
 
 
-def member_fault(member):
+def _member_fault(member):
     """What makes a zip member unsafe, or None.
 
     Names are read as on Windows, which has every way out of a folder that other systems have, and more.
@@ -385,10 +385,10 @@ def member_fault(member):
         return "is a link or another special file"
 
 
-def extract(source, member, path, bar):
+def _extract(source, member, path, bar):
     """Unpack one member of the open archive `source`. zipfile reads its declared size and then checks its CRC-32."""
     with files.replacing(path) as temporary, open(temporary, "wb") as file, source.open(member) as content:
-        while piece := content.read(PIECE):
+        while piece := content.read(_PIECE):
             file.write(piece)
             bar.update(len(piece))
         if file.tell() != member.file_size:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import time
@@ -27,8 +28,8 @@ except ImportError:  # Windows
 TEMPORARY = ".tmp-"  # temporary files' names begin with this
 STALE = 3600.0  # seconds: no process writes one temporary file for so long
 
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems without locks answer
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems without locks answer
 
 
 def read_json(path, remedy, kind=object):
@@ -56,7 +57,7 @@ def write_json(path, value, indent=None):
     write_bytes(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
-def write_npy(path, array):
+def _write_npy(path, array):
     data = io.BytesIO()
     np.save(data, array, allow_pickle=False)
     write_bytes(path, data.getbuffer())
@@ -112,10 +113,15 @@ def replacing(path):
             temporary.unlink()
 
 
+def is_pattern(path):
+    """Whether TensorFlow cannot read weights by this path: it takes it for a pattern, though not when it writes."""
+    return re.search(r"[\[\\]", pathlib.Path(path).as_posix()) is not None
+
+
 def reason_and_remedy(error, folder):
     """Why nothing could be written to `folder`, as an OSError says, and what the user can do about it."""
     folder = pathlib.Path(folder)
-    if error.errno in NO_SPACE:
+    if error.errno in _NO_SPACE:
         remedy = free_space(folder)
     else:
         usable = f"see that you may write to the folder {folder} and that no other program has the file open"
@@ -165,28 +171,28 @@ def locked(folder, name="run", shared=False):
     except OSError as error:
         raise UserError(f"cannot lock {path}: {reason_and_remedy(error, path.parent)}") from error
     with file:
-        take_lock(file, path, shared)
+        _take_lock(file, path, shared)
         yield
 
 
-def take_lock(file, path, shared):
+def _take_lock(file, path, shared):
     """Lock the open file `path` and write this process's number into it; UserError where another has locked it."""
     try:
-        lock_file(file, shared)
+        _lock_file(file, shared)
         file.truncate(0)
         file.write(str(os.getpid()).encode())
     except BlockingIOError:
         raise UserError(
-            f"{lock_holder(file)} is at work on {path.parent}: wait until it has ended, or stop it"
+            f"{_lock_holder(file)} is at work on {path.parent}: wait until it has ended, or stop it"
         ) from None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in _NO_LOCKS:
             raise UserError(f"cannot lock {path}: {reason_and_remedy(error, path.parent)}") from error
         others = "only processes that may share it" if shared else "only one process at a time"
         print(f"the file system of {path.parent} has no locks ({error.strerror}): let {others} work on that folder")
 
 
-def lock_file(file, shared):
+def _lock_file(file, shared):
     """Lock an open file until it is closed; BlockingIOError where another process has locked it."""
     if fcntl:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -200,7 +206,7 @@ def lock_file(file, shared):
         raise BlockingIOError from error
 
 
-def lock_holder(file):
+def _lock_holder(file):
     """`process 123`, as the process that holds the lock wrote into the file; some file systems let nobody read it."""
     with contextlib.suppress(OSError):
         file.seek(0)

@@ -138,7 +138,7 @@ class FileServer:
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        monkeypatch.setattr("captioning.data.coco_download.COCO_URL", self.url)
+        monkeypatch.setattr("captioning.data.coco_download._COCO_URL", self.url)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     def publish(self, archive):
@@ -146,7 +146,7 @@ class FileServer:
 
         name = archive.relative_to(self.folder).as_posix()
         data = archive.read_bytes()
-        self.monkeypatch.setitem(coco_download.COCO_ARCHIVES, name, (len(data), hashlib.sha256(data).hexdigest()))
+        self.monkeypatch.setitem(coco_download._COCO_ARCHIVES, name, (len(data), hashlib.sha256(data).hexdigest()))
 
 
 @pytest.fixture

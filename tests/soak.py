@@ -191,7 +191,7 @@ def left_files(folder):
 
 
 def read_manifest(folder):
-    """What the manifest tells of features and pictures but their times: dict of stem to sizes and checksums."""
+    """What the manifest tells of features and images but their times: dict of stem to sizes and checksums."""
     header, *lines = map(json.loads, (folder / "features" / "manifest.jsonl").read_text().splitlines())
     return header, {stem: [(state[0], state[2]) for state in states] for stem, *states in lines}
 

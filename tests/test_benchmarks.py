@@ -106,8 +106,8 @@ def test_a_wrong_attention_does_not_pass_as_the_usual_ways(tmp_path, monkeypatch
         ("abc", []),
         ("ab", ["1 captions are lost, such as that of c"]),
         ("abcb", ["1 captions are there twice"]),
-        ("abcd", ["1 captions are of pictures that nobody named"]),
-        ("aad", ["2 captions are lost, such as that of b", "1 captions are there twice", "1 captions are of pictures"]),
+        ("abcd", ["1 captions are of images that nobody named"]),
+        ("aad", ["2 captions are lost, such as that of b", "1 captions are there twice", "1 captions are of images"]),
     ],
 )
 def test_lost_double_and_foreign_captions_of_a_folder_are_problems(found, problems):
@@ -119,10 +119,10 @@ def test_lost_double_and_foreign_captions_of_a_folder_are_problems(found, proble
     assert all(line.startswith(start) for line, start in zip(said, problems, strict=True))
 
 
-def test_the_pictures_of_a_folder_are_made_once(tmp_path):
+def test_the_images_of_a_folder_are_made_once(tmp_path):
     import folder_memory
 
-    few = folder_memory.make_pictures(tmp_path, 3)
-    many = folder_memory.make_pictures(tmp_path, 5)
+    few = folder_memory.make_images(tmp_path, 3)
+    many = folder_memory.make_images(tmp_path, 5)
     assert few < many and len(many) == 5
     assert {str(path) for path in tmp_path.rglob("*.jpg")} == many

@@ -10,25 +10,23 @@ import tensorflow as tf
 from captioning import captioner as captioner_module
 from captioning.captioner import caption_batch, decode_captions
 from captioning.data.captioned_images import CaptionedImage
-from captioning.features.cache import Picture, cached_batches, dataset_pictures
+from captioning.features.cache import ImageToCaption, cached_batches, dataset_images
 from captioning.settings import make_config
-from captioning.training.batches import read_features
+from captioning.training.batches import _read_features
 from captioning.training.checkpoints import captioner_checkpoint, list_checkpoints
 from captioning.training.run_folder import load_captioner
 from captioning.vocabulary import END, PAD
 from support.errors import UserError
 from tiny_captioner import SIZES, VOCABULARY, tiny_captioner
 
-PICTURES = [Picture(pathlib.Path(f"{number}.jpg"), f"picture {number}", number) for number in range(12)]
+IMAGES = [ImageToCaption(pathlib.Path(f"{number}.jpg"), f"image {number}", number) for number in range(12)]
 
 
 @pytest.fixture(scope="module")
 def features():
     """(12, P, F), with more variety than photographs have."""
     rng = np.random.default_rng(3)
-    return np.stack(
-        [rng.standard_normal((64, 2048)).clip(0) + rng.standard_normal() for _ in PICTURES], dtype="float32"
-    )
+    return np.stack([rng.standard_normal((64, 2048)).clip(0) + rng.standard_normal() for _ in IMAGES], dtype="float32")
 
 
 def write_run(folder, config, vocabulary=VOCABULARY, names=("best", "last")):
@@ -58,24 +56,24 @@ def test_what_is_trained_on_is_captioned_with(tmp_path, stored, dtype):
     made = np.random.default_rng(0).standard_normal((64, 2048)).astype(stored)
     images = [CaptionedImage(1, "a.jpg")]
     np.save(tmp_path / "a.npy", made)
-    trained = read_features(tf.constant([str(tmp_path / "a.npy")]), config)
-    ((_, captioned),) = cached_batches(dataset_pictures(images, config), config)
+    trained = _read_features(tf.constant([str(tmp_path / "a.npy")]), config)
+    ((_, captioned),) = cached_batches(dataset_images(images, config), config)
     assert captioned.dtype == tf.float32
     np.testing.assert_array_equal(captioned, tf.cast(trained, tf.float32))
     np.testing.assert_array_equal(captioned[0], made.astype(dtype).astype(np.float32))
 
 
-def test_each_picture_gets_its_own_cached_features(tmp_path):
+def test_each_image_gets_its_own_cached_features(tmp_path):
     config = make_config({"decode_batch": 2, "coco_dir": "coco", "features_dir": str(tmp_path)})
     images = [CaptionedImage(number, f"{number}.jpg", references=["a dog"]) for number in range(5)]
     for number in range(5):
         np.save(tmp_path / f"{number}.npy", np.full((64, 2048), number, np.float16))
-    wanted = dataset_pictures(images, config)
-    assert {picture.references[0] for picture in wanted} == {"a dog"}
-    assert {picture.path.parent for picture in wanted} == {pathlib.Path("coco", "train2014")}
+    wanted = dataset_images(images, config)
+    assert {image.references[0] for image in wanted} == {"a dog"}
+    assert {image.path.parent for image in wanted} == {pathlib.Path("coco", "train2014")}
     batches = list(cached_batches(wanted, config))
     assert [features.shape for _, features in batches] == [(2, 64, 2048), (2, 64, 2048), (1, 64, 2048)]
-    numbers = [[picture.image_id for picture in pictures] for pictures, _ in batches]
+    numbers = [[image.image_id for image in images] for images, _ in batches]
     assert numbers == [features[:, 0, 0].numpy().tolist() for _, features in batches] == [[0, 1], [2, 3], [4]]
 
 
@@ -85,10 +83,10 @@ def test_a_damaged_or_missing_feature_is_one_line(tmp_path, data):
     if data is not None:
         (tmp_path / "a.npy").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.npy.*run python data_utils.py --dataset demo"):
-        list(cached_batches([Picture(pathlib.Path("a"), "a", feature_path=tmp_path / "a.npy")], config))
+        list(cached_batches([ImageToCaption(pathlib.Path("a"), "a", feature_path=tmp_path / "a.npy")], config))
 
 
-def test_no_pictures_are_no_batches():
+def test_no_images_are_no_batches():
     assert list(cached_batches([], make_config())) == []
 
 
@@ -99,11 +97,11 @@ def test_no_pictures_are_no_batches():
 def test_predicted_captions_are_what_was_decoded(features, beam_width):
     config = make_config({**SIZES, "max_words": 8, "beam_width": beam_width})
     tiny = tiny_captioner(config, features, seed=5)
-    captions = caption_batch(tiny, PICTURES, features, config)
+    captions = caption_batch(tiny, IMAGES, features, config)
     decoded = decode_captions(tiny.encoder, tiny.decoder, tf.constant(features), config)
-    rows = zip(PICTURES, captions, *(part.numpy() for part in decoded), strict=True)
+    rows = zip(IMAGES, captions, *(part.numpy() for part in decoded), strict=True)
     lengths = set()
-    for picture, caption, words, log_probs, weights in rows:
+    for image, caption, words, log_probs, weights in rows:
         count = len(caption.words)
         lengths.add(count)
         assert caption.words == [tiny.vocabulary[i] for i in words if i not in (PAD, END)]
@@ -112,7 +110,7 @@ def test_predicted_captions_are_what_was_decoded(features, beam_width):
         assert caption.log_probability < 0
         np.testing.assert_allclose(caption.attention_weights, weights[:count], atol=1e-4)
         np.testing.assert_allclose(caption.attention_weights.sum(1), 1, atol=1e-3)
-        assert (caption.path, caption.name, caption.image_id) == (picture.path, picture.name, picture.image_id)
+        assert (caption.path, caption.name, caption.image_id) == (image.path, image.name, image.image_id)
     assert len(lengths) > 2
 
 
@@ -121,11 +119,11 @@ def test_long_captions_are_decoded_to_their_end(features, monkeypatch, most):
     """A first pass of few words must change nothing of what is said in the end."""
     config = make_config({**SIZES, "max_words": 12, "repeat_block": 0})
     tiny = tiny_captioner(config, features, seed=5)
-    whole = caption_batch(tiny, PICTURES, features, config)
+    whole = caption_batch(tiny, IMAGES, features, config)
     lengths = [len(caption.words) for caption in whole]
     assert min(lengths) <= 5 < max(lengths)
-    monkeypatch.setattr(captioner_module, "MOST_CAPTIONS", most)
-    for short_first, at_once in zip(caption_batch(tiny, PICTURES, features, config), whole, strict=True):
+    monkeypatch.setattr(captioner_module, "_MOST_CAPTIONS", most)
+    for short_first, at_once in zip(caption_batch(tiny, IMAGES, features, config), whole, strict=True):
         assert short_first.words == at_once.words
         assert short_first.log_probability == pytest.approx(at_once.log_probability, rel=1e-4)
         np.testing.assert_allclose(short_first.attention_weights, at_once.attention_weights, atol=1e-5)

@@ -12,9 +12,8 @@ import pytest
 import tensorflow as tf
 
 import data_utils
-from captioning.data.prepared_data import load_prepared
 from captioning.features import extraction
-from captioning.features.cache import feature_path
+from captioning.features.cache import feature_path, load_data
 from captioning.features.image_files import load_image
 from captioning.features.inception import extraction_graphs, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
@@ -32,7 +31,7 @@ def prepare(root, *more):
     argv = [*options(root), *more]
     data_utils.main(argv)
     config, _ = read_settings(argv, "")
-    return config, load_prepared(config)
+    return config, load_data(config)
 
 
 def file_names(images):
@@ -153,7 +152,7 @@ def test_karpathys_splits_are_kept_and_only_train_is_drawn(tmp_path, stub):
     argv = ["--dataset", "karpathy", "--karpathy_json", str(tmp_path / "dataset.json")]
     argv += ["--images", str(tmp_path / "images"), "--data_dir", str(tmp_path / "data"), "--num_examples", "6"]
     data_utils.main(argv)
-    prepared = load_prepared(read_settings(argv, "")[0])
+    prepared = load_data(read_settings(argv, "")[0])
     assert sum(len(image.captions) for image in prepared.train) == 6
     assert [image.image_id for image in prepared.validation] == [2, 7]
     assert [image.image_id for image in prepared.test] == [3, 8]
@@ -179,7 +178,7 @@ def test_a_gap_in_features_made_elsewhere_is_one_line_and_what_was_prepared_stay
         prepare(coco)
     assert (coco / "data" / "settings.json").exists()
     with pytest.raises(UserError, match="07.npy is missing from the feature cache: run python data_utils.py"):
-        load_prepared(config)
+        load_data(config)
 
 
 def test_preparing_again_remakes_damaged_features_only(own, stub):
@@ -246,7 +245,7 @@ def test_other_weights_on_a_full_cache_are_one_line_and_what_was_prepared_stays(
         prepare(own, "--inception_weights", "random")
     assert stub == []
     config, _ = read_settings([*options(own), *STUBBED], "")
-    load_prepared(config)
+    load_data(config)
 
 
 def demo_options(root, *more):
@@ -272,7 +271,7 @@ def test_the_demo_of_another_seed_has_other_features(tmp_path, monkeypatch):
         data_utils.main(argv)
         after = read_files(tmp_path / "features", "*.npy")
         assert len(after) == 10
-        assert f"random weights of seed {seed} and calibration" in load_prepared(read_settings(argv, "")[0]).network
+        assert f"random weights of seed {seed} and calibration" in load_data(read_settings(argv, "")[0]).network
         for other, features in before.items():
             assert (features == after) == (other == seed)
             assert other == seed or all(features[name] != after[name] for name in features)
@@ -293,7 +292,7 @@ def test_the_demo_of_another_seed_has_the_features_of_a_fresh_cache(tmp_path):
 
 @pytest.mark.slow
 def test_inception_end_to_end_with_random_weights(coco):
-    """Images in, (64, 2048) out, in range; the same network again for new pictures; another one is refused."""
+    """Images in, (64, 2048) out, in range; the same network again for new images; another one is refused."""
     features = coco / "data" / "features"
     shutil.rmtree(features)
     config, prepared = prepare(coco)
@@ -330,7 +329,7 @@ def test_ready_features_are_used_as_a_whole(tmp_path, capsys):
     for _ in range(2):
         data_utils.main(argv)
         assert "features: 80 of 80 are in" in capsys.readouterr().out
-    assert load_prepared(read_settings(argv, "")[0]).network == MADE_ELSEWHERE
+    assert load_data(read_settings(argv, "")[0]).network == MADE_ELSEWHERE
     with pytest.raises(UserError, match="79 of 79 features are missing, damaged.*made elsewhere"):
         data_utils.main([*argv, "--coco_split", "val2017", "--data_dir", str(tmp_path / "other")])
 

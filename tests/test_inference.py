@@ -12,7 +12,7 @@ import tensorflow as tf
 from PIL import Image
 
 import inference_image_caption as inference
-from captioning.inference import own_images as own_pictures
+from captioning.inference import own_images as own_images
 from conftest import full_disk, options
 from support.errors import UserError
 from tiny_captioner import colour_network
@@ -34,7 +34,7 @@ def own_network(monkeypatch):
 
 @pytest.fixture
 def alone(trained, tmp_path, monkeypatch):
-    """An empty place with a copy of a run's folder, `runs/x`, and a picture, `a.png`; it is the working folder."""
+    """An empty place with a copy of a run's folder, `runs/x`, and an image, `a.png`; it is the working folder."""
     place = tmp_path / "empty"
     shutil.copytree(trained / "run", place / "runs" / "x", ignore=shutil.ignore_patterns("captions"))
     Image.new("RGB", (80, 200), "red").save(place / "a.png")
@@ -80,7 +80,7 @@ def test_no_more_figures_are_drawn_than_asked_for(trained, tmp_path, capsys, mos
     assert (f"open {tmp_path / 'index.html'}" in printed) == (most > 0)
 
 
-def test_a_picture_damaged_since_its_features_were_made_costs_its_figure_alone(trained, tmp_path, monkeypatch, capsys):
+def test_a_image_damaged_since_its_features_were_made_costs_its_figure_alone(trained, tmp_path, monkeypatch, capsys):
     def plot(caption, path):
         drawn.append(path)
         if len(drawn) == 2:
@@ -107,17 +107,17 @@ def test_a_split_that_is_not_there_is_one_line(trained, tmp_path):
         infer(trained, "--evaluate", "--split", "test", "--output", str(tmp_path))
 
 
-# --- Own pictures -----------------------------------------------------------------------------------------------
+# --- Own images -----------------------------------------------------------------------------------------------
 
 
-def test_own_pictures_in_files_and_folders_and_a_bad_one(trained, tmp_path, own_network, capsys):
-    pictures = tmp_path / "pictures" / "deep" / "deeper"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (80, 200), "red").save(pictures / "portrait.png")
-    (pictures / "notes.txt").write_text("not a picture, and not taken for one")
+def test_own_images_in_files_and_folders_and_a_bad_one(trained, tmp_path, own_network, capsys):
+    images = tmp_path / "images" / "deep" / "deeper"
+    images.mkdir(parents=True)
+    Image.new("RGB", (80, 200), "red").save(images / "portrait.png")
+    (images / "notes.txt").write_text("not an image, and not taken for one")
     (tmp_path / "broken.jpg").write_bytes(b"broken")
     with pytest.raises(SystemExit) as stopped:
-        infer(trained, "--image", str(tmp_path / "broken.jpg"), str(tmp_path / "pictures"), "--output", str(tmp_path))
+        infer(trained, "--image", str(tmp_path / "broken.jpg"), str(tmp_path / "images"), "--output", str(tmp_path))
     assert stopped.value.code == 1
     assert "broken.jpg cannot be read" in capsys.readouterr().out
     (record,) = records(tmp_path / "captions.jsonl")
@@ -126,12 +126,12 @@ def test_own_pictures_in_files_and_folders_and_a_bad_one(trained, tmp_path, own_
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
-def test_pictures_from_the_web_among_files_and_bad_ones(trained, tmp_path, server, own_network, monkeypatch, capsys):
+def test_images_from_the_web_among_files_and_bad_ones(trained, tmp_path, server, own_network, monkeypatch, capsys):
     Image.new("RGB", (80, 200), "red").save(server.folder / "red.png")
     Image.new("RGB", (80, 200), "blue").save(tmp_path / "blue.png")
-    (server.folder / "notes.txt").write_text("no picture")
+    (server.folder / "notes.txt").write_text("no image")
     (server.folder / "huge.jpg").write_bytes(bytes(20_000))
-    monkeypatch.setattr(own_pictures, "LARGEST", 10_000)
+    monkeypatch.setattr(own_images, "_LARGEST", 10_000)
     red, blue = f"{server.url}/red.png?size=../../large", str(tmp_path / "blue.png")
     bad = {
         f"{server.url}/notes.txt": "cannot be read as an image",
@@ -151,7 +151,7 @@ def test_pictures_from_the_web_among_files_and_bad_ones(trained, tmp_path, serve
     assert kept == {"red_png", "notes_txt"}
 
 
-def test_a_picture_from_the_web_is_seen_anew_each_time(trained, tmp_path, server, monkeypatch):
+def test_a_image_from_the_web_is_seen_anew_each_time(trained, tmp_path, server, monkeypatch):
     seen = []
 
     def network(pixels):
@@ -165,33 +165,33 @@ def test_a_picture_from_the_web_is_seen_anew_each_time(trained, tmp_path, server
     assert seen == [[255, 0, 0], [0, 0, 255]]
 
 
-def test_new_pictures_are_refused_where_another_program_made_the_features(trained, tmp_path, server):
+def test_new_images_are_refused_where_another_program_made_the_features(trained, tmp_path, server):
     with pytest.raises(UserError, match="made by another program"):
         infer(trained, "--image", f"{server.url}/red.png", "--output", str(tmp_path / "out"))
     assert not server.requests  # before anything is downloaded
 
 
-def test_a_folder_without_pictures_is_one_line(trained, tmp_path):
+def test_a_folder_without_images_is_one_line(trained, tmp_path):
     with pytest.raises(UserError, match="no image file"):
         infer(trained, "--image", str(tmp_path), "--output", str(tmp_path / "out"))
 
 
-# --- Own pictures that are many -----------------------------------------------------------------------------------
+# --- Own images that are many -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Nine pictures in a folder; two at a time are extracted and captioned."""
-    monkeypatch.setattr(own_pictures, "EXTRACTED", 2)
-    (tmp_path / "pictures").mkdir()
+    """Nine images in a folder; two at a time are extracted and captioned."""
+    monkeypatch.setattr(own_images, "_EXTRACTED", 2)
+    (tmp_path / "images").mkdir()
     for number in range(9):
-        Image.new("RGB", (80, 60), (25 * number, 200, 9)).save(tmp_path / "pictures" / f"{number}.png")
-    return tmp_path / "pictures"
+        Image.new("RGB", (80, 60), (25 * number, 200, 9)).save(tmp_path / "images" / f"{number}.png")
+    return tmp_path / "images"
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The numbers of the pictures that the stand-in for the network has seen. `stop_at` is where a kill comes."""
+    """The numbers of the images that the stand-in for the network has seen. `stop_at` is where a kill comes."""
     seen = types.SimpleNamespace(numbers=[], stop_at=None)
 
     def network(pixels):
@@ -214,7 +214,7 @@ def names(path):
 
 
 def test_a_folder_is_captioned_on_where_it_stopped(trained, folder, seen, capsys):
-    """The folder of captions, with its figures, is among the pictures."""
+    """The folder of captions, with its figures, is among the images."""
     path, everything = folder / "captions" / "captions.jsonl", [f"{number}.png" for number in range(9)]
     seen.stop_at = 4
     with pytest.raises(KeyboardInterrupt):
@@ -231,14 +231,14 @@ def test_a_folder_is_captioned_on_where_it_stopped(trained, folder, seen, capsys
     assert seen.numbers == [] and path.read_bytes() == written
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == f"open {folder / 'captions' / 'index.html'} to look at the attention"
-    assert any(line.startswith("9 of 9 pictures were captioned before") for line in printed)
+    assert any(line.startswith("9 of 9 images were captioned before") for line in printed)
     with (folder / "captions" / "captions.csv").open(newline="", encoding="utf-8") as file:
         assert [row["caption"] for row in csv.DictReader(file)] == [record["caption"] for record in records(path)]
     assert sorted(path.name[:2] for path in (folder / "captions").glob("*.png")) == ["0_", "1_"]
 
 
 def test_a_second_call_adds_to_what_the_first_one_left(trained, folder, seen, capsys):
-    """Which pictures are named, and from where, does not matter; how they are captioned does."""
+    """Which images are named, and from where, does not matter; how they are captioned does."""
     path, output = folder / "captions" / "captions.jsonl", ["--output", str(folder / "captions")]
     caption_folder(trained, folder)
     Image.new("RGB", (80, 60), (225, 200, 9)).save(folder.parent / "one.png")
@@ -262,7 +262,7 @@ def test_the_help_says_what_anew_deletes(capsys):
     assert re.search("--anew .*delete the captions and figures that the output folder's captions.jsonl lists", text)
 
 
-def test_the_options_for_many_pictures(trained, folder, seen):
+def test_the_options_for_many_images(trained, folder, seen):
     path = folder / "captions" / "captions.jsonl"
     caption_folder(trained, folder)
     assert ["attention_weights" in record for record in records(path)] == [True] * 2 + [False] * 7
@@ -282,25 +282,25 @@ def test_the_options_for_many_pictures(trained, folder, seen):
         assert len(records(path)) == 9
 
 
-def test_photographs_of_phones_are_captioned_and_what_is_no_picture_is_counted(trained, tmp_path, own_network, capsys):
-    (tmp_path / "pictures").mkdir()
-    picture = Image.new("RGB", (64, 48), "red")
-    pillow_heif.from_pillow(picture).save(tmp_path / "pictures" / "a.heic")
-    picture.save(tmp_path / "pictures" / "b.jpg")
+def test_photographs_of_phones_are_captioned_and_what_is_no_image_is_counted(trained, tmp_path, own_network, capsys):
+    (tmp_path / "images").mkdir()
+    image = Image.new("RGB", (64, 48), "red")
+    pillow_heif.from_pillow(image).save(tmp_path / "images" / "a.heic")
+    image.save(tmp_path / "images" / "b.jpg")
     for name in ("._b.jpg", "c.pdf", "d.h5", "e.jpg"):
-        (tmp_path / "pictures" / name).touch()
+        (tmp_path / "images" / name).touch()
     with pytest.raises(SystemExit, match="1"):
-        infer(trained, "--image", str(tmp_path / "pictures"), "--output", str(tmp_path / "out"))
+        infer(trained, "--image", str(tmp_path / "images"), "--output", str(tmp_path / "out"))
     assert names(tmp_path / "out" / "captions.jsonl") == ["a.heic", "b.jpg"]
     *_, skipped, page, last = capsys.readouterr().out.splitlines()
     assert skipped == "skipped: 1 *.h5, 1 *.pdf, 1 macOS side files (._*), 1 not readable"
     assert page.startswith("open ")
-    assert last == "1 of 3 pictures have no caption; the lines above say why"
+    assert last == "1 of 3 images have no caption; the lines above say why"
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
-def test_captions_do_not_go_among_the_pictures(trained, folder, own_network):
-    with pytest.raises(UserError, match="holds the pictures: give another folder by --output"):
+def test_captions_do_not_go_among_the_images(trained, folder, own_network):
+    with pytest.raises(UserError, match="holds the images: give another folder by --output"):
         infer(trained, "--image", str(folder), "--output", str(folder))
 
 
@@ -336,7 +336,7 @@ def test_inference_before_training_names_the_command(trained, tmp_path):
 # --- A run that stands on its own -------------------------------------------------------------------------------
 
 
-def test_a_run_folder_alone_captions_a_picture(alone, own_network):
+def test_a_run_folder_alone_captions_a_image(alone, own_network):
     inference.main(["--run_dir", "runs/x", "--image", "a.png"])
     (record,) = records(alone / "runs" / "x" / "captions" / "captions.jsonl")
     assert record["image"] == "a.png"
@@ -435,5 +435,5 @@ def test_karpathys_splits_are_prepared_trained_on_and_scored(coco, monkeypatch, 
         assert metrics["checkpoint"] == str(coco / "run" / "best" / "ckpt-1")
     assert "CIDEr" in capsys.readouterr().out
 
-    inference.main([*run, "--output", str(coco / "figures"), "--plot_images", "2"])  # pictures where they lie
+    inference.main([*run, "--output", str(coco / "figures"), "--plot_images", "2"])  # images where they lie
     assert len(list((coco / "figures").glob("*.png"))) == 2

@@ -8,8 +8,9 @@ import pytest
 import tensorflow as tf
 
 import model
+from captioning.attention.evidence import explain_captions
 from captioning.decoder.basic_layers import variational_dropout
-from captioning.decoder.rules import BANNED_WORDS, ban_words
+from captioning.decoder.rules import _BANNED_WORDS, ban_words
 from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
@@ -17,27 +18,18 @@ from config import Config
 
 SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16, "dropout": 0.4})
 VOCABULARY = 30
+NO_MEAN = np.zeros(CHANNELS, np.float32)
 CAPTIONS = tf.constant([[START, 5, 6, 7, END], [START, 8, END, PAD, PAD], [START, 9, 10, END, PAD]])
 
 
 @pytest.fixture(scope="module")
 def captioner():
-    return model.build_captioner(SMALL, VOCABULARY, feature_std=0.5)
+    return model.build_captioner(SMALL, VOCABULARY, NO_MEAN, feature_std=0.5)
 
 
 @pytest.fixture(scope="module")
 def features():
     return tf.constant(np.random.default_rng(1).standard_normal((3, LOCATIONS, CHANNELS), np.float32))
-
-
-@contextlib.contextmanager
-def compiling(decoder, compiled):
-    """Let the decoder take the compiled recurrence, or the plain one, inside the block."""
-    before, decoder.compiled = decoder.compiled, compiled
-    try:
-        yield
-    finally:
-        decoder.compiled = before
 
 
 @contextlib.contextmanager
@@ -53,7 +45,7 @@ def output_bias(decoder, bias):
 
 def test_shapes_at_the_defaults():
     config = Config()
-    encoder, decoder = model.build_captioner(config, config.vocab_size)
+    encoder, decoder = model.build_captioner(config, config.vocab_size, NO_MEAN)
     encoded_features = encoder(tf.zeros((16, 64, 2048)))
     assert encoded_features.shape == (16, 64, 256)
     logits, hidden, attention_weights = decoder(tf.ones((16, 1), tf.int32), encoded_features, tf.zeros((16, 512)))
@@ -78,19 +70,52 @@ def test_the_output_layer_is_as_large_as_the_vocabulary(captioner):
     assert captioner[1].output_layer.kernel.shape == (SMALL.units, VOCABULARY)
 
 
-@pytest.mark.parametrize(("setting", "compiled"), [("on", True), ("off", False)])
-def test_the_setting_chooses_the_recurrence(setting, compiled, features):
-    config = make_config({"compile": setting, "encoder_dim": 8, "embedding_dim": 12, "units": 16})
-    assert model.build_captioner(config, VOCABULARY)[1].compiled == compiled
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_teacher_forcing_and_single_steps_agree(captioner, features, compiled):
+def test_teacher_forcing_and_single_steps_agree(captioner, features):
     encoder, decoder = captioner
     encoded_features = encoder(features)
-    with compiling(decoder, compiled):
-        for captions in (CAPTIONS, CAPTIONS[::-1], CAPTIONS[1:], CAPTIONS[1:2]):
-            compare_with_single_steps(decoder, captions, encoded_features[: len(captions)])
+    for captions in (CAPTIONS, CAPTIONS[::-1], CAPTIONS[1:], CAPTIONS[1:2]):
+        compare_with_single_steps(decoder, captions, encoded_features[: len(captions)])
+
+
+def dot_product(self, encoded_features, keys, hidden):
+    score = tf.matmul(keys, self.query_layer(hidden)[:, :, tf.newaxis])  # (B, P, 1)
+    attention_weights = tf.nn.softmax(score, axis=1)  # (B, P, 1)
+    return tf.reduce_sum(attention_weights * encoded_features, axis=1), attention_weights
+
+
+def minimal_gated_unit(self, word_gates, context_vector, hidden):
+    x_update, _, x_new = tf.split(word_gates + self.context_gates(context_vector), 3, axis=1)  # (B, U) each
+    h_update, _, h_new = tf.split(self.hidden_gates(hidden), 3, axis=1)  # (B, U) each
+    update = tf.sigmoid(x_update + h_update)
+    return (1 - update) * hidden + update * tf.tanh(x_new + update * h_new)
+
+
+def residual_step(self, word_gates, hidden, encoded_features, keys):
+    context_vector, attention_weights = self.attention(encoded_features, keys, hidden)
+    return hidden + self.gru(word_gates, context_vector, hidden), attention_weights
+
+
+EDITS = [
+    (model.BahdanauAttention, "call", dot_product),
+    (model.RNN_Decoder, "gru", minimal_gated_unit),
+    (model.RNN_Decoder, "step", residual_step),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "edited"), EDITS, ids=[name for _, name, _ in EDITS])
+def test_whatever_is_edited_in_the_model_is_what_trains(captioner, features, monkeypatch, owner, name, edited):
+    """Training, validation, single steps and evidence follow a reader's first edits of this file."""
+    encoder, decoder = captioner
+    encoded_features = encoder(features)
+    before = decoder.teacher_forcing(CAPTIONS, encoded_features)[0]
+    monkeypatch.setattr(owner, name, edited)
+    after = decoder.teacher_forcing(CAPTIONS, encoded_features)[0]
+    assert np.abs(after - before).max() > 1e-3
+    compare_with_single_steps(decoder, CAPTIONS, encoded_features)
+    weights, _, _ = explain_captions.python_function(encoder, decoder, features, CAPTIONS[:, 1:])
+    expected = decoder.teacher_forcing(CAPTIONS, encoded_features)[1]
+    for row, length in enumerate((4, 2, 3)):
+        np.testing.assert_allclose(weights[row, :length], expected[row, :length], atol=1e-5)
 
 
 def compare_with_single_steps(decoder, captions, encoded_features):
@@ -108,8 +133,7 @@ def compare_with_single_steps(decoder, captions, encoded_features):
         np.testing.assert_allclose(tf.reduce_sum(weights, axis=1), 1.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_teacher_forcing_and_single_steps_have_the_same_gradients(captioner, features, compiled):
+def test_teacher_forcing_and_single_steps_have_the_same_gradients(captioner, features):
     encoder, decoder = captioner
     apart = {weight.path for weight in decoder.detector.weights}  # no step uses them
     weights = [
@@ -130,7 +154,7 @@ def test_teacher_forcing_and_single_steps_have_the_same_gradients(captioner, fea
 
     gradients = []
     for compute in (at_once, step_by_step):
-        with compiling(decoder, compiled), tf.GradientTape() as tape:
+        with tf.GradientTape() as tape:
             logits, attention_weights = compute()
             loss = model.caption_loss(CAPTIONS, logits) + model.attention_loss(CAPTIONS, attention_weights)
         gradients.append([tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, weights)])
@@ -171,7 +195,7 @@ def test_mean_and_scale_of_the_features_do_not_matter(features):
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_weights_are_float32_and_the_same_in_every_precision(precision, captioner):
     encoder, decoder = model.build_captioner(SMALL, VOCABULARY, feature_std=0.5, precision=precision)
-    fresh = model.build_captioner(SMALL, VOCABULARY, feature_std=0.5)
+    fresh = model.build_captioner(SMALL, VOCABULARY, NO_MEAN, feature_std=0.5)
     for mine, theirs in zip(encoder.weights + decoder.weights, fresh[0].weights + fresh[1].weights, strict=True):
         assert mine.dtype == "float32"
         np.testing.assert_array_equal(mine, theirs, err_msg=mine.path)
@@ -229,7 +253,7 @@ def test_greedy_decoding_says_what_single_steps_say(captioner, features, in_grap
         for t in range(words.shape[1]):
             logits, hidden, weights = decoder(tf.constant([[word]]), encoded_features, hidden)
             logs = tf.nn.log_softmax(ban_words(logits))[0].numpy()
-            word = max((i for i in range(VOCABULARY) if i not in BANNED_WORDS), key=lambda i: logs[i])
+            word = max((i for i in range(VOCABULARY) if i not in _BANNED_WORDS), key=lambda i: logs[i])
             assert words[b, t] == word
             np.testing.assert_allclose(attention_weights[b, t], weights[0, :, 0], atol=1e-5)
             np.testing.assert_allclose(log_probs[b, t], logs[word], rtol=1e-4)
@@ -282,12 +306,10 @@ def test_captions_repeat_no_sequence(captioner, features):
         assert len(pairs) == len(set(pairs)) > 3
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_dropout_is_of_embeddings_and_of_what_the_output_layer_gets_and_of_nothing_else(captioner, features, compiled):
+def test_dropout_is_of_embeddings_and_of_what_the_output_layer_gets_and_of_nothing_else(captioner, features):
     encoder, decoder = captioner
     seed, encoded_features = tf.constant((7, 3)), encoder(features)
-    with compiling(decoder, compiled):
-        logits, attention_weights = decoder.teacher_forcing(CAPTIONS, encoded_features, seed)
+    logits, attention_weights = decoder.teacher_forcing(CAPTIONS, encoded_features, seed)
     words = tf.transpose(CAPTIONS)  # (T, B)
     embedded = variational_dropout(decoder.embedding(words[:-1]), SMALL.dropout, seed, layer=0)  # (T-1, B, E)
     keys, hidden = decoder.attention.key_layer(encoded_features), decoder.initial_hidden(encoded_features)
@@ -304,7 +326,7 @@ def test_dropout_is_of_embeddings_and_of_what_the_output_layer_gets_and_of_nothi
 def test_the_seed_of_the_settings_draws_all_weights():
     drawn = []
     for seed in (3, 4):
-        encoder, decoder = model.build_captioner(dataclasses.replace(SMALL, seed=seed), VOCABULARY)
+        encoder, decoder = model.build_captioner(dataclasses.replace(SMALL, seed=seed), VOCABULARY, NO_MEAN)
         drawn.append([*encoder.trainable_weights, *decoder.trainable_weights])
     kernels = 0
     for weight, other in zip(*drawn, strict=True):

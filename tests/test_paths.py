@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from captioning.export.saved_model import bundle as export_bundle
-from captioning.export.saved_model import saved_model as export
+from captioning.export import bundle as export_bundle
+from captioning.export import saved_model as export
 from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.features.feature_files import read_feature
-from captioning.training.checkpoints import readable_path, restore_newest, save_checkpoint
+from captioning.training.checkpoints import _readable_path, restore_newest, save_checkpoint
 from captioning.training.tensorboard import log_epoch, tensorboard_log
 from support.errors import UserError
 
@@ -53,7 +53,7 @@ def test_what_is_added_to_objects_later_is_restored_too(folder):
 
 def test_the_link_goes_with_what_was_restored(folder):
     objects = checkpoint_of(0.0)
-    path = readable_path(folder / "ckpt-1", objects)
+    path = _readable_path(folder / "ckpt-1", objects)
     assert path == folder / "ckpt-1" or path.parent.resolve() == folder.resolve()
     del objects
     gc.collect()
@@ -75,7 +75,7 @@ def test_a_saved_model_can_be_loaded_or_is_refused_before_anything_is_written(fo
         module.weight = tf.Variable(1.0)
         tf.saved_model.save(module, str(target))
 
-    monkeypatch.setattr(export, "write_saved_model", write)
+    monkeypatch.setattr(export, "_write_saved_model", write)
     try:
         export.export_captioner(None, None, None, str(folder / "model"))
     except UserError as error:
@@ -91,7 +91,7 @@ def test_a_bundle_is_written_there(tmp_path):
     double = tf.function(lambda x: {"y": 2 * x}, input_signature=[tf.TensorSpec((1,), name="x")])
     functions = dict.fromkeys(("encoder", "decoder", "evidence"), double)
     captioner = types.SimpleNamespace(encoder=model, decoder=model)
-    export_bundle.write_litert(functions, captioner, "float32", None, tmp_path / "a[1] b")
+    export_bundle._write_litert(functions, captioner, "float32", None, tmp_path / "a[1] b")
     assert {path.name for path in (tmp_path / "a[1] b").iterdir()} == {"encoder.tflite", "decoder.tflite"}
 
 
@@ -114,6 +114,6 @@ def test_the_three_scripts_in_a_folder_of_such_a_name(tmp_path):
     run("inference_image_caption.py")
     lines = (root / "run*[3]" / "captions" / "captions.jsonl").read_text().splitlines()
     assert [json.loads(line)["image"].startswith(str(root)) for line in lines] == [True, True]
-    picture = next((root / "scenes" / "train2014").glob("*.jpg"))
-    run("inference_image_caption.py", "--image", str(picture), "--output", str(root / "own[5]"))
+    image = next((root / "scenes" / "train2014").glob("*.jpg"))
+    run("inference_image_caption.py", "--image", str(image), "--output", str(root / "own[5]"))
     assert (root / "own[5]" / "captions.jsonl").exists()

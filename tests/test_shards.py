@@ -98,8 +98,8 @@ def test_two_shards_at_once_give_the_cache_of_one_run(tmp_path, monkeypatch, cap
     assert manifests[0].network == manifests[1].network
     assert len(manifests[1].entries) == 10
     for stem in manifests[1].entries:
-        (feature, picture), (_, other_picture) = (manifest.entries[stem] for manifest in manifests)
-        assert picture.crc32 == other_picture.crc32
+        (feature, image), (_, other_image) = (manifest.entries[stem] for manifest in manifests)
+        assert image.crc32 == other_image.crc32
         assert feature.crc32 == zlib.crc32((both / "features" / f"{stem}.npy").read_bytes())
 
 

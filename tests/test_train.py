@@ -17,8 +17,7 @@ from PIL import Image
 import data_utils
 import train_image_caption_model as training
 from captioning import captioner
-from captioning.data.prepared_data import load_prepared
-from captioning.features.cache import feature_path
+from captioning.features.cache import feature_path, load_data
 from captioning.settings import read_settings
 from captioning.training import epochs as epoch_batches
 from captioning.training import saving as training_records
@@ -68,8 +67,8 @@ def check_same_end(root, expected, atol=1e-6):
 
 def test_the_captioner_learns_the_same_with_the_detector_and_without(trained, monkeypatch):
     """Where gradients are clipped too."""
-    config = settings_of(trained, trained / "run", "--clip_norm", "0.1", "--compile", "off")
-    prepared = load_prepared(config)
+    config = settings_of(trained, trained / "run", "--clip_norm", "0.1")
+    prepared = load_data(config)
     captions, ends = collect_captions(prepared.train, config), []
     for loss in (training.detection_loss, lambda *args: 0.0):
         monkeypatch.setattr(training, "detection_loss", loss)
@@ -162,7 +161,7 @@ def test_the_checkpoint_holds_the_history(trained):
 
 def test_training_starts_at_the_frequencies_of_words(trained, tmp_path):
     config = settings_of(trained, tmp_path)
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     captions = collect_captions(prepared.train, config)
     counts = np.zeros(len(prepared.vocabulary))
     for image in prepared.train:
@@ -203,7 +202,7 @@ def test_a_run_goes_on_with_other_settings_at_the_rate_of_its_epoch(trained, tmp
     (tmp_path / "run" / "history.csv").write_bytes(b"epoch\n\xff\0 3,9.9,9.9,9.9,\n")
     rates = []
     after_each_step(monkeypatch, lambda state, number, loss: rates.append(float(state.optimizer.learning_rate)) or loss)
-    train(trained, *again, "--epochs", "6", "--batch_size", "48", "--compile", "off")
+    train(trained, *again, "--epochs", "6", "--batch_size", "48")
 
     config = settings_of(trained, tmp_path, "--epochs", "6")
     expected = [scheduled_rate(config, epoch + done / CAPTIONS) for epoch in range(2, 6) for done in (0, 48)]
@@ -225,7 +224,7 @@ def test_a_new_run_says_its_rate(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_3_of_8_epochs_at_one_batch_size_go_on_at_another(trained, tmp_path, monkeypatch):
-    run = ["--run_dir", str(tmp_path / "run"), "--epochs", "8", "--patience", "99", "--compile", "off"]
+    run = ["--run_dir", str(tmp_path / "run"), "--epochs", "8", "--patience", "99"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3 * 8 + 1)  # 6 training and 2 validation batches an epoch
         train(trained, *run)
@@ -273,7 +272,7 @@ def test_a_run_without_last_is_refused_and_stays_as_it_is(trained, tmp_path, wor
     shutil.rmtree(tmp_path / "run" / "last")
     before = content(tmp_path / "run")
     config = settings_of(trained, tmp_path / "run")
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     if words == "others":
         prepared = dataclasses.replace(prepared, vocabulary=[*prepared.vocabulary[:-1], "another"])
     with pytest.raises(UserError, match="holds best/ckpt-2 and no checkpoint in last/ .*: give another --run_dir"):
@@ -283,7 +282,7 @@ def test_a_run_without_last_is_refused_and_stays_as_it_is(trained, tmp_path, wor
 
 def test_a_first_epoch_that_is_killed_between_best_and_last_can_be_continued(trained, tmp_path, monkeypatch):
     config = settings_of(trained, tmp_path / "run", "--epochs", "1")
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     state = training.open_run(prepared, config)
     state.progress.captions_done = CAPTIONS
     monkeypatch.setattr(training_records, "save_last", lambda state, config: cut_power())
@@ -308,22 +307,19 @@ def test_a_run_that_has_lost_its_checkpoints_begins_anew_and_says_so(trained, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compile", ["on", "off"])
-def test_the_step_is_traced_once_however_loops_are_computed(trained, tmp_path, monkeypatch, compile):
-    traces = []
-    real = training.caption_loss
-    monkeypatch.setattr(training, "caption_loss", lambda *args: traces.append(1) or real(*args))
-    run = ["--run_dir", str(tmp_path / "run"), "--batch_size", "7", "--compile", compile]
-    train(trained, *run, "--epochs", "3")
-    assert len(traces) == 2  # the training step and the validation step, whatever the shapes
+def test_the_step_is_traced_once_for_each_length_of_batches(trained, tmp_path, monkeypatch):
+    traces, lengths = [], set()
+    loss, batches = training.caption_loss, training.batches.counted_batches
 
+    def counted_batches(captions, order, config):
+        for features, words, num_tokens in batches(captions, order, config):
+            lengths.add((captions, words.shape[1]))
+            yield features, words, num_tokens
 
-@pytest.mark.slow
-def test_compiled_or_not_a_run_learns_the_same(trained, tmp_path):
-    for compile in ("on", "off"):
-        run = ["--run_dir", str(tmp_path / compile / "run"), "--compile", compile, "--precision", "float32"]
-        train(trained, *run, "--epochs", "2")
-    np.testing.assert_allclose(losses(tmp_path / "on"), losses(tmp_path / "off"), atol=1e-4)
+    monkeypatch.setattr(training, "caption_loss", lambda *args: traces.append(1) or loss(*args))
+    monkeypatch.setattr(training.batches, "counted_batches", counted_batches)
+    train(trained, "--run_dir", str(tmp_path / "run"), "--batch_size", "7", "--epochs", "3")
+    assert 2 <= len(traces) == len(lengths)  # of the training step and of the validation step
 
 
 @pytest.mark.slow
@@ -369,7 +365,7 @@ def continued(trained, tmp_path):
     """(state, config) of a copy of the trained run, restored, with one epoch to go."""
     copy_run(trained, tmp_path)
     config = settings_of(trained, tmp_path / "run", "--epochs", "3")
-    return training.open_run(load_prepared(config), config), config
+    return training.open_run(load_data(config), config), config
 
 
 ROW = EpochRow(epoch=3, train_loss=1.5, captions_per_second=9.0, validation_loss=0.5)
@@ -432,7 +428,7 @@ def test_what_cannot_be_written_beside_the_checkpoints_is_a_warning_behind_them(
 
     for name in ("history.csv", "loss.png"):
         (tmp_path / "run" / name).rmdir()
-    training.open_run(load_prepared(config), config)  # the next start makes good for it
+    training.open_run(load_data(config), config)  # the next start makes good for it
     assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
 
@@ -454,7 +450,7 @@ def test_the_checkpoint_comes_first(continued, monkeypatch):
     calls = []
     monkeypatch.setattr(training_records, "save_checkpoint", lambda objects, folder, number: calls.append(folder.name))
     monkeypatch.setattr(training_records, "write_csv", lambda path, history: calls.append(path.name))
-    monkeypatch.setattr(training_records, "plot_losses", lambda history, path: calls.append(path.name))
+    monkeypatch.setattr(training_records, "_plot_losses", lambda history, path: calls.append(path.name))
     training.save_epoch(state, ROW, config)
     assert calls == ["best", "last", "history.csv", "loss.png"]
     training.save_epoch(state, dataclasses.replace(ROW, epoch=4, validation_loss=9.0), config)
@@ -470,7 +466,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(trained, tmp_
     config = settings_of(trained, tmp_path / "run")
     for kind in ("last", "best"):
         spoil_checkpoint(tmp_path, kind, 2)
-    state = training.open_run(load_prepared(config), config)
+    state = training.open_run(load_data(config), config)
     assert (state.progress.epoch, len(state.progress.history)) == (1, 1)
     assert [row["epoch"] for row in rows(tmp_path)] == ["1"]  # what the checkpoint knows
     assert captioner.load_captioner(config).checkpoint == "best/ckpt-1"
@@ -537,12 +533,12 @@ def test_a_disk_that_is_full_for_the_loss_curve_alone_is_a_warning(continued, tm
 def test_a_feature_that_is_damaged_in_mid_training_is_one_line(trained, tmp_path, monkeypatch):
     """It was whole when the training began and was checked."""
     shutil.copytree(trained / "data" / "features", tmp_path / "features")
-    config = settings_of(trained, tmp_path / "run", "--epochs", "1", "--compile", "off")
-    prepared = load_prepared(config)
+    config = settings_of(trained, tmp_path / "run", "--epochs", "1")
+    prepared = load_data(config)
     there = dataclasses.replace(config, features_dir=str(tmp_path / "features"))
     path = feature_path(prepared.train[0], there)
     path.write_bytes(path.read_bytes()[:1000])
-    monkeypatch.setattr(training, "load_prepared", lambda config: prepared)
+    monkeypatch.setattr(training, "load_data", lambda config: prepared)
     with pytest.raises(UserError, match=f"{path} is damaged: run python data_utils.py") as raised:
         training.train_captioner(there)
     assert "\n" not in str(raised.value)
@@ -610,7 +606,7 @@ def test_an_interrupted_epoch_of_other_batches_starts_over(trained, tmp_path, mo
         )
 
     monkeypatch.setattr(training.train_step, "get_concrete_function", counted)
-    train(trained, *more, "--batch_size", "1000", "--compile", "off")  # more than there are
+    train(trained, *more, "--batch_size", "1000")  # more than there are
     assert sum(trained_on) == CAPTIONS
 
 
@@ -671,8 +667,8 @@ def test_an_interrupted_process_saves_and_exits_with_130(trained, tmp_path):
 
 def first_batch(trained, *more):
     """(state without training, 16 features (B, P, F), their captions (B, T), config)."""
-    config = settings_of(trained, trained / "nowhere", "--precision", "float32", "--compile", "off", *more)
-    prepared = load_prepared(config)
+    config = settings_of(trained, trained / "nowhere", "--precision", "float32", *more)
+    prepared = load_data(config)
     state = training.build_state(prepared, "float32", config)
     captions = collect_captions(prepared.train, config)
     features, words = next(iter(training.caption_batches(captions, np.arange(0, 80, 5) + np.arange(16) % 5, config)))
@@ -751,8 +747,8 @@ def test_gradients_are_scaled_down_to_the_norm_of_the_settings(trained):
 
 def test_the_validation_loss_is_the_mean_over_words_without_dropout(trained):
     """Of 25 captions in batches of 16, of other lengths in each; by hand one caption after the other."""
-    config = settings_of(trained, trained / "nowhere", "--compile", "off", "--dropout", "0.5")
-    prepared = load_prepared(config)
+    config = settings_of(trained, trained / "nowhere", "--dropout", "0.5")
+    prepared = load_data(config)
     state = training.build_state(prepared, "float32", config)
     state.decoder.output_layer.kernel.assign(5 * state.decoder.output_layer.kernel)
     losses = []
@@ -767,8 +763,8 @@ def test_the_validation_loss_is_the_mean_over_words_without_dropout(trained):
 
 
 def test_what_history_calls_validation_is_the_loss_of_the_validation_split(trained):
-    config = settings_of(trained, trained / "run", "--compile", "off")
-    prepared = load_prepared(config)
+    config = settings_of(trained, trained / "run")
+    prepared = load_data(config)
     state = training.build_state(prepared, "float32", config)
     assert training.restore_newest(state, [trained / "run" / "last"], "")
     loss, of_training = (
@@ -783,7 +779,7 @@ def test_what_history_calls_validation_is_the_loss_of_the_validation_split(train
 def epoch_of_stubs(trained, monkeypatch, epoch, seed=42):
     """Train an epoch whose steps cost nothing. Returns (EpochRow, (loss, captions (B, T)) of each step)."""
     config = settings_of(trained, trained / "nowhere", "--seed", str(seed))
-    captions = collect_captions(load_prepared(dataclasses.replace(config, seed=42)).train, config)
+    captions = collect_captions(load_data(dataclasses.replace(config, seed=42)).train, config)
     steps = []
 
     def step(state, features, words, *rest):
@@ -814,7 +810,7 @@ def test_the_order_of_captions_depends_on_the_seed_and_the_epoch(trained, monkey
 
 def test_the_encoder_has_the_statistics_of_the_training_features(trained):
     config = settings_of(trained, trained / "nowhere")
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     encoder = training.build_state(prepared, "float32", config).encoder
     features = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(np.float32)
     np.testing.assert_allclose(encoder.feature_mean, features.mean((0, 1)), atol=1e-4)

@@ -44,11 +44,11 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
     assert out.count("predicted") == 2
     check_figures(tmp_path / "run" / "captions", 2)
 
-    picture = tmp_path / os.fsdecode(b"caf\xe9.jpg")  # not UTF-8
-    next((tmp_path / "scenes" / "train2014").glob("*.jpg")).rename(picture)
-    run("inference_image_caption.py", *argv, "--image", str(picture), "--output", str(tmp_path / "own"))
+    image = tmp_path / os.fsdecode(b"caf\xe9.jpg")  # not UTF-8
+    next((tmp_path / "scenes" / "train2014").glob("*.jpg")).rename(image)
+    run("inference_image_caption.py", *argv, "--image", str(image), "--output", str(tmp_path / "own"))
     (own,) = check_figures(tmp_path / "own", 1)
-    assert own["image"] == str(picture)
+    assert own["image"] == str(image)
 
     run("inference_image_caption.py", *argv, "--export", str(tmp_path / "exported"))
     assert (tmp_path / "exported" / "saved_model.pb").exists()
@@ -63,22 +63,22 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
     assert "inside" in metrics["greedy"]["attention"]["maps"]["attention weights"]  # None where no object was named
 
 
-def test_a_run_folder_moved_alone_to_an_empty_place_captions_a_picture(tmp_path):
+def test_a_run_folder_moved_alone_to_an_empty_place_captions_a_image(tmp_path):
     """Its network has random weights, whose statistics come from the data."""
     old, new = tmp_path / "old", tmp_path / "new"
     places = ["--coco_dir", str(old / "scenes"), "--data_dir", str(old / "data"), "--run_dir", str(old / "run")]
     argv = ["--dataset", "demo", *places, "--demo_images", "12", "--epochs", "1", "--units", "32"]
     run("data_utils.py", *argv)
     run("train_image_caption_model.py", *argv)
-    picture = next((old / "scenes" / "train2014").glob("*.jpg"))
-    own = ["--image", str(picture), "--output", str(tmp_path / "before")]
+    image = next((old / "scenes" / "train2014").glob("*.jpg"))
+    own = ["--image", str(image), "--output", str(tmp_path / "before")]
     assert "InceptionV3 is kept ready" in run("inference_image_caption.py", *argv, *own)
     (before,) = check_figures(tmp_path / "before", 1)
     assert "kept ready" not in run("inference_image_caption.py", *argv, *own, "--anew")
     assert check_figures(tmp_path / "before", 1) == [before]
 
     new.mkdir()
-    shutil.move(picture, new / "a.jpg")
+    shutil.move(image, new / "a.jpg")
     shutil.move(old / "run", new / "runs" / "x")
     shutil.rmtree(old)
     run("inference_image_caption.py", "--run_dir", "runs/x", "--image", "a.jpg", cwd=new)

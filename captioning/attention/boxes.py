@@ -24,20 +24,22 @@ def find_groundings(captions, config):
       UserError: the scenes or the instances are damaged, or those of other images.
     """
     if config.dataset == "demo":
-        return demo_groundings(captions, read_scenes(config.coco_dir)), {}
-    instances = instances_path(captions, config)
+        return _demo_groundings(captions, read_scenes(config.coco_dir)), {}
+    instances = _instances_path(captions, config)
     if config.dataset != "coco" or not instances.exists():
         return None, {}
-    groundings, absent = coco_groundings(captions, instances)
+    groundings, absent = _coco_groundings(captions, instances)
     return groundings, {"absent": absent}
 
 
-def instances_path(captions, config):
+def _instances_path(captions, config):
     """Where COCO's instances of the captioned images are: those of the split in whose folder the images lie."""
-    annotations, split = pathlib.Path(config.coco_dir, "annotations"), config.coco_split
+    annotations = pathlib.Path(config.coco_dir, "annotations")
     if captions and captions[0].path.is_relative_to(config.coco_dir):
-        split = captions[0].path.relative_to(config.coco_dir).parts[0]
-    return annotations / f"instances_{split}.json"
+        path = annotations / f"instances_{captions[0].path.relative_to(config.coco_dir).parts[0]}.json"
+        if path.exists():
+            return path
+    return annotations / f"instances_{config.coco_split}.json"
 
 
 def boxes_by_position(groundings):
@@ -49,7 +51,7 @@ def boxes_by_position(groundings):
     return boxes
 
 
-IRREGULAR_PLURALS = {
+_IRREGULAR_PLURALS = {
     "child": "children",
     "knife": "knives",
     "man": "men",
@@ -58,7 +60,7 @@ IRREGULAR_PLURALS = {
     "sheep": "sheep",
     "woman": "women",
 }
-SYNONYMS = {  # words and phrases that mean one of COCO's categories
+_SYNONYMS = {  # words and phrases that mean one of COCO's categories
     **dict.fromkeys(("man", "woman", "boy", "girl", "child", "kid", "baby", "lady", "guy"), "person"),
     **dict.fromkeys(("player", "skier", "snowboarder", "surfer", "skateboarder"), "person"),
     "bike": "bicycle",
@@ -107,7 +109,7 @@ class Grounding:
     feature_norms: np.ndarray | None = None
 
 
-def make_grounding(predicted, positions, size, boxes):
+def _make_grounding(predicted, positions, size, boxes):
     """The Grounding of the words of a PredictedCaption at `positions`. Maps of several words are averaged."""
     words = slice(positions.start, positions.stop)
     evidence = None if predicted.evidence is None else np.mean(predicted.evidence[words], axis=0)  # (P,)
@@ -118,7 +120,7 @@ def make_grounding(predicted, positions, size, boxes):
 # --- Demo ---------------------------------------------------------------------------------------------------------
 
 
-def demo_groundings(predictions, scenes):
+def _demo_groundings(predictions, scenes):
     """Find the nouns in captions of demo images, and the boxes of the objects that they mean.
 
     Args:
@@ -140,14 +142,14 @@ def demo_groundings(predictions, scenes):
             )
         for position, box in locate_nouns(predicted.caption, scene):
             size, positions = (scene.width, scene.height), range(position, position + 1)
-            groundings.append(make_grounding(predicted, positions, size, [box]))
+            groundings.append(_make_grounding(predicted, positions, size, [box]))
     return groundings
 
 
 # --- MS-COCO ------------------------------------------------------------------------------------------------------
 
 
-def coco_groundings(predictions, instances_path):
+def _coco_groundings(predictions, instances_path):
     """Find the words in captions of COCO images that name a category, and all boxes of that category in the image.
 
     A category may be named by several words, as in "teddy bear". Their attention weights are then averaged. Records of
@@ -165,19 +167,19 @@ def coco_groundings(predictions, instances_path):
       UserError: the file is missing, is not JSON or not in COCO's layout, or lists none of the captioned images.
     """
     names, sizes, boxes = read_instances(instances_path, {predicted.image_id for predicted in predictions})
-    phrases = name_phrases(names)
+    phrases = _name_phrases(names)
     groundings, num_absent = [], 0
     for predicted in predictions:
-        for start, end, name in find_mentions(predicted.words, phrases):
+        for start, end, name in _find_mentions(predicted.words, phrases):
             found = boxes.get((predicted.image_id, name))
             if found:
-                groundings.append(make_grounding(predicted, range(start, end), sizes[predicted.image_id], found))
+                groundings.append(_make_grounding(predicted, range(start, end), sizes[predicted.image_id], found))
             else:
                 num_absent += 1
     return groundings, num_absent
 
 
-def name_phrases(names):
+def _name_phrases(names):
     """List everything that names a category.
 
     Args:
@@ -186,16 +188,16 @@ def name_phrases(names):
     Returns:
       dict of tuple of words, in the singular or the plural, to the category's name.
     """
-    meanings = {phrase: name for phrase, name in SYNONYMS.items() if name in names} | {name: name for name in names}
-    plurals = {tuple(plural(phrase).split()): name for phrase, name in meanings.items()}
+    meanings = {phrase: name for phrase, name in _SYNONYMS.items() if name in names} | {name: name for name in names}
+    plurals = {tuple(_plural(phrase).split()): name for phrase, name in meanings.items()}
     return plurals | {tuple(phrase.split()): name for phrase, name in meanings.items()}
 
 
-def plural(phrase):
+def _plural(phrase):
     """The plural of an English noun, or of a phrase that ends in one."""
     before, blank, noun = phrase.rpartition(" ")
-    if noun in IRREGULAR_PLURALS:
-        return before + blank + IRREGULAR_PLURALS[noun]
+    if noun in _IRREGULAR_PLURALS:
+        return before + blank + _IRREGULAR_PLURALS[noun]
     if noun.endswith(("s", "x", "z", "ch", "sh")):
         return phrase + "es"
     if noun.endswith("y") and not noun.endswith(("ay", "ey", "oy", "uy")):
@@ -203,7 +205,7 @@ def plural(phrase):
     return phrase + "s"
 
 
-def find_mentions(words, phrases):
+def _find_mentions(words, phrases):
     """Find where a caption names categories. Of several phrases that begin at one word, the longest counts.
 
     Args:

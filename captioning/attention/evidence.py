@@ -9,8 +9,8 @@ attention weights, v the encoded features, x the features and c the context vect
   evidence_p ~ a_p * exp(v_p . g) * s_p * |x_p|   which sums to 1 over the locations
 
 The first two factors are, to first order, the probability that location p was looked at, given that w was said. They
-are the decoder's. The other two know nothing of the decoder: s_p is of the word alone (captioning/decoder/word_detector.py),
-and |x_p| not even of that; features are large on things. Letters of shapes as in model.py.
+are the decoder's. The other two know nothing of the decoder: s_p depends only on image and word (word_detector.py in
+captioning/decoder/), |x_p| only on the image; features are large on things. Letters of shapes as in model.py.
 """
 
 import tensorflow as tf
@@ -45,14 +45,14 @@ def explain_captions(encoder, decoder, features, words):
 
     def one_word(state, inputs):
         (hidden, *_), (gates, word, word_map) = state, inputs
-        context_vector, attention_weights = decoder.attention(encoded_features, keys, hidden)  # (B, D), (B, P, 1)
         with tf.GradientTape() as tape:
-            tape.watch(context_vector)
-            hidden = decoder.gru(gates, context_vector, hidden)  # (B, U)
+            tape.watch(encoded_features)  # and not the keys: attention stays as it is
+            hidden, attention_weights = decoder.step(gates, hidden, encoded_features, keys)  # (B, U), (B, P, 1)
             log_probs = -softmax_cross_entropy(ban_words(decoder.output_layer(hidden)), word)  # (B,)
-        gradient = tape.gradient(log_probs, context_vector)  # (B, D)
-        gains = tf.linalg.matvec(encoded_features, gradient)  # (B, P)
         weights = attention_weights[:, :, 0]  # (B, P)
+        # The gradient by v_p is a_p g. Taken by v_p, it follows any step that model.py has.
+        gradient = tape.gradient(log_probs, encoded_features)  # (B, P, D)
+        gains = tf.math.divide_no_nan(tf.reduce_sum(encoded_features * gradient, axis=2), weights)  # (B, P)
         logs = tf.math.log(weights + 1e-30) + gains + tf.math.log(word_map + 1e-30)  # (B, P)
         return hidden, weights, tf.nn.softmax(logs)
 

@@ -1,4 +1,4 @@
-"""Pictures of a training and of attention, drawn as PNG files without a display."""
+"""Images of a training and of attention, drawn as PNG files without a display."""
 
 import textwrap
 import warnings
@@ -11,8 +11,8 @@ from captioning.attention.maps import scale_light, times_level, upsample
 from captioning.features.image_files import open_image, upright_rgb
 from support.files import replacing
 
-PANEL_WIDTH, GAP, LINE, LETTER = 190, 6, 24, 8  # pixels of a figure: of a panel, between panels, of text
-DPI = 80
+_PANEL_WIDTH, _GAP, _LINE, _LETTER = 190, 6, 24, 8  # pixels of a figure: of a panel, between panels, of text
+_DPI = 80
 
 
 def plot_attention(caption, path):
@@ -28,7 +28,7 @@ def plot_attention(caption, path):
       ValueError: the image file is gone or damaged.
       UserError: the disk is full or the folder cannot be written.
     """
-    image = read_panel(caption.path)
+    image = _read_panel(caption.path)
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)
     panels = [("", pixels)]
     maps = caption.shown_maps()  # (words, P)
@@ -37,24 +37,24 @@ def plot_attention(caption, path):
         panels.append((f"{word} {times_level(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
     # A line of its own, as one from right to left would take the rest with it.
     title = f"{caption.caption or '(no words)'}\n({caption.map_name()}; its peak in multiples of a level map)"
-    figure = lay_out_panels(panels, image.size, title)
+    figure = _lay_out_panels(panels, image.size, title)
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # `letters_in_fonts` has said so
         figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # the usual 6 takes a fifth of a second
 
 
-def read_panel(path):
+def _read_panel(path):
     """An image file as RGB, as large as a panel: PANEL_WIDTH wide and at most three times as high."""
     try:
         with open_image(path) as opened:
-            image = upright_rgb(opened, PANEL_WIDTH)
-            scale = min(PANEL_WIDTH / image.width, 3 * PANEL_WIDTH / image.height)
+            image = upright_rgb(opened, _PANEL_WIDTH)
+            scale = min(_PANEL_WIDTH / image.width, 3 * _PANEL_WIDTH / image.height)
             return image.resize([max(round(side * scale), 1) for side in image.size], reducing_gap=2.0)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise ValueError(f"{path} cannot be drawn ({error})") from error
 
 
-def lay_out_panels(panels, image_size, title):
+def _lay_out_panels(panels, image_size, title):
     """A figure of panels in rows, each with its word above, and the caption on top.
 
     It has no axes: their layout takes longer than all the rest. Matplotlib from 3.11 on joins Arabic's letters, sets
@@ -71,13 +71,15 @@ def lay_out_panels(panels, image_size, title):
     image_width, image_height = image_size
     rows = -(-len(panels) // (5 if image_width > 1.2 * image_height else 6))
     columns = -(-len(panels) // rows)
-    width, height = PANEL_WIDTH + GAP, image_height + LINE + GAP
-    letter = LETTER * (1 + sum(east_asian_width(each) in "WF" for each in title) / len(title))  # some are twice as wide
+    width, height = _PANEL_WIDTH + _GAP, image_height + _LINE + _GAP
+    letter = _LETTER * (
+        1 + sum(east_asian_width(each) in "WF" for each in title) / len(title)
+    )  # some are twice as wide
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(columns * width / letter))]
-    size = np.array([columns * width, rows * height + len(lines) * LINE])
-    figure = Figure(size / DPI, DPI)
+    size = np.array([columns * width, rows * height + len(lines) * _LINE])
+    figure = Figure(size / _DPI, _DPI)
     look = {"ha": "center", "fontsize": 12, "parse_math": False}  # a word may hold a $
-    figure.text(0.5, 1 - GAP / size[1], "\n".join(lines), va="top", **look)
+    figure.text(0.5, 1 - _GAP / size[1], "\n".join(lines), va="top", **look)
     for number, (word, pixels) in enumerate(panels):
         corner = np.array([number % columns * width, (rows - 1 - number // columns) * height])  # from the lower left
         figure.figimage(pixels, *(corner + (width - image_width) // 2 * np.array([1, 0])))

@@ -7,16 +7,16 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-DEFAULT_FAMILIES = ("sans-serif",)  # matplotlib's own font, with the letters of Europe, and Arabic and Hebrew
-SHOWN = 12  # letters that a message quotes at the most
+_DEFAULT_FAMILIES = ("sans-serif",)  # matplotlib's own font, with the letters of Europe, and Arabic and Hebrew
+_SHOWN = 12  # letters that a message quotes at the most
 
 
 def letters_in_fonts(words):
-    """A context in which matplotlib shows words in the fonts that `find_families` finds."""
-    return matplotlib.rc_context({"font.family": list(find_families(words))})
+    """A context in which matplotlib shows words in the fonts that `_find_families` finds."""
+    return matplotlib.rc_context({"font.family": list(_find_families(words))})
 
 
-def find_families(words):
+def _find_families(words):
     """The font families in which matplotlib can show words. Letters that no font has are printed in one line.
 
     Of the other fonts those come first that have the most of the letters, of these the ones of regular style, and of
@@ -29,9 +29,9 @@ def find_families(words):
       tuple of str, matplotlib's own font first
     """
     letters = {ord(letter) for letter in "".join(words) if unicodedata.category(letter) != "Cf"}
-    default = font_manager.findfont(font_manager.FontProperties(family=DEFAULT_FAMILIES))
-    missing, families = letters - FT2Font(default).get_charmap().keys(), list(DEFAULT_FAMILIES)
-    fonts = read_fonts(missing) if missing else []
+    default = font_manager.findfont(font_manager.FontProperties(family=_DEFAULT_FAMILIES))
+    missing, families = letters - FT2Font(default).get_charmap().keys(), list(_DEFAULT_FAMILIES)
+    fonts = _read_fonts(missing) if missing else []
     while missing and fonts:
         had, _, path, family = max(fonts, key=lambda font: (len(font[0] & missing), *font[1]))
         if not had & missing:
@@ -40,7 +40,7 @@ def find_families(words):
         families.append(family)
         missing -= had
     if missing:
-        quoted = " ".join(map(chr, sorted(missing)[:SHOWN])) + (" ..." if len(missing) > SHOWN else "")
+        quoted = " ".join(map(chr, sorted(missing)[:_SHOWN])) + (" ..." if len(missing) > _SHOWN else "")
         print(
             f"no font here has {len(missing)} of the captions' letters ({quoted}), and figures show boxes for them: "
             "install one that has, such as Noto"
@@ -48,7 +48,7 @@ def find_families(words):
     return tuple(families)
 
 
-def read_fonts(letters):
+def _read_fonts(letters):
     """What each font of the machine has of some letters.
 
     Args:

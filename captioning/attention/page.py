@@ -1,7 +1,7 @@
-"""The page of attention: an HTML file that lights each picture where the model looked for each word of its caption.
+"""The page of attention: an HTML file that lights each image where the model looked for each word of its caption.
 
-The file needs nothing but a browser. Pictures, attention, style and script are all inside, and its Content Security
-Policy lets the browser fetch nothing and run no other script. Many pictures become several files that link each other.
+The file needs nothing but a browser. Images, attention, style and script are all inside, and its Content Security
+Policy lets the browser fetch nothing and run no other script. Many images become several files that link each other.
 """
 
 import base64
@@ -28,35 +28,35 @@ from captioning.features.image_files import open_image, upright_rgb
 from captioning.words import is_character, parted
 from support.files import replacing
 
-TEMPLATES = pathlib.Path(__file__).parent / "page"
-MARK = '<meta name="generator" content="attention page">'  # tells our own pages from other files of such a name
-HEAD_BYTES = 1000  # of a file, in which MARK is to be found
+_TEMPLATES = pathlib.Path(__file__).parent / "page_files"
+_MARK = '<meta name="generator" content="attention page">'  # tells our own pages from other files of such a name
+_HEAD_BYTES = 1000  # of a file, in which MARK is to be found
 
-PAGE_BYTES = 15_000_000  # a page of `page_size` pictures stays below this, whatever the pictures are
-END_BYTES = 50_000  # kept free for the script and the links between pages
-LONGEST_SIDE = 720  # pixels of an embedded picture
-SHORTEST_SIDE = 64  # pixels, below which a picture is not shrunk further to save bytes
-JPEG_QUALITIES = (88, 78, 66, 54, 42)  # tried in turn until the picture is small enough
-TURNED = (5, 6, 7, 8)  # values of EXIF's Orientation with which width and height change places
+_PAGE_BYTES = 15_000_000  # a page of `page_size` images stays below this, whatever the images are
+_END_BYTES = 50_000  # kept free for the script and the links between pages
+_LONGEST_SIDE = 720  # pixels of an embedded image
+_SHORTEST_SIDE = 64  # pixels, below which an image is not shrunk further to save bytes
+_JPEG_QUALITIES = (88, 78, 66, 54, 42)  # tried in turn until the image is small enough
+_TURNED = (5, 6, 7, 8)  # values of EXIF's Orientation with which width and height change places
 
-SHADES = 10  # steps from the faintest word to the darkest
-FAINTEST = 0.01  # probability at and below which a word is shown in the faintest shade
-NEIGHBOURS = 2  # pages on each side of this one that are linked by number, besides the first and the last
+_SHADES = 10  # steps from the faintest word to the darkest
+_FAINTEST = 0.01  # probability at and below which a word is shown in the faintest shade
+_NEIGHBOURS = 2  # pages on each side of this one that are linked by number, besides the first and the last
 
 # Characters that cannot be seen or not be written, and those that turn the direction of the text around them
-INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclasses.dataclass(frozen=True)
 class PageCaption:
-    """One caption below a picture.
+    """One caption below an image.
 
     Attributes:
       predicted: the caption, its words' log-probabilities and attention weights.
-      label: tells the picture's captions apart, for example "greedy" or "epoch 3". "" where there is only one.
+      label: tells the image's captions apart, for example "greedy" or "epoch 3". "" where there is only one.
       note: shown beside the label, for example "CIDEr 0.83".
       boxes: for a word's position in the caption, the boxes of what the word names: list of [x, y, width, height] in
-        pixels of the upright picture, x and y of the upper left corner.
+        pixels of the upright image, x and y of the upper left corner.
     """
 
     predicted: PredictedCaption
@@ -66,11 +66,11 @@ class PageCaption:
 
 
 @dataclasses.dataclass(frozen=True)
-class PagePicture:
-    """A picture of the page.
+class PageImage:
+    """An image of the page.
 
     Attributes:
-      heading: shown above the picture; the file's name, as a rule.
+      heading: shown above the image; the file's name, as a rule.
       path: path of the image file.
       captions: captions, shown side by side.
       note: shown beside the heading.
@@ -82,17 +82,17 @@ class PagePicture:
     note: str = ""
 
 
-def write_pages(folder, title, pictures, tables=(), page_size=100, file_name="index.html", intro=""):
-    """Write the pictures to one page, or to several that link each other.
+def write_pages(folder, title, images, tables=(), page_size=100, file_name="index.html", intro=""):
+    """Write the images to one page, or to several that link each other.
 
     The pages appear together when all are written. Further pages that an earlier call left are removed.
 
     Args:
       folder: path of the folder; made where it is missing.
       title: str, the pages' heading.
-      pictures: iterable of PagePicture. No more than `page_size` of them are held in memory.
+      images: iterable of PageImage. No more than `page_size` of them are held in memory.
       tables: list of tables, shown on the first page. A table is a list of rows, the first one the column names.
-      page_size: int, pictures per page.
+      page_size: int, images per page.
       file_name: str, name of the first page. Those of the others are made from it: index_2.html, index_3.html, ...
       intro: str, a paragraph below the heading.
 
@@ -104,24 +104,24 @@ def write_pages(folder, title, pictures, tables=(), page_size=100, file_name="in
       ValueError: `page_size` is not positive.
     """
     if page_size < 1:
-        raise ValueError(f"page_size is {page_size}, but a page needs at least one picture")
+        raise ValueError(f"page_size is {page_size}, but a page needs at least one image")
     first = pathlib.Path(folder, file_name)
-    pictures = iter(pictures)
+    images = iter(images)
     paths, temporaries = [], []
     with contextlib.ExitStack() as stack:  # the first page is renamed last: it never links to one that is not there
         more = True
         while more:
-            on_page = list(itertools.islice(pictures, page_size))
+            on_page = list(itertools.islice(images, page_size))
             more = len(on_page) == page_size
             if not on_page and paths:
                 break
-            paths.append(page_path(first, len(paths) + 1))
+            paths.append(_page_path(first, len(paths) + 1))
             temporaries.append(stack.enter_context(replacing(paths[-1])))
             header = (title, intro, tables) if len(paths) == 1 else (f"{title}, page {len(paths)}", "", ())
-            write_page(temporaries[-1], on_page, header, page_size)
+            _write_page(temporaries[-1], on_page, header, page_size)
         for number, temporary in enumerate(temporaries, 1):  # only now is it known how many there are
             with temporary.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(page_end(first, number, len(temporaries)))
+                file.write(_page_end(first, number, len(temporaries)))
     remove_further_pages(first, len(paths))
     return paths
 
@@ -134,7 +134,7 @@ def describe_light(caption):
 # --- Pages --------------------------------------------------------------------------------------------------------
 
 
-def page_path(first, number):
+def _page_path(first, number):
     """The path of a page, from that of the first one and the page's number, which starts at 1."""
     return first if number == 1 else first.with_name(f"{first.stem}_{number}{first.suffix}")
 
@@ -152,53 +152,53 @@ def remove_further_pages(first, count):
 def is_page(path):
     try:
         with path.open("rb") as file:
-            return MARK.encode() in file.read(HEAD_BYTES)
+            return _MARK.encode() in file.read(_HEAD_BYTES)
     except OSError:
         return False
 
 
-def write_page(path, pictures, header, page_size):
-    """Write a page without its end, see `page_end`.
+def _write_page(path, images, header, page_size):
+    """Write a page without its end, see `_page_end`.
 
     Args:
       header: (title, introduction, tables).
-      page_size: int, the number of pictures that are to fit in PAGE_BYTES.
+      page_size: int, the number of images that are to fit in PAGE_BYTES.
     """
-    start = page_start(*header)
-    room = (PAGE_BYTES - END_BYTES - len(start.encode())) // page_size  # for a picture
+    start = _page_start(*header)
+    room = (_PAGE_BYTES - _END_BYTES - len(start.encode())) // page_size  # for an image
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(start)
-        if not pictures:
-            file.write("<p>No pictures.</p>\n")
-        for number, picture in enumerate(pictures, 1):
-            file.write(picture_html(picture, number, room))
+        if not images:
+            file.write("<p>No images.</p>\n")
+        for number, image in enumerate(images, 1):
+            file.write(_image_html(image, number, room))
 
 
-def read_template(name):
-    return (TEMPLATES / name).read_text(encoding="utf-8")
+def _read_template(name):
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def page_start(title, intro, tables):
-    """The page's text before its first picture."""
-    paragraph = f"<p>{show(intro)}</p>\n" if intro else ""
-    style, script = read_template("page.css"), read_template("page.js")
-    return string.Template(read_template("page.html").split("$pictures")[0]).substitute(
-        policy=content_policy(style, script),
-        mark=MARK,
-        title=show(title),
+def _page_start(title, intro, tables):
+    """The page's text before its first image."""
+    paragraph = f"<p>{_show(intro)}</p>\n" if intro else ""
+    style, script = _read_template("page.css"), _read_template("page.js")
+    return string.Template(_read_template("page.html").split("$images")[0]).substitute(
+        policy=_content_policy(style, script),
+        mark=_MARK,
+        title=_show(title),
         style=style,
-        introduction=paragraph + "".join(table_html(rows) for rows in tables),
+        introduction=paragraph + "".join(_table_html(rows) for rows in tables),
     )
 
 
-def page_end(first, number, count):
-    """The page's text after its last picture: the links to the other pages, and the script."""
-    end = string.Template(read_template("page.html").split("$pictures")[1])
-    return end.substitute(pages=navigation_html(first, number, count), script=read_template("page.js"))
+def _page_end(first, number, count):
+    """The page's text after its last image: the links to the other pages, and the script."""
+    end = string.Template(_read_template("page.html").split("$images")[1])
+    return end.substitute(pages=_navigation_html(first, number, count), script=_read_template("page.js"))
 
 
-def content_policy(style, script):
-    """The Content Security Policy: only this very style and this very script, pictures only from inside the file."""
+def _content_policy(style, script):
+    """The Content Security Policy: only this very style and this very script, images only from inside the file."""
     sources = [
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (style, script)
     ]
@@ -208,31 +208,33 @@ def content_policy(style, script):
     )
 
 
-def navigation_html(first, number, count):
+def _navigation_html(first, number, count):
     """Links to the previous page, to the next one, and to others by their numbers."""
     if count == 1:
         return ""
-    near = range(number - NEIGHBOURS, number + NEIGHBOURS + 1)
-    items = [page_link(first, number - 1, "Previous")] if number > 1 else []
+    near = range(number - _NEIGHBOURS, number + _NEIGHBOURS + 1)
+    items = [_page_link(first, number - 1, "Previous")] if number > 1 else []
     last = 0
     for other in sorted({1, count, *(page for page in near if 1 <= page <= count)}):
         if other > last + 1:
             items.append("<span>…</span>")
-        items.append(f'<span aria-current="page">{other}</span>' if other == number else page_link(first, other, other))
+        items.append(
+            f'<span aria-current="page">{other}</span>' if other == number else _page_link(first, other, other)
+        )
         last = other
     if number < count:
-        items.append(page_link(first, number + 1, "Next"))
+        items.append(_page_link(first, number + 1, "Next"))
     return '<nav aria-label="Pages"><ol>' + "".join(f"<li>{item}</li>" for item in items) + "</ol></nav>"
 
 
-def page_link(first, number, text):
-    address = urllib.parse.quote(page_path(first, number).name, errors="surrogateescape")
+def _page_link(first, number, text):
+    address = urllib.parse.quote(_page_path(first, number).name, errors="surrogateescape")
     return f'<a href="./{address}">{text}</a>'
 
 
-def table_html(rows):
+def _table_html(rows):
     """A table; columns of numbers are set flush right, and the first column names its rows."""
-    names, *body = [[show(cell) for cell in row] for row in rows]
+    names, *body = [[_show(cell) for cell in row] for row in rows]
     sides = ["", *(' class="number"' for _ in names[1:])]
     head = "".join(f'<th scope="col"{side}>{cell}</th>' for cell, side in zip(names, sides, strict=True))
     lines = [f"<thead><tr>{head}</tr></thead>\n<tbody>"]
@@ -243,26 +245,26 @@ def table_html(rows):
     return f'<div class="table" role="region" aria-label="Table" tabindex="0"><table>{table}</tbody></table></div>\n'
 
 
-# --- A picture ----------------------------------------------------------------------------------------------------
+# --- An image ----------------------------------------------------------------------------------------------------
 
 
-def picture_html(picture, number, room):
-    """A picture with its captions, as HTML of at most `room` bytes if that is possible."""
-    several = " several" if len(picture.captions) > 1 else ""
-    image, size, problem = read_picture(picture.path)
-    captions = "".join(caption_html(caption, size) for caption in picture.captions)
-    before = f'<article aria-labelledby="picture-{number}">\n<h2 id="picture-{number}">'
-    before += f"<bdi>{show(picture.heading)}</bdi>{note_html(picture.note)}</h2>\n"
+def _image_html(image, number, room):
+    """An image with its captions, as HTML of at most `room` bytes if that is possible."""
+    several = " several" if len(image.captions) > 1 else ""
+    embedded, size, problem = _read_image(image.path)
+    captions = "".join(_caption_html(caption, size) for caption in image.captions)
+    before = f'<article aria-labelledby="image-{number}">\n<h2 id="image-{number}">'
+    before += f"<bdi>{_show(image.heading)}</bdi>{_note_html(image.note)}</h2>\n"
     after = f'\n<p class="status"></p>\n<div class="captions{several}">{captions}</div>\n'
-    after += references_html(picture.captions) + "</article>\n"
-    if image is None:
-        frame = f'<div class="frame"><p>The picture cannot be shown: {show(problem)}</p></div>'
+    after += _references_html(image.captions) + "</article>\n"
+    if embedded is None:
+        frame = f'<div class="frame"><p>The image cannot be shown: {_show(problem)}</p></div>'
     else:
-        frame = frame_html(image, spoken(picture.captions), room - len((before + after).encode()))
+        frame = _frame_html(embedded, _spoken(image.captions), room - len((before + after).encode()))
     return before + frame + after
 
 
-def read_picture(path):
+def _read_image(path):
     """An image file, scaled down to what the page shows.
 
     Returns:
@@ -272,10 +274,10 @@ def read_picture(path):
     try:
         with open_image(path) as opened:
             size = opened.size
-            if opened.getexif().get(ExifTags.Base.Orientation) in TURNED:
+            if opened.getexif().get(ExifTags.Base.Orientation) in _TURNED:
                 size = size[::-1]
-            image = upright_rgb(opened, LONGEST_SIDE)
-            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+            image = upright_rgb(opened, _LONGEST_SIDE)
+            image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
             return image, size, ""
     except FileNotFoundError:
         return None, None, "the file is gone"
@@ -283,86 +285,86 @@ def read_picture(path):
         return None, None, f"{type(error).__name__}: {error}"
 
 
-def frame_html(image, description, room):
-    """A picture as HTML of at most `room` bytes, if that is possible."""
+def _frame_html(image, description, room):
+    """An image as HTML of at most `room` bytes, if that is possible."""
     before = '<div class="frame"><img src="data:image/jpeg;base64,'
-    after = f'" alt="{show(description)}" width="{image.width}" height="{image.height}" decoding="async"></div>'
+    after = f'" alt="{_show(description)}" width="{image.width}" height="{image.height}" decoding="async"></div>'
     most = (room - len((before + after).encode())) * 3 // 4  # base64 makes four bytes of three
-    return before + base64.b64encode(encode_jpeg(image, most)).decode() + after
+    return before + base64.b64encode(_encode_jpeg(image, most)).decode() + after
 
 
-def encode_jpeg(image, most):
+def _encode_jpeg(image, most):
     """An image as JPEG of at most `most` bytes, if that is possible: first its quality goes down, then its size.
 
     Of the file only the pixels are in the result. So the page does not tell where a photograph was taken.
     """
     image.info.clear()
     while True:
-        for quality in JPEG_QUALITIES:
+        for quality in _JPEG_QUALITIES:
             data = io.BytesIO()
             image.save(data, "JPEG", quality=quality)
             if data.tell() <= most:
                 return data.getvalue()
-        if max(image.size) <= SHORTEST_SIDE:
+        if max(image.size) <= _SHORTEST_SIDE:
             return data.getvalue()
         image = image.resize([max(side * 3 // 4, 1) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def spoken(captions):
-    """What a screen reader says in place of a picture."""
+def _spoken(captions):
+    """What a screen reader says in place of an image."""
     return "; ".join(f"{c.label}: {c.predicted.caption}" if c.label else c.predicted.caption for c in captions)
 
 
-def note_html(note):
-    return f'<span class="note">{show(note)}</span>' if note else ""
+def _note_html(note):
+    return f'<span class="note">{_show(note)}</span>' if note else ""
 
 
-def references_html(captions):
+def _references_html(captions):
     references = next((c.predicted.references for c in captions if c.predicted.references), ())
     if not references:
         return ""
-    lines = "".join(f'<li dir="auto">{show(reference)}</li>' for reference in references)
+    lines = "".join(f'<li dir="auto">{_show(reference)}</li>' for reference in references)
     return f'<div class="references"><h3>References</h3><ul>{lines}</ul></div>\n'
 
 
-def caption_html(caption, size):
+def _caption_html(caption, size):
     """A caption as one button per word.
 
     Args:
-      size: (width, height) of the upright picture in pixels, which its boxes refer to. None if it cannot be read.
+      size: (width, height) of the upright image in pixels, which its boxes refer to. None if it cannot be read.
     """
-    about = f"<b>{show(caption.label)}</b>" if caption.label else ""
-    about += note_html(caption.note)
+    about = f"<b>{_show(caption.label)}</b>" if caption.label else ""
+    about += _note_html(caption.note)
     name = f" ({caption.label})" if caption.label else ""
     blanks = parted(caption.predicted.words)
-    words = "".join("\n" * blank + word_html(caption, position, size) for position, blank in enumerate(blanks))
+    words = "".join("\n" * blank + _word_html(caption, position, size) for position, blank in enumerate(blanks))
     if words:
-        body = f'<button type="button" class="play" aria-pressed="false" aria-label="Play{show(name)}"></button>'
-        body += f'<div role="toolbar" aria-label="Words{show(name)}">{words}</div>'
+        body = f'<button type="button" class="play" aria-pressed="false" aria-label="Play{_show(name)}"></button>'
+        body += f'<div role="toolbar" aria-label="Words{_show(name)}">{words}</div>'
     else:
         body = "<div>(no words)</div>"
     about = f'<div class="about">{about}</div>' if about else ""
     return f'<div>{about}<div class="caption" dir="auto">{body}</div></div>'
 
 
-def word_html(caption, position, size):
+def _word_html(caption, position, size):
     """A word as a button. Its attributes hold what the page's script needs.
 
     data-weights: the word's light, a byte each, in base64. 0 is the caption's least weight, 255 its largest.
     data-joined: there where the word is a character that has no blanks beside it.
     data-peak: the word's largest weight, as a multiple of what a level map has.
-    data-boxes: JSON of boxes [x, y, width, height] in shares of the picture's width and height.
-    data-sure: see `shade`.
+    data-boxes: JSON of boxes [x, y, width, height] in shares of the image's width and height.
+    data-sure: see `_shade`.
     """
     predicted = caption.predicted
-    word = show(predicted.words[position])
+    word = _show(predicted.words[position])
     maps = np.nan_to_num(np.asarray(predicted.shown_maps(), np.float64)).clip(0)  # (words, P)
     levels = np.rint(scale_light(maps)[position] * 255).astype(np.uint8)  # (P,)
     data = f'data-weights="{base64.b64encode(levels.tobytes()).decode()}"'
     data += " data-joined" * is_character(predicted.words[position])
     if maps[position].any():
         data += f' data-peak="{times_level(maps[position]):.1f}"'
-    boxes = relative_boxes(caption.boxes.get(position, ()), size)
+    boxes = _relative_boxes(caption.boxes.get(position, ()), size)
     if boxes:
         data += f' data-boxes="{json.dumps(boxes)}"'
     title = word
@@ -370,18 +372,18 @@ def word_html(caption, position, size):
     if not math.isnan(log_prob):
         probability = math.exp(min(log_prob, 0.0))
         title += f": probability {probability:.2f}" if probability >= 0.005 else ": probability under 0.01"
-        data += f' data-sure="{shade(probability)}"'
+        data += f' data-sure="{_shade(probability)}"'
     return f'<button type="button" class="word" {data} title="{title}" aria-label="{title}">{word}</button>'
 
 
-def shade(probability):
+def _shade(probability):
     """How dark a word is: 0 (FAINTEST or less likely) to SHADES (certain), in even steps of the logarithm."""
-    share = 1 - math.log(max(probability, FAINTEST)) / math.log(FAINTEST)
-    return round(SHADES * share)
+    share = 1 - math.log(max(probability, _FAINTEST)) / math.log(_FAINTEST)
+    return round(_SHADES * share)
 
 
-def relative_boxes(boxes, size):
-    """Boxes in shares of the picture's width and height, cut off at its edges."""
+def _relative_boxes(boxes, size):
+    """Boxes in shares of the image's width and height, cut off at its edges."""
     if size is None:
         return []
     width, height = size
@@ -396,12 +398,12 @@ def relative_boxes(boxes, size):
 # --- Text ---------------------------------------------------------------------------------------------------------
 
 
-def show(text):
+def _show(text):
     """Any text as HTML in which it shows as it is. What cannot be seen is written as Python would, as in \\u2028."""
-    return html.escape(INVISIBLE.sub(escape_character, str(text)))
+    return html.escape(_INVISIBLE.sub(_escape_character, str(text)))
 
 
-def escape_character(match):
+def _escape_character(match):
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8; see os.fsdecode
         code -= 0xDC00

@@ -72,7 +72,7 @@ def _check_kind(data, path):
     if any(isinstance(image, dict) and "sentences" in image for image in images):
         raise UserError(f"{path} is a split file like Karpathy's: give it by --dataset karpathy --karpathy_json")
     raise UserError(
-        f"{path} lists images without captions, as COCO's image_info files do, and nothing can be trained on or scored: "
+        f"{path} lists images without captions, as COCO's image_info files do, and cannot be trained on or scored: "
         "give a file with captions, such as captions_train2014.json"
     )
 
@@ -145,8 +145,8 @@ def split_of_file(path):
     return match[1] if match else ""
 
 
-LARGEST_SIDE = 10_000  # pixels; no data set has larger images, and a map of this size still fits in memory
-INSTANCES_REMEDY = "put COCO's own file there, or delete it to evaluate without attention accuracy"
+_LARGEST_SIDE = 10_000  # pixels; no data set has larger images, and a map of this size still fits in memory
+_INSTANCES_REMEDY = "put COCO's own file there, or delete it to evaluate without attention accuracy"
 
 
 def read_instances(path, image_ids):
@@ -163,36 +163,36 @@ def read_instances(path, image_ids):
     Raises:
       UserError: as in `coco_groundings`.
     """
-    data = read_json(path, INSTANCES_REMEDY)
+    data = read_json(path, _INSTANCES_REMEDY)
     keys = ("categories", "images", "annotations")
     if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in keys):
         raise UserError(
             f'{path} does not have the lists "categories", "images" and "annotations" of COCO instances: '
-            f"{INSTANCES_REMEDY}"
+            f"{_INSTANCES_REMEDY}"
         )
     rejected = RejectedRecords(path)
-    names = read_categories(data["categories"], rejected)
+    names = _read_categories(data["categories"], rejected)
     known = {str(image_id): image_id for image_id in image_ids}
-    sizes = read_sizes(data["images"], known, rejected)
+    sizes = _read_sizes(data["images"], known, rejected)
     if image_ids and not sizes:
-        raise UserError(f"{path} lists none of the captioned images{rejected.main_reason()}: {INSTANCES_REMEDY}")
-    boxes = read_boxes(data["annotations"], names, known, sizes, rejected)
+        raise UserError(f"{path} lists none of the captioned images{rejected.main_reason()}: {_INSTANCES_REMEDY}")
+    boxes = _read_boxes(data["annotations"], names, known, sizes, rejected)
     rejected.report()
     return set(names.values()), sizes, boxes
 
 
-def read_categories(records, rejected):
+def _read_categories(records, rejected):
     """Read the list "categories": list of records, RejectedRecords -> dict of category id to name."""
     names = {}
     for record in records:
-        if has_types(record, id=int, name=str) and split_words(record["name"]):
+        if _has_types(record, id=int, name=str) and split_words(record["name"]):
             names[record["id"]] = " ".join(split_words(record["name"]))
         else:
             rejected.add("a category without id or name", record)
     return names
 
 
-def read_sizes(records, known, rejected):
+def _read_sizes(records, known, rejected):
     """Read the list "images".
 
     Args:
@@ -205,22 +205,22 @@ def read_sizes(records, known, rejected):
     """
     sizes = {}
     for record in records:
-        if not has_types(record, width=int, height=int) or clean_id(record.get("id")) is None:
+        if not _has_types(record, width=int, height=int) or clean_id(record.get("id")) is None:
             rejected.add("an image without id, width or height", record)
-        elif not all(1 <= record[side] <= LARGEST_SIDE for side in ("width", "height")):
+        elif not all(1 <= record[side] <= _LARGEST_SIDE for side in ("width", "height")):
             rejected.add("an image of an impossible size", record)
         elif (image_id := known.get(str(clean_id(record["id"])))) is not None:
             sizes[image_id] = (record["width"], record["height"])
     return sizes
 
 
-def read_boxes(records, names, known, sizes, rejected):
+def _read_boxes(records, names, known, sizes, rejected):
     """Read the list "annotations". Crowds are left out: COCO's own evaluation ignores such regions.
 
     Args:
       records: list of records.
       names: dict of category id to name.
-      known: as in `read_sizes`.
+      known: as in `_read_sizes`.
       sizes: dict of image id to size. Boxes of other images are left out.
       rejected: RejectedRecords.
 
@@ -230,7 +230,7 @@ def read_boxes(records, names, known, sizes, rejected):
     boxes = collections.defaultdict(list)
     for record in records:
         image_id = clean_id(record.get("image_id")) if isinstance(record, dict) else None
-        if image_id is None or not has_types(record, category_id=int) or not is_box(record.get("bbox")):
+        if image_id is None or not _has_types(record, category_id=int) or not _is_box(record.get("bbox")):
             rejected.add("an annotation without image_id, category_id or a box", record)
         elif record["category_id"] not in names:
             rejected.add("an annotation of a category that is not listed", record)
@@ -239,12 +239,12 @@ def read_boxes(records, names, known, sizes, rejected):
     return dict(boxes)
 
 
-def has_types(record, **types):
+def _has_types(record, **types):
     """Whether a record is a dict with values of exactly these types under these names."""
     return isinstance(record, dict) and all(type(record.get(key)) is kind for key, kind in types.items())
 
 
-def is_box(box):
+def _is_box(box):
     """Whether a value is a list [x, y, w, h] of finite numbers, with an area above 0."""
     return (
         isinstance(box, list)

@@ -7,8 +7,8 @@ from support.downloads import download, download_all, unpack
 from support.errors import UserError
 from support.files import locked
 
-COCO_URL = "http://images.cocodataset.org"
-COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists them in url_checksums/coco.txt
+_COCO_URL = "http://images.cocodataset.org"
+_COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists them in url_checksums/coco.txt
     "annotations/annotations_trainval2014.zip": (
         252_872_794,
         "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
@@ -34,7 +34,7 @@ COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists the
         "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
     ),
 }
-DISPENSABLE = 0.1  # share of the images that a data set can do without, whatever the server answers
+_DISPENSABLE = 0.1  # share of the images that a data set can do without, whatever the server answers
 SPLITS = ("train2014", "val2014", "train2017", "val2017")  # those with captions
 
 
@@ -63,11 +63,11 @@ def find_annotations(config, shard=None):
                 "give one of these, or set --coco_dir and --coco_split to where the captions are"
             )
         name = f"annotations/annotations_trainval{split[-4:]}.zip"
-        fetch_archive(name, config.coco_dir, wanted=lambda name: name.endswith(".json"), shard=shard)
+        _fetch_archive(name, config.coco_dir, wanted=lambda name: name.endswith(".json"), shard=shard)
     return path
 
 
-def fetch_archive(name, folder, wanted=None, shard=None):
+def _fetch_archive(name, folder, wanted=None, shard=None):
     """Download one of COCO_ARCHIVES and unpack it.
 
     Args:
@@ -76,13 +76,13 @@ def fetch_archive(name, folder, wanted=None, shard=None):
       wanted: function of a member's name, whether to unpack it. None stands for all.
       shard: (number, count) of a shard, or None. A shard downloads to a file of its own, which it deletes afterwards.
     """
-    size, sha256 = COCO_ARCHIVES[name]
+    size, sha256 = _COCO_ARCHIVES[name]
     archive = pathlib.Path(folder, pathlib.PurePosixPath(name).name)
     is_own = shard is not None and not archive.is_file()
     if is_own:
         archive = archive.with_stem("{}_shard_{}_of_{}".format(archive.stem, *shard))
     with locked(folder, "download", shared=shard is not None):
-        download(f"{COCO_URL}/{name}", archive, size=size, sha256=sha256)
+        download(f"{_COCO_URL}/{name}", archive, size=size, sha256=sha256)
         unpack(archive, folder, wanted)
     if is_own:
         archive.unlink()
@@ -107,52 +107,52 @@ def fetch_images(images, config, shared=False, total=None):
     if not missing:
         return {}
     if config.image_source == "zip":
-        return fetch_images_by_archive(missing, config)
-    return fetch_images_one_by_one(missing, config, shared, total or len(images))
+        return _fetch_images_by_archive(missing, config)
+    return _fetch_images_one_by_one(missing, config, shared, total or len(images))
 
 
-def fetch_images_by_archive(missing, config):
+def _fetch_images_by_archive(missing, config):
     """Take missing images out of COCO's archives. Arguments and result are those of `fetch_images`."""
     skipped, wanted = {}, {}  # wanted: dict of split to the set of its members' names
     for image in missing:
-        split = coco_split(image, config)
+        split = _coco_split(image, config)
         if config.dataset in ("karpathy", "table") and split not in SPLITS:  # Flickr's
-            skipped[image.name] = no_address(image, config)
+            skipped[image.name] = _no_address(image, config)
         else:
-            member = image_path(image, config).relative_to(root_folder(config))
+            member = image_path(image, config).relative_to(_root_folder(config))
             wanted.setdefault(split, set()).add(member.as_posix())
     for split, names in wanted.items():
-        if f"zips/{split}.zip" not in COCO_ARCHIVES:
+        if f"zips/{split}.zip" not in _COCO_ARCHIVES:
             raise UserError(
                 f"{len(names)} images of {split} are missing, and there are archives only of {', '.join(SPLITS)}: "
                 "give --image_source each"
             )
-        fetch_archive(f"zips/{split}.zip", root_folder(config), names.__contains__)
+        _fetch_archive(f"zips/{split}.zip", _root_folder(config), names.__contains__)
     absent = {image.name for image in missing if not image_path(image, config).is_file()}
     return skipped | {name: "not in the zip file" for name in sorted(absent - skipped.keys())}
 
 
-def fetch_images_one_by_one(missing, config, shared, total):
+def _fetch_images_one_by_one(missing, config, shared, total):
     """Download missing images from the addresses in the captions file. The rest is as in `fetch_images`."""
-    skipped = {image.name: no_address(image, config) for image in missing if image.url is None}
+    skipped = {image.name: _no_address(image, config) for image in missing if image.url is None}
     with_address = {image_path(image, config): image for image in missing if image.url is not None}
     jobs = [(image.url, path) for path, image in with_address.items()]
     if not jobs:
         return skipped
-    with locked(root_folder(config), "download", shared):
+    with locked(_root_folder(config), "download", shared):
         # The few that are refused in every run must not block the others for good.
-        failed = download_all(jobs, config.download_workers, need_most=len(jobs) > DISPENSABLE * total)
+        failed = download_all(jobs, config.download_workers, need_most=len(jobs) > _DISPENSABLE * total)
     return skipped | {with_address[pathlib.Path(path)].name: reason for path, reason in failed}
 
 
-def root_folder(config):
+def _root_folder(config):
     """The folder that holds the folders of COCO's splits, such as train2014."""
     return pathlib.Path(config.images if config.dataset in ("karpathy", "table") else config.coco_dir)
 
 
-def coco_split(image, config):
+def _coco_split(image, config):
     return image.folder if config.dataset in ("karpathy", "table") else image.coco_split or config.coco_split
 
 
-def no_address(image, config):
+def _no_address(image, config):
     return f"{image_path(image, config)} is missing, and the captions file gives no address for it"

@@ -14,9 +14,7 @@ import numpy as np
 
 from captioning.data.captioned_images import CaptionedImage, clean_folder, clean_id, find_name_problem
 from captioning.data.splits import check_validation
-from captioning.features.cache import MEASURED_IMAGES, check_features, measure_features, read_network
-from captioning.features.cnn import CHANNELS
-from captioning.settings import DATA_SETTINGS, dataset_option, quote
+from captioning.settings import DATA_SETTINGS, prepare_command, quote
 from captioning.vocabulary import build_vocabulary, encode_captions, read_vocabulary
 from captioning.words import character_scripts
 from support.errors import UserError
@@ -43,6 +41,10 @@ class Prepared:
     feature_std: float
     network: str
 
+    def images(self):
+        """The images of all splits, list of CaptionedImage."""
+        return self.train + self.validation + self.test
+
 
 # --- Writing ----------------------------------------------------------------------------------------------------
 
@@ -52,21 +54,35 @@ def retract_prepared(config):
     pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
 
 
-def save_prepared(splits, skipped, config):
-    """Encode the captions and write the files of the prepared data, settings.json last.
+def leave_out(splits, skipped, config):
+    """The splits without the images that cannot be used.
 
     Args:
       splits: dict of "train", "validation" and, where there is one, "test" to lists of CaptionedImage.
       skipped: dict of an image's name to reason, for images to leave out.
 
     Raises:
-      UserError: a split has no image left, or a file cannot be written.
+      UserError: a split has no image left, or none to validate on.
     """
     splits = {name: [image for image in images if image.name not in skipped] for name, images in splits.items()}
     for name, images in splits.items():
         if not images:
             raise UserError(f"no readable {name} images are left ({len(skipped)} skipped): check the image folder")
     check_validation(splits["validation"], config.max_words)
+    return splits
+
+
+def save_prepared(splits, skipped, feature_mean, feature_std, network, config):
+    """Encode the captions and write the files of the prepared data, settings.json last.
+
+    Args:
+      splits: as `leave_out` returns them.
+      skipped: dict of an image's name to reason, for images that were left out.
+      feature_mean, feature_std, network: as in Prepared.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
     folder = pathlib.Path(config.data_dir)
     remove_leftovers(folder)
     vocabulary = build_vocabulary([text for image in splits["train"] for text in image.captions], config.vocab_size)
@@ -75,11 +91,10 @@ def save_prepared(splits, skipped, config):
         write_json(folder / f"{name}.json", [vars(image) for image in encode_images(images, vocabulary)])
         print(f"{name}: {len(images)} images, {sum(len(image.captions) for image in images)} captions")
     write_json(folder / "skipped.json", skipped, indent=1)
-    mean, std = measure_features(splits["train"][:MEASURED_IMAGES], config)
     with replacing(folder / "feature_statistics.npz") as temporary:
-        np.savez(temporary, mean=mean, std=std)
+        np.savez(temporary, mean=feature_mean, std=feature_std)
     settings = {name: getattr(config, name) for name in DATA_SETTINGS}
-    write_json(folder / "settings.json", settings | {"splits": list(splits), "network": read_network(config)}, indent=1)
+    write_json(folder / "settings.json", settings | {"splits": list(splits), "network": network}, indent=1)
     if scripts := character_scripts(vocabulary):
         print(f"{' and '.join(scripts)}: characters are the words, and --max_words and --vocab_size count them")
     print(f"vocabulary: {len(vocabulary)} words; {len(skipped)} images skipped (see {folder / 'skipped.json'})")
@@ -107,11 +122,11 @@ def read_prepared_settings(data_dir, remedy="run python data_utils.py"):
     Raises:
       UserError: the file is missing or damaged.
     """
-    saved = read_settings_file(data_dir, remedy)
+    saved = _read_settings_file(data_dir, remedy)
     return {name: saved[name] for name in DATA_SETTINGS}
 
 
-def read_settings_file(data_dir, remedy):
+def _read_settings_file(data_dir, remedy):
     """The content of settings.json: dict of DATA_SETTINGS, "splits" and "network" to values, or UserError."""
     path = pathlib.Path(data_dir, "settings.json")
     saved = read_json(path, remedy, dict)
@@ -122,25 +137,23 @@ def read_settings_file(data_dir, remedy):
 
 
 def load_prepared(config):
-    """Read what script 1 prepared, and check it. No feature is read unless its time has changed.
+    """Read what script 1 prepared, and check it; `check_features` checks that the features are there.
 
     Returns:
       Prepared
 
     Raises:
-      UserError: nothing is prepared, it was prepared with other settings, or a file or a feature is missing, damaged,
-        or has changed since.
+      UserError: nothing is prepared, it was prepared with other settings, or a file is missing or damaged.
     """
     folder = pathlib.Path(config.data_dir)
-    remedy = f"run python data_utils.py {dataset_option(config)}".rstrip()
-    saved = read_settings_file(folder, remedy)
+    remedy = prepare_command(config)
+    saved = _read_settings_file(folder, remedy)
     for name in DATA_SETTINGS:
-        check_setting(folder, name, saved[name], getattr(config, name))
+        _check_setting(folder, name, saved[name], getattr(config, name))
     vocabulary = read_vocabulary(folder / "vocabulary.json", remedy)
     names = ("train", "validation", *(["test"] if "test" in str(saved["splits"]) else []))
-    splits = {name: read_images(folder / f"{name}.json", len(vocabulary), remedy) for name in names}
-    check_features([image for images in splits.values() for image in images], config, saved["network"], remedy)
-    mean, std = read_feature_statistics(folder / "feature_statistics.npz", remedy)
+    splits = {name: _read_images(folder / f"{name}.json", len(vocabulary), remedy) for name in names}
+    mean, std = _read_feature_statistics(folder / "feature_statistics.npz", remedy)
     return Prepared(
         train=splits["train"],
         validation=splits["validation"],
@@ -152,7 +165,7 @@ def load_prepared(config):
     )
 
 
-def check_setting(folder, name, saved, value):
+def _check_setting(folder, name, saved, value):
     """Raise UserError if the data were prepared with another value of a setting."""
     if saved != value:
         raise UserError(
@@ -161,7 +174,7 @@ def check_setting(folder, name, saved, value):
         )
 
 
-def read_images(path, vocab_size, remedy):
+def _read_images(path, vocab_size, remedy):
     """Read the images of a split.
 
     Args:
@@ -176,13 +189,13 @@ def read_images(path, vocab_size, remedy):
       UserError: the file is missing or damaged.
     """
     records = read_json(path, remedy, list)
-    images = [CaptionedImage(**record) for record in records if is_prepared_image(record, vocab_size)]
+    images = [CaptionedImage(**record) for record in records if _is_prepared_image(record, vocab_size)]
     if not images or len(images) < len(records):
         raise UserError(f"{path} is damaged ({len(images)} of {len(records)} images are whole): {remedy}")
     return images
 
 
-def is_prepared_image(record, vocab_size):
+def _is_prepared_image(record, vocab_size):
     """Whether a JSON value of any kind is an image with encoded captions as `save_prepared` writes it."""
     fields = {field.name for field in dataclasses.fields(CaptionedImage)}
     if not isinstance(record, dict) or record.keys() != fields:
@@ -205,13 +218,13 @@ def is_prepared_image(record, vocab_size):
     )
 
 
-def read_feature_statistics(path, remedy):
+def _read_feature_statistics(path, remedy):
     """Read the features' statistics. Returns (float32 (F,) mean, float standard deviation), or raises UserError."""
     try:
         with np.load(path, allow_pickle=False) as statistics:
             mean, std = statistics["mean"], float(statistics["std"])
     except Exception as error:  # a zip file and its arrays raise errors of many classes
         raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {remedy}") from error
-    if mean.shape != (CHANNELS,) or mean.dtype != np.float32 or not np.isfinite(mean).all() or not 0 < std < np.inf:
+    if mean.ndim != 1 or mean.dtype != np.float32 or not np.isfinite(mean).all() or not 0 < std < np.inf:
         raise UserError(f"{path} is damaged (these are not the statistics of features): {remedy}")
     return mean, std

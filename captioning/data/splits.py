@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 from support.errors import UserError
 
 
-def draw_examples(images, num_examples, seed):
+def _draw_examples(images, num_examples, seed):
     """Choose captions at random, and keep the images that they belong to.
 
     Args:
@@ -32,7 +32,7 @@ def draw_examples(images, num_examples, seed):
     return [image for image in kept if image.captions]
 
 
-def split_by_image(images, val_fraction, seed):
+def _split_by_image(images, val_fraction, seed):
     """Split images at random into training and validation. All captions of an image are on the same side.
 
     Args:
@@ -71,12 +71,12 @@ def complete_splits(splits, config):
     Raises:
       UserError: a split would be left without images, or validation without captions.
     """
-    train, validation = draw_examples(splits["train"], config.num_examples, config.seed), splits.get("validation")
+    train, validation = _draw_examples(splits["train"], config.num_examples, config.seed), splits.get("validation")
     if validation is None and config.val_fraction == 0 and "test" in splits:
         print("--val_fraction 0 without validation captions: the best epoch is chosen on the test images")
         validation = splits["test"]
     elif validation is None:
-        train, validation = split_by_image(train, config.val_fraction, config.seed)
+        train, validation = _split_by_image(train, config.val_fraction, config.seed)
     check_validation(validation, config.max_words)
     names = {image.name for image in train}
     for split, images in (("validation", validation), ("test", splits.get("test", []))):

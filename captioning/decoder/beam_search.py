@@ -37,7 +37,7 @@ def beam_search(encoder, decoder, features, max_words, beam_width, length_penalt
         logits, hidden, weights = decoder(said[:, -1:], encoded_features, hidden, keys)
         word_log_probs = next_word_log_probs(logits, said, repeat_block)  # (BK, V)
         word_log_probs = tf.reshape(word_log_probs, (-1, beam_width, logits.shape[-1]))  # (B, K, V)
-        scores, beam, word, word_log_probs = best_continuations(scores, word_log_probs, has_ended(words))  # (B, K)
+        scores, beam, word, word_log_probs = _best_continuations(scores, word_log_probs, has_ended(words))  # (B, K)
         weights = tf.reshape(weights, (-1, beam_width, 1, weights.shape[1]))  # (B, K, 1, P)
         hidden = tf.reshape(hidden, (-1, beam_width, hidden.shape[-1]))  # (B, K, U)
         follow = lambda x: tf.gather(x, beam, batch_dims=1)  # noqa: E731
@@ -63,12 +63,12 @@ def beam_search(encoder, decoder, features, max_words, beam_width, length_penalt
         shape_invariants=tuple(map(tf.TensorShape, (*growing, (None, beam_width, None, locations)))),
         maximum_iterations=max_words,
     )
-    best = best_beam(scores, words, length_penalty)  # (B,)
+    best = _best_beam(scores, words, length_penalty)  # (B,)
     found = (tf.gather(x, best, batch_dims=1) for x in (words[:, :, 1:], log_probs, attention_weights))
     return DecodedCaptions(*found)  # (B, L), (B, L), (B, L, P)
 
 
-def best_continuations(scores, word_log_probs, ended):
+def _best_continuations(scores, word_log_probs, ended):
     """The K best continuations of an image's K beams by one word.
 
     Args:
@@ -95,7 +95,7 @@ def best_continuations(scores, word_log_probs, ended):
     return scores, best // vocab_size, best % vocab_size, word_log_probs
 
 
-def best_beam(scores, words, length_penalty):
+def _best_beam(scores, words, length_penalty):
     """The beam taken at the end. float (B, K), int (B, K, L + 1) -> int (B,)."""
     ended = has_ended(words)  # (B, K)
     eligible = ended | ~tf.reduce_any(ended, axis=1, keepdims=True)  # (B, K)

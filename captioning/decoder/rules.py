@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from captioning.vocabulary import END, PAD, START, UNK
 
-BANNED_WORDS = (PAD, UNK, START)
-BANNED_LOG_PROB = -1e9
+_BANNED_WORDS = (PAD, UNK, START)
+_BANNED_LOG_PROB = -1e9
 
 
 class DecodedCaptions(NamedTuple):
@@ -44,15 +44,15 @@ def next_word_log_probs(logits, words, repeat_block):
     """
     log_probs = tf.nn.log_softmax(ban_words(logits))  # (B, V)
     # Behind the softmax: before it, a beam would gain the blocked words' probability for having to say another word.
-    return block_repeated_ngrams(log_probs, words, repeat_block) if repeat_block else log_probs
+    return _block_repeated_ngrams(log_probs, words, repeat_block) if repeat_block else log_probs
 
 
 def ban_words(logits):
     """Make the words very unlikely that are never said. float (N, V) -> float (N, V)."""
-    return logits + tf.reduce_sum(tf.one_hot(BANNED_WORDS, logits.shape[-1], on_value=BANNED_LOG_PROB), 0)  # (N, V)
+    return logits + tf.reduce_sum(tf.one_hot(_BANNED_WORDS, logits.shape[-1], on_value=_BANNED_LOG_PROB), 0)  # (N, V)
 
 
-def block_repeated_ngrams(log_probs, words, length):
+def _block_repeated_ngrams(log_probs, words, length):
     """Make each word very unlikely that would repeat a sequence of `length` words.
 
     Args:
@@ -72,4 +72,4 @@ def block_repeated_ngrams(log_probs, words, length):
     blocked = tf.where(same, words[:, length - 1 :], PAD)  # (B, count); <pad> is banned anyway
     rows = tf.repeat(tf.range(tf.shape(words)[0])[:, tf.newaxis], count, 1)  # (B, count)
     positions = tf.stack((rows, blocked), -1)  # (B, count, 2)
-    return tf.tensor_scatter_nd_min(log_probs, positions, tf.fill(tf.shape(rows), BANNED_LOG_PROB))
+    return tf.tensor_scatter_nd_min(log_probs, positions, tf.fill(tf.shape(rows), _BANNED_LOG_PROB))

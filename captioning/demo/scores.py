@@ -8,7 +8,7 @@ import re
 from captioning.demo.scenes import COLOURS, GROUND_COLOURS, PATTERNS, PLACE_PHRASES, RELATIONS, SECOND_COLOURS
 
 # For each kind of attribute the words or phrases of captions, and what they mean.
-WORDS = {
+_WORDS = {
     "relation": RELATIONS,
     "place": {phrase: place for place, phrase in PLACE_PHRASES.items()},
     "ground": {ground: ground for ground in GROUND_COLOURS},
@@ -16,7 +16,7 @@ WORDS = {
     "colour": {colour: colour for colour in COLOURS},
     "pattern": {word: pattern for pattern, word in PATTERNS.items()},
 }
-ANY_WORD = re.compile("|".join(rf"(?P<{kind}>\b(?:{'|'.join(words)})\b)" for kind, words in WORDS.items()))
+_ANY_WORD = re.compile("|".join(rf"(?P<{kind}>\b(?:{'|'.join(words)})\b)" for kind, words in _WORDS.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,22 +55,22 @@ def score_captions(captions, scenes):
     """
     right, named = collections.Counter(), collections.Counter()
     for caption, scene in zip(captions, scenes, strict=True):
-        description = describe(caption)
-        matches = match_objects(description.objects, scene.objects)
+        description = _describe(caption)
+        matches = _match_objects(description.objects, scene.objects)
         named["objects"] += max(1, len(matches))
         named["mentioned"] += len(scene.objects)
         right["mentioned"] += sum(match is not None for match in matches)
         for described, match in zip(description.objects, matches, strict=True):
-            right["objects"] += is_right(described, match)
+            right["objects"] += _is_right(described, match)
             for kind, value in described:
                 named[kind] += 1
-                right[kind] += is_true(kind, value, match)
+                right[kind] += _is_true(kind, value, match)
         for ground in description.grounds:
             named["ground"] += 1
             right["ground"] += ground == scene.ground
         for places, indices in description.relations:
             named["relation"] += 1
-            right["relation"] += all(is_true("place", places[i], matches[index]) for i, index in enumerate(indices))
+            right["relation"] += all(_is_true("place", places[i], matches[index]) for i, index in enumerate(indices))
     return {kind: right[kind] / total for kind, total in named.items()}
 
 
@@ -84,16 +84,16 @@ def locate_nouns(caption, scene):
     Returns:
       list of (position among the caption's words, box), one for each described object that is matched to a true one.
     """
-    description = describe(caption)
-    matches = match_objects(description.objects, scene.objects)
+    description = _describe(caption)
+    matches = _match_objects(description.objects, scene.objects)
     pairs = zip(description.noun_positions, matches, strict=True)
     return [(position, match.box) for position, match in pairs if match is not None]
 
 
-def describe(caption):
+def _describe(caption):
     """Read what a caption says. str -> Description."""
     text = caption.lower()
-    found = [(match.lastgroup, WORDS[match.lastgroup][match[0]], match.start()) for match in ANY_WORD.finditer(text)]
+    found = [(match.lastgroup, _WORDS[match.lastgroup][match[0]], match.start()) for match in _ANY_WORD.finditer(text)]
     kinds = [kind for kind, _, _ in found]
     # If the first place precedes its noun, as in "on the left is a ball", so do all places of the caption.
     places_first = "place" in kinds and "noun" not in kinds[: kinds.index("place")]
@@ -118,7 +118,7 @@ def describe(caption):
     return Description(list(objects.values()), [positions.get(index) for index in objects], relations, grounds)
 
 
-def match_objects(described, true):
+def _match_objects(described, true):
     """Match described objects to true ones, each true one to at most one described.
 
     The match makes as many described objects right as possible, and then as many of their attributes. An object
@@ -134,8 +134,8 @@ def match_objects(described, true):
 
     def fit(matches):
         pairs = list(zip(described, matches, strict=True))
-        right = sum(is_right(attributes, match) for attributes, match in pairs)
-        true_attributes = sum(is_true(kind, value, match) for attributes, match in pairs for kind, value in attributes)
+        right = sum(_is_right(attributes, match) for attributes, match in pairs)
+        true_attributes = sum(_is_true(kind, value, match) for attributes, match in pairs for kind, value in attributes)
         return right, true_attributes, sum(match is not None for match in matches)
 
     candidates = []
@@ -148,10 +148,10 @@ def match_objects(described, true):
     return max(candidates, key=fit)
 
 
-def is_right(described, match):
+def _is_right(described, match):
     """Whether everything that is said of a described object is true of its match."""
-    return match is not None and all(is_true(kind, value, match) for kind, value in described)
+    return match is not None and all(_is_true(kind, value, match) for kind, value in described)
 
 
-def is_true(kind, value, match):
+def _is_true(kind, value, match):
     return match is not None and getattr(match, kind) == value

@@ -11,9 +11,9 @@ from captioning.attention.maps import upsample
 def attention_accuracy(groundings):
     """Measure whether maps point at what the words name, beside the guesses that a reader must know.
 
-    Maps: the evidence; the attention weights; the weights for a word of another picture; the length of the feature at
-    each location, whatever the word; the middle of the picture; a level map, which is chance. Things "off the middle"
-    are those of which no box covers the picture's middle.
+    Maps: the evidence; the attention weights; the weights for a word of another image; the length of the feature at
+    each location, whatever the word; the middle of the image; a level map, which is chance. Things "off the middle"
+    are those of which no box covers the image's middle.
 
     Args:
       groundings: list of Grounding, one for each word that names an object.
@@ -25,27 +25,27 @@ def attention_accuracy(groundings):
       "_off_middle".
     """
     scores = {}
-    off_middle = [not covers_middle(grounding) for grounding in groundings]
-    covered = [cover(grounding.size, grounding.boxes) for grounding in groundings]
-    for name, maps in maps_to_compare(groundings).items():
-        rows = np.array([score_map(*pair) for pair in zip(maps, covered, strict=True)]).reshape(-1, 2)  # (words, 2)
-        scores[name] = named_means(rows, "") | named_means(rows[off_middle], "_off_middle")
+    off_middle = [not _covers_middle(grounding) for grounding in groundings]
+    covered = [_cover(grounding.size, grounding.boxes) for grounding in groundings]
+    for name, maps in _maps_to_compare(groundings).items():
+        rows = np.array([_score_map(*pair) for pair in zip(maps, covered, strict=True)]).reshape(-1, 2)  # (words, 2)
+        scores[name] = _named_means(rows, "") | _named_means(rows[off_middle], "_off_middle")
     return {"words": len(groundings), "words_off_middle": sum(off_middle), "maps": scores}
 
 
-def named_means(rows, ending):
+def _named_means(rows, ending):
     """The means of (words, 2) shares as a dict, None where there are no words."""
     means = rows.mean(axis=0).tolist() if len(rows) else (None, None)
     return {f"inside{ending}": means[0], f"mass_inside{ending}": means[1]}
 
 
-def covers_middle(grounding):
-    """Whether the pixel in the picture's middle lies in one of the boxes."""
+def _covers_middle(grounding):
+    """Whether the pixel in the image's middle lies in one of the boxes."""
     width, height = grounding.size
-    return bool(cover(grounding.size, grounding.boxes)[height // 2, width // 2])
+    return bool(_cover(grounding.size, grounding.boxes)[height // 2, width // 2])
 
 
-def maps_to_compare(groundings):
+def _maps_to_compare(groundings):
     """The maps that are measured: dict of name to list of (P,) arrays, one for each grounding.
 
     Evidence and feature lengths are left out where they are not known.
@@ -55,15 +55,15 @@ def maps_to_compare(groundings):
     ]
     maps = {"evidence": [grounding.evidence for grounding in groundings]}
     maps["attention weights"] = [grounding.attention_weights for grounding in groundings]
-    maps["weights of another picture"] = [other.attention_weights for other in others(groundings)]
+    maps["weights of another image"] = [other.attention_weights for other in _others(groundings)]
     maps["feature length"] = [grounding.feature_norms for grounding in groundings]
-    maps["middle"] = [middle_map(len(weights)) for weights in level]
+    maps["middle"] = [_middle_map(len(weights)) for weights in level]
     maps["level (chance)"] = level
     return {name: values for name, values in maps.items() if not any(value is None for value in values)}
 
 
-def others(groundings):
-    """For each grounding one of another picture: the next in the list, from halfway round it."""
+def _others(groundings):
+    """For each grounding one of another image: the next in the list, from halfway round it."""
     count = len(groundings)
     found = []
     for number, grounding in enumerate(groundings):
@@ -72,7 +72,7 @@ def others(groundings):
     return found
 
 
-def middle_map(locations):
+def _middle_map(locations):
     """A map of the four locations around the middle of the grid."""
     side = round(locations**0.5)
     grid = np.zeros((side, side), np.float32)
@@ -80,7 +80,7 @@ def middle_map(locations):
     return grid.ravel() / grid.sum()
 
 
-def score_map(weights, covered):
+def _score_map(weights, covered):
     """Measure one map.
 
     Args:
@@ -95,10 +95,10 @@ def score_map(weights, covered):
     side = round(len(weights) ** 0.5)
     cells = Image.fromarray(covered.astype(np.float32)).resize((side, side), Image.Resampling.BOX)  # share of each cell
     mass = float(np.asarray(cells).ravel() @ weights / max(np.sum(weights), 1e-12))
-    return float(covered[find_peak(weights, (width, height))].mean()), mass
+    return float(covered[_find_peak(weights, (width, height))].mean()), mass
 
 
-def find_peak(weights, size):
+def _find_peak(weights, size):
     """Mark the pixels at which attention weights, as a map over the image, are highest.
 
     Args:
@@ -115,7 +115,7 @@ def find_peak(weights, size):
     return light == light.max()
 
 
-def cover(size, boxes):
+def _cover(size, boxes):
     """Mark the pixels that lie in at least one box.
 
     Args:

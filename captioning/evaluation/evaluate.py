@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from captioning.attention.boxes import boxes_by_position, find_groundings
-from captioning.attention.page import PageCaption, PagePicture, describe_light, write_pages
+from captioning.attention.page import PageCaption, PageImage, describe_light, write_pages
 from captioning.captioner import caption_batch, explain_references
 from captioning.decoder.predicted_caption import PredictedCaption
 from captioning.demo import scores as demo_scores
@@ -27,9 +27,9 @@ from captioning.features.cnn import LOCATIONS
 from captioning.settings import make_config
 from support.errors import UserError, printable
 
-EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
-DECODING = ("length_penalty", "repeat_block", "max_words")  # settings of decoding, besides the beam width
-SHOWN = 12  # pictures of the best, of the middle and of the worst score on the page
+_EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
+_DECODING = ("length_penalty", "repeat_block", "max_words")  # settings of decoding, besides the beam width
+_SHOWN = 12  # images of the best, of the middle and of the worst score on the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,78 +49,78 @@ class Evaluated:
     metrics: dict
 
 
-def evaluate(captioner, pictures, split, output, config):
-    """Caption every picture greedily and with beams, and print and write the scores of each run, and a page.
+def evaluate(captioner, images, split, output, config):
+    """Caption every image greedily and with beams, and print and write the scores of each run, and a page.
 
     Args:
       captioner: Captioner
-      pictures: list of Pictures with references and cached features.
-      split: str, the name of the split, which goes into the names of the files, as `name_files` tells.
+      images: list of ImageToCaption with references and cached features.
+      split: str, the name of the split, which goes into the names of the files, as `_name_files` tells.
       output: pathlib.Path of the folder to write to.
       config: Config; the settings of decoding.
     """
-    with_boxes = can_use_boxes(pictures, config)
+    with_boxes = _can_use_boxes(images, config)
     runs = {}
-    for width in sorted({*EVALUATED_WIDTHS, config.beam_width}):
+    for width in sorted({*_EVALUATED_WIDTHS, config.beam_width}):
         settings = dataclasses.replace(config, beam_width=width)
-        batches = cached_batches(pictures, settings)
+        batches = cached_batches(images, settings)
         captions = [c for batch in batches for c in caption_batch(captioner, *batch, settings, with_evidence=True)]
-        runs["greedy" if width == 1 else f"beam {width}"] = score_run(captions, pictures, settings, with_boxes)
-    taught = score_references(captioner, pictures, config) if with_boxes else {}
-    scored = describe_scored(captioner, pictures, split, config)
+        runs["greedy" if width == 1 else f"beam {width}"] = _score_run(captions, images, settings, with_boxes)
+    taught = _score_references(captioner, images, config) if with_boxes else {}
+    scored = _describe_scored(captioner, images, split, config)
     metrics = {run: evaluated.metrics for run, evaluated in runs.items()}
-    texts = {run: texts_by_image(evaluated.captions) for run, evaluated in runs.items()}
-    name = name_files(split, config)
+    texts = {run: _texts_by_image(evaluated.captions) for run, evaluated in runs.items()}
+    name = _name_files(split, config)
     write_metrics(output, name, texts, scored | metrics | taught)
     how = ", ".join(f"{key} {value}" for key, value in scored.items())
     pages = write_pages(
         output,
         f"Best, middle and worst captions of the {split} split",
-        score_pages(runs, pictures, config),
-        tables=[score_table(metrics)],
+        _score_pages(runs, images, config),
+        tables=[_score_table(metrics)],
         file_name=f"evaluation_{name}.html",
-        intro=f"{introduce_page(runs, config)} Scored: {how}.",
+        intro=f"{_introduce_page(runs, config)} Scored: {how}.",
     )
     print(printable(f"scored: {how}"))
     print(format_table(metrics))
     for run, by_image in texts.items():
         print(f"{run}: {describe_form(list(by_image.values()))}")
-    print_scenes(metrics)
+    _print_scenes(metrics)
     for run, values in (metrics | taught).items():
-        print_attention(run, values.get("attention"))
+        _print_attention(run, values.get("attention"))
     print(f"metrics_{name}.json and the captions in COCO's results format are in {printable(output)}")
     print(f"open {printable(pages[0])} to look at the best, the middle and the worst captions")
 
 
-def name_files(split, config):
+def _name_files(split, config):
     """What the names of a split's files have in common: the split, and the settings of decoding that are no defaults.
 
     The default is that of the data set's preset. A beam width is named where it adds a run to EVALUATED_WIDTHS. So two
     ways of decoding have files of their own, such as metrics_test_length_penalty0.5.json.
     """
     default = make_config({"dataset": config.dataset})
-    named = [name for name in DECODING if getattr(config, name) != getattr(default, name)]
-    named += ["beam_width"] if config.beam_width not in EVALUATED_WIDTHS else []
+    named = [name for name in _DECODING if getattr(config, name) != getattr(default, name)]
+    named += ["beam_width"] if config.beam_width not in _EVALUATED_WIDTHS else []
     return "_".join([split, *(f"{name}{getattr(config, name)}" for name in named)])
 
 
-def describe_scored(captioner, pictures, split, config):
+def _describe_scored(captioner, images, split, config):
     """What was scored, and how it was decoded, but for the beam width, which each run has. dict of str to value."""
     return {
         "dataset": config.dataset,
         "split": split,
-        "images": len(pictures),
+        "images": len(images),
         "checkpoint": str(pathlib.Path(config.run_dir, captioner.checkpoint)),
         "checkpoint_digest": captioner.identity,
-        **{name: getattr(config, name) for name in DECODING},
+        **{name: getattr(config, name) for name in _DECODING},
     }
 
 
-def can_use_boxes(pictures, config):
+def _can_use_boxes(images, config):
     """Whether the boxes of what captions name are known. Those that cannot be used are told in one line."""
     blank = [
-        PredictedCaption(picture.path, picture.name, [], np.zeros(0), np.zeros((0, LOCATIONS)), picture.image_id)
-        for picture in pictures
+        PredictedCaption(image.path, image.name, [], np.zeros(0), np.zeros((0, LOCATIONS)), image.image_id)
+        for image in images
     ]
     try:
         return find_groundings(blank, config)[0] is not None
@@ -129,10 +129,10 @@ def can_use_boxes(pictures, config):
         return False
 
 
-def score_run(captions, pictures, config, with_boxes):
+def _score_run(captions, images, config, with_boxes):
     """Score the captions of one way of decoding, that of the settings. Returns Evaluated."""
-    references = {picture.image_id: picture.references for picture in pictures}
-    texts = texts_by_image(captions)
+    references = {image.image_id: image.references for image in images}
+    texts = _texts_by_image(captions)
     metrics = score_captions(texts, references) | {"beam_width": config.beam_width}
     metrics["form"] = dataclasses.asdict(describe_form(list(texts.values())))
     groundings, known = find_groundings(captions, config) if with_boxes else (None, {})
@@ -145,24 +145,24 @@ def score_run(captions, pictures, config, with_boxes):
     return Evaluated(captions, groundings or [], cider_by_image(texts, references), metrics)
 
 
-def score_references(captioner, pictures, config):
+def _score_references(captioner, images, config):
     """Where the model looks while it is made to say the reference captions.
 
     Returns:
       {"references": {"attention": scores}}
     """
-    groundings, known = find_groundings(explain_references(captioner, pictures, config), config)
+    groundings, known = find_groundings(explain_references(captioner, images, config), config)
     return {"references": {"attention": attention_accuracy(groundings) | known}}
 
 
-def texts_by_image(captions):
+def _texts_by_image(captions):
     return {caption.image_id: caption.caption for caption in captions}
 
 
 # --- The page ---------------------------------------------------------------------------------------------------
 
 
-def score_table(metrics):
+def _score_table(metrics):
     """The scores of all runs as rows of text, the first one the column names."""
     rows = [["", *METRICS]]
     rows += [
@@ -171,46 +171,46 @@ def score_table(metrics):
     return rows
 
 
-def introduce_page(runs, config):
+def _introduce_page(runs, config):
     """What is on the page, in two sentences."""
     name, first = next(iter(runs.items()))
-    which = f"These pictures have the best, the middle and the worst CIDEr of all {len(first.captions)}, {name}."
-    return f"{which} {describe_light(shown_caption(first.captions[0], config))}"
+    which = f"These images have the best, the middle and the worst CIDEr of all {len(first.captions)}, {name}."
+    return f"{which} {describe_light(_shown_caption(first.captions[0], config))}"
 
 
-def shown_caption(caption, config):
+def _shown_caption(caption, config):
     """The caption with the map that the settings want to see. Scores need the evidence in any case."""
     return caption if config.attention_map == "evidence" else dataclasses.replace(caption, evidence=None)
 
 
-def score_pages(runs, pictures, config):
-    """PagePictures of the best, the middle and the worst score of the first run, all runs' captions side by side."""
+def _score_pages(runs, images, config):
+    """PageImages of the best, the middle and the worst score of the first run, all runs' captions side by side."""
     first = next(iter(runs.values()))
-    by_score = sorted(pictures, key=lambda picture: -first.ciders[picture.image_id])
-    size = min(SHOWN, math.ceil(len(by_score) / 3))
+    by_score = sorted(images, key=lambda image: -first.ciders[image.image_id])
+    size = min(_SHOWN, math.ceil(len(by_score) / 3))
     middle = (len(by_score) - size) // 2
     groups = {"best": by_score[:size], "middle": by_score[middle : middle + size], "worst": by_score[-size:]}
     captions = {name: {caption.image_id: caption for caption in run.captions} for name, run in runs.items()}
     boxes = {name: boxes_by_position(run.groundings) for name, run in runs.items()}
     shown = set()
     for group, members in groups.items():
-        for picture in members:
-            if picture.name in shown:  # the groups of a small split overlap
+        for image in members:
+            if image.name in shown:  # the groups of a small split overlap
                 continue
-            shown.add(picture.name)
+            shown.add(image.name)
             page_captions = [
                 PageCaption(
-                    shown_caption(captions[name][picture.image_id], config),
+                    _shown_caption(captions[name][image.image_id], config),
                     name,
-                    f"CIDEr {run.ciders[picture.image_id]:.2f}",
-                    boxes[name].get(picture.image_id, {}),
+                    f"CIDEr {run.ciders[image.image_id]:.2f}",
+                    boxes[name].get(image.image_id, {}),
                 )
                 for name, run in runs.items()
             ]
-            yield PagePicture(f"{group}: {picture.path.name}", picture.path, page_captions)
+            yield PageImage(f"{group}: {image.path.name}", image.path, page_captions)
 
 
-def print_scenes(metrics):
+def _print_scenes(metrics):
     """A line for each run of the demo: how far its captions are true."""
     for run, values in metrics.items():
         known = ((name, value) for name, value in values.get("scenes", {}).items() if value is not None)
@@ -218,7 +218,7 @@ def print_scenes(metrics):
             print(f"{run}, scenes: {text}")
 
 
-def print_attention(name, scores):
+def _print_attention(name, scores):
     """A table of where the maps of a run point, in per cent, beside the guesses that a reader must know."""
     if not scores or not scores["words"]:
         return

@@ -46,19 +46,19 @@ def score_captions(predicted, references, patience=120):
     Raises:
       UserError: there are no captions, an image has no caption or no references, or no reference has a word.
     """
-    predicted, references = pair_by_image(predicted, references)
-    with java_settings():
+    predicted, references = _pair_by_image(predicted, references)
+    with _java_settings():
         try:
-            check_script(references)
-            predicted, references = ptb_tokens(predicted, patience), ptb_tokens(references, patience)
+            _check_script(references)
+            predicted, references = _ptb_tokens(predicted, patience), _ptb_tokens(references, patience)
         except RuntimeError as error:
             print(f"{error}: METEOR is left out, and the other metrics use the project's own tokens instead of PTB's")
-            predicted, references = project_tokens(predicted), project_tokens(references)
+            predicted, references = _project_tokens(predicted), _project_tokens(references)
             scores = {"METEOR": None, "tokens": "project"}
         else:
-            scores = {"METEOR": score_meteor(predicted, references, patience), "tokens": "PTB"}
+            scores = {"METEOR": _score_meteor(predicted, references, patience), "tokens": "PTB"}
     rouge, _ = Rouge().compute_score(references, predicted)
-    scores |= {"ROUGE-L": 100 * float(rouge), **score_ngrams(predicted, references)}
+    scores |= {"ROUGE-L": 100 * float(rouge), **_score_ngrams(predicted, references)}
     return {name: scores[name] for name in (*METRICS, "tokens")}
 
 
@@ -70,8 +70,8 @@ def quick_score(predicted, references):
     Returns:
       dict of BLEU-1..4 and CIDEr to float, computed on the project's own tokens, and of "tokens" to "project".
     """
-    predicted, references = map(project_tokens, pair_by_image(predicted, references))
-    return {**score_ngrams(predicted, references), "tokens": "project"}
+    predicted, references = map(_project_tokens, _pair_by_image(predicted, references))
+    return {**_score_ngrams(predicted, references), "tokens": "project"}
 
 
 def cider_by_image(predicted, references):
@@ -82,12 +82,12 @@ def cider_by_image(predicted, references):
     Returns:
       dict of image id to float
     """
-    predicted, references = map(project_tokens, pair_by_image(predicted, references))
+    predicted, references = map(_project_tokens, _pair_by_image(predicted, references))
     _, scores = Cider().compute_score(references, predicted)
     return dict(zip(references, map(float, scores), strict=True))
 
 
-def pair_by_image(predicted, references):
+def _pair_by_image(predicted, references):
     """Bring captions and references into the same order.
 
     Args:
@@ -110,7 +110,7 @@ def pair_by_image(predicted, references):
     return {i: [predicted[i]] for i in image_ids}, {i: references[i] for i in image_ids}
 
 
-def score_ngrams(predicted, references):
+def _score_ngrams(predicted, references):
     """Compute BLEU-1..4 and CIDEr.
 
     Args:
@@ -133,7 +133,7 @@ def score_ngrams(predicted, references):
 # --- Tokens and Java --------------------------------------------------------------------------------------------
 
 
-def check_script(references):
+def _check_script(references):
     """RuntimeError where most letters of the references are outside Latin script. dict of image id to list of str."""
     letters = collections.Counter("".join(text for group in references.values() for text in group))
     letters = {letter: count for letter, count in letters.items() if unicodedata.category(letter).startswith("L")}
@@ -142,13 +142,13 @@ def check_script(references):
         raise RuntimeError("Most letters of the references are outside Latin script")
 
 
-def project_tokens(captions):
+def _project_tokens(captions):
     """Write captions in the words that a vocabulary is made of. dict of image id to list of str -> the same."""
     return {i: [" ".join(split_words(caption)) for caption in group] for i, group in captions.items()}
 
 
 @contextlib.contextmanager
-def java_settings():
+def _java_settings():
     """Make Java speak English inside the block.
 
     In many other languages METEOR writes numbers with a decimal comma, which it then fails to read.
@@ -163,7 +163,7 @@ def java_settings():
             os.environ["JAVA_TOOL_OPTIONS"] = before
 
 
-def ptb_tokens(captions, patience):
+def _ptb_tokens(captions, patience):
     """Write captions in the Penn Treebank's tokens, without punctuation.
 
     Args:
@@ -192,7 +192,7 @@ def ptb_tokens(captions, patience):
     return tokens
 
 
-def score_meteor(predicted, references, patience):
+def _score_meteor(predicted, references, patience):
     """Compute METEOR.
 
     Args:
@@ -268,7 +268,7 @@ def format_score(name, value):
 
 
 # Articles, prepositions and conjunctions of English, behind which something must come.
-OPEN_WORDS = frozenset(
+_OPEN_WORDS = frozenset(
     "a an the about above across against along among and around as at because before behind below beneath beside "
     "between beyond but by during for from if in inside into like near of off on onto or over past than that through "
     "to toward towards under until upon when where which while with within without".split()
@@ -305,5 +305,5 @@ def describe_form(captions):
         captions=len(captions),
         distinct=len(set(captions)),
         mean_length=sum(map(len, words)) / max(len(words), 1),
-        broken_endings=sum(not each or each[-1] in OPEN_WORDS for each in words),
+        broken_endings=sum(not each or each[-1] in _OPEN_WORDS for each in words),
     )

@@ -1,6 +1,6 @@
 """The trained captioner as a bundle: two or three models, a vocabulary and a script that needs no TensorFlow.
 
-encoder     pixels -> what the decoder needs to know of a picture
+encoder     pixels -> what the decoder needs to know of an image
 decoder     one word of K captions -> log-probabilities of the next
 evidence    a word that was said -> the map that figures show
 
@@ -16,25 +16,24 @@ import numpy as np
 import tensorflow as tf
 
 from captioning.data.captioned_images import image_path
-from captioning.data.prepared_data import load_prepared
 from captioning.decoder.rules import ban_words, next_word_log_probs
 from captioning.export.saved_model import new_folder
+from captioning.features.cache import load_data
 from captioning.features.cnn import CHANNELS, IMAGE_SIZE, LOCATIONS
 from captioning.features.image_files import load_image
-from captioning.training.run_folder import other_folder, read_network
 from captioning.words import CHARACTER
 from support.errors import UserError
 from support.files import write_json
 from support.process import silenced_stderr
 
-RUNTIMES = {"litert": "ai-edge-litert", "onnx": "onnxruntime"}  # the package that runs each format
+_RUNTIMES = {"litert": "ai-edge-litert", "onnx": "onnxruntime"}  # the package that runs each format
 WEIGHTS = {"litert": ("float32", "float16", "int8"), "onnx": ("float32",)}
 DEFAULT_WEIGHTS = {"litert": "float16", "onnx": "float32"}  # the smallest that leave 97 % of captions unchanged
-DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block")  # settings that the script takes too
-CALIBRATION_PICTURES = 100
-MOST_BYTES = 2_000_000_000  # of a model: both formats end at 2 GiB
-OPSET = 18  # of ONNX
-FILES = pathlib.Path(__file__).parent / "bundle"  # caption.py and README.md as they are copied
+_DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block")  # settings that the script takes too
+_CALIBRATION_IMAGES = 100
+_MOST_BYTES = 2_000_000_000  # of a model: both formats end at 2 GiB
+_OPSET = 18  # of ONNX
+_FILES = pathlib.Path(__file__).parent / "bundle_files"  # caption.py and README.md as they are copied
 
 
 def check_weights(kind, weights):
@@ -58,34 +57,34 @@ def export_bundle(captioner, network, kind, weights, config, folder):
 
     Raises:
       UserError: the folder holds something or cannot be written, a model would be too large for the format, tf2onnx is
-        not installed, or there are no training pictures to calibrate int8 weights on.
+        not installed, or there are no training images to calibrate int8 weights on.
     """
-    check_size(captioner)
+    _check_size(captioner)
     with new_folder(folder) as temporary:
-        functions = bundle_functions(captioner, network)
+        functions = _bundle_functions(captioner, network)
         if kind == "onnx":
-            write_onnx(functions, temporary)
+            _write_onnx(functions, temporary)
         else:
-            pictures = calibration_pictures(config) if weights == "int8" else None
-            write_litert(functions, captioner, weights, pictures, temporary)
+            images = _calibration_images(config) if weights == "int8" else None
+            _write_litert(functions, captioner, weights, images, temporary)
         write_json(temporary / "vocabulary.json", captioner.vocabulary)
-        write_json(temporary / "captioner.json", describe(captioner, kind, weights, config), indent=1)
-        readme = (FILES / "README.md").read_text(encoding="utf-8")
-        (temporary / "README.md").write_text(readme.replace("RUNTIME", RUNTIMES[kind]), encoding="utf-8")
-        shutil.copyfile(FILES / "caption.py", temporary / "caption.py")
+        write_json(temporary / "captioner.json", _describe(captioner, kind, weights, config), indent=1)
+        readme = (_FILES / "README.md").read_text(encoding="utf-8")
+        (temporary / "README.md").write_text(readme.replace("RUNTIME", _RUNTIMES[kind]), encoding="utf-8")
+        shutil.copyfile(_FILES / "caption.py", temporary / "caption.py")
 
 
-def check_size(captioner):
+def _check_size(captioner):
     """UserError where a model with float32 weights, which the others are made from, may be too large for a file."""
     size = 4 * sum(int(np.prod(weight.shape)) for weight in captioner.encoder.weights + captioner.decoder.weights)
-    if size > MOST_BYTES:
+    if size > _MOST_BYTES:
         raise UserError(
-            f"the weights take {size / 1e9:.1f} GB, and a model of LiteRT or ONNX {MOST_BYTES / 1e9:g} GB at the most: "
+            f"the weights take {size / 1e9:.1f} GB, and a model of LiteRT or ONNX {_MOST_BYTES / 1e9:g} GB at most: "
             "take --format savedmodel, or train with a smaller --vocab_size, --units, --encoder_dim or --embedding_dim"
         )
 
 
-def describe(captioner, kind, weights, config):
+def _describe(captioner, kind, weights, config):
     """What captioner.json holds."""
     return {
         "format": kind,
@@ -100,8 +99,8 @@ def describe(captioner, kind, weights, config):
             "vocabulary": len(captioner.vocabulary),
         },
         "characters": CHARACTER,  # for a class of a regular expression; no blank is written beside these
-        "decoding": {name: getattr(config, name) for name in DECODING},
-        "network": read_network(config.run_dir, other_folder(config)),
+        "decoding": {name: getattr(config, name) for name in _DECODING},
+        "network": captioner.network,
         "checkpoint": captioner.checkpoint,
         "checkpoint_identity": captioner.identity,
     }
@@ -110,7 +109,7 @@ def describe(captioner, kind, weights, config):
 # --- The functions ----------------------------------------------------------------------------------------------
 
 
-def bundle_functions(captioner, network):
+def _bundle_functions(captioner, network):
     """The functions of a bundle as dict of name to tf.function. All shapes are fixed but for K."""
     encoder, decoder = captioner.encoder, captioner.decoder
     encoded_features = encoder(tf.zeros((1, LOCATIONS, CHANNELS)))  # (1, P, D)
@@ -119,7 +118,7 @@ def bundle_functions(captioner, network):
     word, said = (tf.TensorSpec((1, 1), tf.int32, name) for name in ("words", "said"))
     words = tf.TensorSpec((None, 1), tf.int32, "words")
     one_hidden, many_hidden = (tf.TensorSpec((count, hidden.shape[1]), name="hidden") for count in (1, None))
-    picture = tf.TensorSpec(encoded_features.shape, name="encoded_features"), tf.TensorSpec(keys.shape, name="keys")
+    image = tf.TensorSpec(encoded_features.shape, name="encoded_features"), tf.TensorSpec(keys.shape, name="keys")
     norms = tf.TensorSpec((1, LOCATIONS), name="feature_norms")
 
     @tf.function(input_signature=[pixels])
@@ -133,26 +132,26 @@ def bundle_functions(captioner, network):
             "feature_norms": tf.norm(features, axis=2),  # (1, P)
         }
 
-    @tf.function(input_signature=[words, many_hidden, *picture])
+    @tf.function(input_signature=[words, many_hidden, *image])
     def decode(words, hidden, encoded_features, keys):
         encoded_features, keys = (tf.repeat(x, tf.shape(words)[0], 0) for x in (encoded_features, keys))  # (K, P, ...)
         logits, next_hidden, attention_weights = decoder(words, encoded_features, hidden, keys)
         log_probs = next_word_log_probs(logits, words, repeat_block=0)  # (K, V); the script blocks repeats
         return {"log_probs": log_probs, "next_hidden": next_hidden, "attention_weights": attention_weights[:, :, 0]}
 
-    @tf.function(input_signature=[word, said, one_hidden, *picture, norms])
+    @tf.function(input_signature=[word, said, one_hidden, *image, norms])
     def explain(words, said, hidden, encoded_features, keys, feature_norms):
-        return word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_norms)
+        return _word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_norms)
 
     return {"encoder": encode, "decoder": decode, "evidence": explain}
 
 
-def word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_norms):
+def _word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_norms):
     """What captioning.attention.evidence.explain_captions computes of one word, by operations that both formats know.
 
     That evidence needs v_p . g for each location, the derivative of the said word's log-probability where the context
     vector moves towards v_p. If all encoded features move by v_p, their mean, the context vector, does so too. So P
-    copies of the picture move, each another way. LiteRT lacks operations of the backward pass, but differentiating that
+    copies of the image move, each another way. LiteRT lacks operations of the backward pass, but differentiating that
     pass once more, by its own input (which is linear), gives the derivative forwards.
 
     Args:
@@ -184,13 +183,13 @@ def word_evidence(decoder, words, said, hidden, encoded_features, keys, feature_
 # --- LiteRT -----------------------------------------------------------------------------------------------------
 
 
-def write_litert(functions, captioner, weights, pictures, folder):
+def _write_litert(functions, captioner, weights, images, folder):
     """Write encoder.tflite and decoder.tflite, the second with the signatures `decoder` and `evidence`.
 
     Args:
-      functions: as `bundle_functions` returns them.
+      functions: as `_bundle_functions` returns them.
       weights: "float32", "float16" or "int8".
-      pictures: list of uint8 (1, 299, 299, 3) to calibrate int8 weights on, else None.
+      images: list of uint8 (1, 299, 299, 3) to calibrate int8 weights on, else None.
       folder: pathlib.Path
     """
     for file, names in (("encoder", ["encoder"]), ("decoder", ["decoder", "evidence"])):
@@ -204,53 +203,53 @@ def write_litert(functions, captioner, weights, pictures, folder):
             if weights == "float16":
                 converter.target_spec.supported_types = [tf.float16]
             if weights == "int8" and file == "encoder":  # the decoder's activations stay float32
-                converter.representative_dataset = lambda: (("encoder", {"pixels": pixels}) for pixels in pictures)
+                converter.representative_dataset = lambda: (("encoder", {"pixels": pixels}) for pixels in images)
             model = converter.convert()
         (folder / f"{file}.tflite").write_bytes(model)
 
 
-def calibration_pictures(config):
-    """Training pictures that show how large the encoder's numbers become.
+def _calibration_images(config):
+    """Training images that show how large the encoder's numbers become.
 
     Returns:
       list of uint8 (1, 299, 299, 3)
 
     Raises:
-      UserError: the training pictures are not there.
+      UserError: the training images are not there.
     """
     try:
-        images = load_prepared(config).train
-        count = min(CALIBRATION_PICTURES, len(images))
-        chosen = np.random.default_rng(config.seed).choice(len(images), count, replace=False)
-        pictures = [load_image(image_path(images[i], config))[np.newaxis] for i in chosen]
+        train = load_data(config).train
+        count = min(_CALIBRATION_IMAGES, len(train))
+        chosen = np.random.default_rng(config.seed).choice(len(train), count, replace=False)
+        images = [load_image(image_path(train[i], config))[np.newaxis] for i in chosen]
     except (UserError, ValueError) as error:
         raise UserError(
-            f"int8 weights are calibrated on training pictures, and {error}: "
+            f"int8 weights are calibrated on training images, and {error}: "
             "name where these are by --data_dir and --coco_dir (or --images), or take --weights float16"
         ) from error
-    print(f"int8 weights are calibrated on {count} training pictures of {config.data_dir}, drawn by seed {config.seed}")
-    return pictures
+    print(f"int8 weights are calibrated on {count} training images of {config.data_dir}, drawn by seed {config.seed}")
+    return images
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(functions, folder):
+def _write_onnx(functions, folder):
     """Write encoder.onnx, decoder.onnx and evidence.onnx; UserError where tf2onnx is not installed."""
     try:
         import tf2onnx
     except ImportError:
         raise UserError("--format onnx needs one more package: run pip install tf2onnx") from None
-    rules = {name: (plain_gradient, []) for name in ("SigmoidGrad", "TanhGrad")}
+    rules = {name: (_plain_gradient, []) for name in ("SigmoidGrad", "TanhGrad")}
     for name, function in functions.items():
         with silenced_stderr():
             model, _ = tf2onnx.convert.from_function(
-                function, function.input_signature, opset=OPSET, custom_op_handlers=rules
+                function, function.input_signature, opset=_OPSET, custom_op_handlers=rules
             )
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
 
 
-def plain_gradient(graph, node, name, arguments):
+def _plain_gradient(graph, node, name, arguments):
     """How tf2onnx shall write the gradients of sigmoid and tanh, for which it has no rule.
 
     y, d_y -> d_y * (y - y * y) for the sigmoid, d_y * (1 - y * y) for tanh.

@@ -1,7 +1,7 @@
 """Image files inside a TensorFlow graph: from bytes to the pixels that InceptionV3 takes.
 
 It does what image_files.py does with Pillow, for the kinds of files that TensorFlow decodes: JPEG, PNG, WebP, GIF and
-BMP. A picture that cannot be read does not fail the graph. It gets white pixels and a status that says so.
+BMP. An image that cannot be read does not fail the graph. It gets white pixels and a status that says so.
 """
 
 import functools
@@ -11,9 +11,9 @@ import tensorflow as tf
 from captioning.features.cnn import IMAGE_SIZE
 from captioning.features.image_files import MOST_FILE_PIXELS, MOST_PIXELS
 
-OK, UNREADABLE, TOO_LARGE = "ok", "unreadable", "too large"  # the statuses
-JPEG_RATIOS = (1, 2, 4, 8)  # a JPEG file can be decoded at these fractions of its size
-SHORT = 3  # EXIF's number for a type: 16 bits
+OK, _UNREADABLE, _TOO_LARGE = "ok", "unreadable", "too large"  # the statuses
+_JPEG_RATIOS = (1, 2, 4, 8)  # a JPEG file can be decoded at these fractions of its size
+_SHORT = 3  # EXIF's number for a type: 16 bits
 
 
 def read_images(images):
@@ -26,128 +26,128 @@ def read_images(images):
       pixels: uint8 (B, 299, 299, 3), as image_files.load_image returns them, white where the status is not OK.
       statuses: string (B,), OK, UNREADABLE or TOO_LARGE.
     """
-    return tf.map_fn(read_image, images, fn_output_signature=(tf.uint8, tf.string))  # (B, 299, 299, 3), (B,)
+    return tf.map_fn(_read_image, images, fn_output_signature=(tf.uint8, tf.string))  # (B, 299, 299, 3), (B,)
 
 
-def read_image(data):
+def _read_image(data):
     """Read one image file. string () -> uint8 (299, 299, 3), string ()."""
     # A graph cannot catch the error of an operation, but a data set can leave out the element that fails.
     white = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8))
-    read = tf.data.Dataset.from_tensors(data).map(decode_or_refuse).ignore_errors()
-    otherwise = tf.data.Dataset.from_tensors((white, UNREADABLE))
+    read = tf.data.Dataset.from_tensors(data).map(_decode_or_refuse).ignore_errors()
+    otherwise = tf.data.Dataset.from_tensors((white, _UNREADABLE))
     pixels, status = read.concatenate(otherwise).take(1).get_single_element()
     return tf.ensure_shape(pixels, white.shape), status
 
 
-def decode_or_refuse(data):
-    """What `read_image` returns. A file that cannot be read raises the error of a TensorFlow operation."""
-    size = image_size(data)
-    decoded = -(-size // jpeg_ratio(size)) if is_jpeg(data) else size
+def _decode_or_refuse(data):
+    """What `_read_image` returns. A file that cannot be read raises the error of a TensorFlow operation."""
+    size = _image_size(data)
+    decoded = -(-size // _jpeg_ratio(size)) if _is_jpeg(data) else size
     if tf.reduce_prod(size) > MOST_FILE_PIXELS or tf.reduce_prod(decoded) > MOST_PIXELS:
-        pixels, status = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8)), TOO_LARGE
+        pixels, status = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8)), _TOO_LARGE
     else:
-        pixels, status = decode_image(data), OK
+        pixels, status = _decode_image(data), OK
     return pixels, status
 
 
-def decode_image(data):
+def _decode_image(data):
     """What image_files.load_image does, inside a graph. string () -> uint8 (299, 299, 3)."""
-    if is_jpeg(data):
-        resized = shrink(decode_jpeg(data))
-    elif is_png(data):
-        resized = decode_png(data)
-    elif is_webp(data):
-        resized = shrink_flat(tf.io.decode_image(data, 0, expand_animations=False))
-    elif is_bmp(data):
-        resized = shrink(decode_bmp(data))
+    if _is_jpeg(data):
+        resized = _shrink(_decode_jpeg(data))
+    elif _is_png(data):
+        resized = _decode_png(data)
+    elif _is_webp(data):
+        resized = _shrink_flat(tf.io.decode_image(data, 0, expand_animations=False))
+    elif _is_bmp(data):
+        resized = _shrink(_decode_bmp(data))
     else:
-        resized = shrink(tf.io.decode_image(data, 3, expand_animations=False))
+        resized = _shrink(tf.io.decode_image(data, 3, expand_animations=False))
     pixels = tf.cast(tf.round(tf.clip_by_value(resized, 0.0, 255.0)), tf.uint8)  # (299, 299, 3)
-    return turn_upright(pixels, orientation(find_exif(data)))
+    return _turn_upright(pixels, _orientation(_find_exif(data)))
 
 
 # --- Kinds of files ---------------------------------------------------------------------------------------------
 
 
-def is_jpeg(data):
+def _is_jpeg(data):
     return tf.strings.substr(data, 0, 2) == b"\xff\xd8"
 
 
-def is_png(data):
+def _is_png(data):
     return tf.strings.substr(data, 0, 4) == b"\x89PNG"
 
 
-def is_webp(data):
+def _is_webp(data):
     return (tf.strings.substr(data, 0, 4) == b"RIFF") & (tf.strings.substr(data, 8, 4) == b"WEBP")
 
 
-def is_bmp(data):
+def _is_bmp(data):
     return tf.strings.substr(data, 0, 2) == b"BM"
 
 
-def is_gif(data):
+def _is_gif(data):
     return tf.strings.substr(data, 0, 4) == b"GIF8"
 
 
-def image_size(data):
+def _image_size(data):
     """Width and height as the header tells them, before anything is decoded. string () -> int64 (2,)."""
-    if is_jpeg(data):
+    if _is_jpeg(data):
         size = tf.cast(tf.io.extract_jpeg_shape(data)[:2], tf.int64)
-    elif is_png(data):
-        size = tf.stack([read_number(data, position, 4, big_endian=True) for position in (16, 20)])
-    elif is_webp(data):
-        size = webp_size(data)
-    elif is_bmp(data):
-        size = tf.stack([read_number(data, position, 4) for position in (18, 22)])
+    elif _is_png(data):
+        size = tf.stack([_read_number(data, position, 4, big_endian=True) for position in (16, 20)])
+    elif _is_webp(data):
+        size = _webp_size(data)
+    elif _is_bmp(data):
+        size = tf.stack([_read_number(data, position, 4) for position in (18, 22)])
         size = tf.where(size < 2**31, size, 2**32 - size)  # a height below 0 means that the rows go downwards
-    elif is_gif(data):
-        size = tf.stack([read_number(data, position, 2) for position in (6, 8)])
+    elif _is_gif(data):
+        size = tf.stack([_read_number(data, position, 2) for position in (6, 8)])
     else:
         size = tf.zeros(2, tf.int64)
     return size
 
 
-def webp_size(data):
+def _webp_size(data):
     """Width and height of a WebP file of any of its three kinds. string () -> int64 (2,)."""
     kind = tf.strings.substr(data, 12, 4)
     if kind == b"VP8X":  # extended: 24 bits each
-        size = tf.stack([read_number(data, position, 3) for position in (24, 27)]) + 1
+        size = tf.stack([_read_number(data, position, 3) for position in (24, 27)]) + 1
     elif kind == b"VP8L":  # without loss: 14 bits each
-        bits = read_number(data, 21, 4)
+        bits = _read_number(data, 21, 4)
         size = tf.stack((bits % 2**14, bits // 2**14 % 2**14)) + 1
     else:
-        size = tf.stack([read_number(data, position, 2) % 2**14 for position in (26, 28)])
+        size = tf.stack([_read_number(data, position, 2) % 2**14 for position in (26, 28)])
     return size
 
 
-def decode_jpeg(data):
+def _decode_jpeg(data):
     """uint8 (height, width, 3). A file much larger than needed comes at 1/2, 1/4 or 1/8 of its size, as from Pillow."""
     decode = functools.partial(tf.io.decode_jpeg, data, 3, dct_method="INTEGER_ACCURATE")  # as Pillow does
-    number = tf.reduce_sum(tf.cast(jpeg_ratio(image_size(data)) > JPEG_RATIOS, tf.int32))
-    return tf.switch_case(number, [functools.partial(decode, ratio=ratio) for ratio in JPEG_RATIOS])
+    number = tf.reduce_sum(tf.cast(_jpeg_ratio(_image_size(data)) > _JPEG_RATIOS, tf.int32))
+    return tf.switch_case(number, [functools.partial(decode, ratio=ratio) for ratio in _JPEG_RATIOS])
 
 
-def jpeg_ratio(size):
+def _jpeg_ratio(size):
     """Which fraction of its size a JPEG file is decoded at: 1, 2, 4 or 8. int64 (2,) -> int64 ()."""
     excess = tf.reduce_min(size) // IMAGE_SIZE
-    return tf.reduce_max(tf.where(excess >= JPEG_RATIOS, tf.constant(JPEG_RATIOS, tf.int64), 1))
+    return tf.reduce_max(tf.where(excess >= _JPEG_RATIOS, tf.constant(_JPEG_RATIOS, tf.int64), 1))
 
 
-def decode_png(data):
+def _decode_png(data):
     """A PNG file, small and on white. string () -> float (299, 299, 3)."""
-    kind = read_number(data, 25, 1)
-    if (kind == 4) | (kind == 6) | (tf.strings.length(find_chunk(data, b"tRNS")) > 0):
-        resized = shrink_flat(tf.io.decode_png(data, 4))
+    kind = _read_number(data, 25, 1)
+    if (kind == 4) | (kind == 6) | (tf.strings.length(_find_chunk(data, b"tRNS")) > 0):
+        resized = _shrink_flat(tf.io.decode_png(data, 4))
     else:
-        resized = shrink(tf.io.decode_png(data, 3))
+        resized = _shrink(tf.io.decode_png(data, 3))
     return resized
 
 
-def decode_bmp(data):
+def _decode_bmp(data):
     """A BMP file, uint8 (height, width, 3). TensorFlow itself takes the numbers of a palette's colours for grey."""
-    if read_number(data, 28, 2) == 8:
-        start = tf.cast(14 + read_number(data, 14, 4), tf.int32)
-        colours = tf.minimum(tf.cast(read_number(data, 10, 4), tf.int32) - start, 4 * 256) // 4
+    if _read_number(data, 28, 2) == 8:
+        start = tf.cast(14 + _read_number(data, 14, 4), tf.int32)
+        colours = tf.minimum(tf.cast(_read_number(data, 10, 4), tf.int32) - start, 4 * 256) // 4
         table = tf.io.decode_raw(tf.strings.substr(data, start, 4 * colours), tf.uint8)
         table = tf.reshape(table, (-1, 4))[:, 2::-1]  # (colours, 3); stored as blue, green, red, unused
         rgb = tf.gather(table, tf.cast(tf.io.decode_bmp(data)[:, :, 0], tf.int32))
@@ -156,12 +156,12 @@ def decode_bmp(data):
     return rgb
 
 
-def shrink(image):
+def _shrink(image):
     """Resize as Pillow does. (height, width, channels) of any type -> float (299, 299, channels)."""
     return tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE), antialias=True)
 
 
-def shrink_flat(image):
+def _shrink_flat(image):
     """Put an image on white, and resize it. uint8 (height, width, 3 or 4) -> float (299, 299, 3).
 
     Floats are made of the small image only: a large one would take 16 bytes a pixel.
@@ -169,23 +169,23 @@ def shrink_flat(image):
     if tf.shape(image)[2] == 4:
         opacity = image[:, :, 3:]  # (height, width, 1)
         products = tf.cast(image[:, :, :3], tf.uint16) * tf.cast(opacity, tf.uint16)  # (height, width, 3), 255^2 fits
-        resized = shrink(products) / 255 + 255 - shrink(opacity)
+        resized = _shrink(products) / 255 + 255 - _shrink(opacity)
     else:
-        resized = shrink(image[:, :, :3])
+        resized = _shrink(image[:, :, :3])
     return resized
 
 
 # --- Orientation ------------------------------------------------------------------------------------------------
 
 
-def find_exif(data):
+def _find_exif(data):
     """The EXIF data of a JPEG, PNG or WebP file, from the byte order on; empty where there are none."""
-    if is_jpeg(data):
-        exif = find_segment(data, b"\xff\xe1", b"Exif\0\0")
-    elif is_png(data):
-        exif = find_chunk(data, b"eXIf")
-    elif is_webp(data):
-        exif = find_chunk(data, b"EXIF", start=12, name_first=True)
+    if _is_jpeg(data):
+        exif = _find_segment(data, b"\xff\xe1", b"Exif\0\0")
+    elif _is_png(data):
+        exif = _find_chunk(data, b"eXIf")
+    elif _is_webp(data):
+        exif = _find_chunk(data, b"EXIF", start=12, name_first=True)
     else:
         exif = tf.constant(b"")
     if tf.strings.substr(exif, 0, 6) == b"Exif\0\0":
@@ -193,12 +193,12 @@ def find_exif(data):
     return exif
 
 
-def find_segment(data, marker, beginning):
+def _find_segment(data, marker, beginning):
     """The first segment of a JPEG file that has this marker and beginning, or an empty string."""
     length, position, found = tf.cast(tf.strings.length(data), tf.int64), tf.constant(2, tf.int64), tf.constant(b"")
     while position + 4 <= length and found == b"":
         code = tf.strings.substr(data, position, 2)
-        size = read_number(data, position + 2, 2, big_endian=True)
+        size = _read_number(data, position + 2, 2, big_endian=True)
         content = tf.strings.substr(data, position + 4, tf.maximum(size - 2, 0))
         if code == b"\xff\xda" or tf.strings.substr(code, 0, 1) != b"\xff":  # the pixels begin, or the file is damaged
             position = length
@@ -211,7 +211,7 @@ def find_segment(data, marker, beginning):
     return found
 
 
-def find_chunk(data, name, start=8, name_first=False):
+def _find_chunk(data, name, start=8, name_first=False):
     """The content of the first chunk of this name, or an empty string.
 
     A PNG file's chunks begin at byte 8: length, name, content, checksum. A WebP file's begin at byte 12: name, length,
@@ -219,28 +219,28 @@ def find_chunk(data, name, start=8, name_first=False):
     """
     length, position, found = tf.cast(tf.strings.length(data), tf.int64), tf.constant(start, tf.int64), tf.constant(b"")
     while position + 8 <= length and found == b"":
-        size = read_number(data, position + (4 if name_first else 0), 4, big_endian=not name_first)
+        size = _read_number(data, position + (4 if name_first else 0), 4, big_endian=not name_first)
         if tf.strings.substr(data, position + (0 if name_first else 4), 4) == name:
             found = tf.strings.substr(data, position + 8, size)
         position += 8 + size + (size % 2 if name_first else 4)
     return found
 
 
-def orientation(exif):
+def _orientation(exif):
     """How a camera was held, by EXIF's tag 0x0112. string () -> int32 (), 1 to 8; 1 is upright."""
     big_endian = tf.strings.substr(exif, 0, 2) == b"MM"
     exif = tf.strings.join((exif, bytes(8)))  # so that the header of short data can be read
-    start = tf.minimum(read_number(exif, 4, 4, big_endian), tf.cast(tf.strings.length(exif), tf.int64) - 2)
-    entries = tf.strings.substr(exif, start + 2, 12 * read_number(exif, start, 2, big_endian))
+    start = tf.minimum(_read_number(exif, 4, 4, big_endian), tf.cast(tf.strings.length(exif), tf.int64) - 2)
+    entries = tf.strings.substr(exif, start + 2, 12 * _read_number(exif, start, 2, big_endian))
     entries = tf.strings.substr(entries, 0, tf.strings.length(entries) // 12 * 12)  # whole ones
     bytes_of_numbers = tf.reshape(tf.cast(tf.io.decode_raw(entries, tf.uint8), tf.int32), (-1, 6, 2))
     numbers = tf.reduce_sum(bytes_of_numbers * tf.where(big_endian, (256, 1), (1, 256)), axis=2)  # (entries, 6)
     tag, kind, _, _, value, _ = tf.unstack(numbers, axis=1)  # (entries,) each
-    value = tf.reduce_max(tf.where((tag == 0x0112) & (kind == SHORT), value, 1))
+    value = tf.reduce_max(tf.where((tag == 0x0112) & (kind == _SHORT), value, 1))
     return tf.where((1 <= value) & (value <= 8), value, 1)
 
 
-def turn_upright(pixels, turned):
+def _turn_upright(pixels, turned):
     """Undo an EXIF orientation. uint8 (299, 299, 3), int32 () -> uint8 (299, 299, 3)."""
     one_of = lambda *cases: tf.reduce_any(turned == cases)  # noqa: E731
     pixels = tf.where(turned >= 5, tf.transpose(pixels, (1, 0, 2)), pixels)
@@ -248,7 +248,7 @@ def turn_upright(pixels, turned):
     return tf.where(one_of(3, 4, 7, 8), pixels[::-1], pixels)
 
 
-def read_number(data, position, size, big_endian=False):
+def _read_number(data, position, size, big_endian=False):
     """A whole number of `size` bytes at a position of a string. -> int64 (). Fails where the string is too short."""
     digits = tf.cast(tf.io.decode_raw(tf.strings.substr(data, position, size), tf.uint8), tf.int64)
     digits = tf.where(big_endian, digits[::-1], digits)  # (size,), the lowest first

@@ -15,11 +15,10 @@ import tensorflow as tf
 
 from captioning.captioner import decode_captions
 from captioning.export.graph_images import OK, read_images
-from captioning.training.checkpoints import is_pattern
 from captioning.vocabulary import END, PAD
 from captioning.words import is_character
 from support.errors import UserError
-from support.files import TEMPORARY, free_space, locked
+from support.files import TEMPORARY, free_space, is_pattern, locked
 
 
 def export_captioner(captioner, network, config, folder):
@@ -37,7 +36,7 @@ def export_captioner(captioner, network, config, folder):
     if is_pattern(folder):
         raise UserError(f"TensorFlow cannot read a model in {folder}, for the [ or \\ in it: give another --export")
     with new_folder(folder) as temporary:
-        write_saved_model(captioner, network, config, temporary)
+        _write_saved_model(captioner, network, config, temporary)
 
 
 @contextlib.contextmanager
@@ -53,9 +52,9 @@ def new_folder(folder):
     target = pathlib.Path(folder).resolve()
     try:
         name = os.fsencode(target.name).decode()
-        check_free(target)
+        _check_free(target)
         with locked(target.parent, f"{name}.export"):
-            check_free(target)  # another export may have ended meanwhile
+            _check_free(target)  # another export may have ended meanwhile
             for left in target.parent.glob(f"{TEMPORARY}*-{glob.escape(name)}.export"):  # of an export that was killed
                 shutil.rmtree(left, ignore_errors=True)
             temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{name}.export")
@@ -72,17 +71,17 @@ def new_folder(folder):
         raise UserError(f"cannot write {folder}: {reason} ({free_space(target.parent)})") from error
 
 
-def check_free(target):
+def _check_free(target):
     """UserError where an export would lie on top of something; an empty folder is nothing."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} is there already: name another folder behind --export, or delete it")
 
 
-def write_saved_model(captioner, network, config, folder):
+def _write_saved_model(captioner, network, config, folder):
     """Write decoding of images, InceptionV3, encoder, decoder and vocabulary as a SavedModel.
 
     Its signature `serving_default` takes
-      images: string (B,), files as bytes: JPEG, PNG, WebP, GIF (of which the first picture counts) or BMP
+      images: string (B,), files as bytes: JPEG, PNG, WebP, GIF (of which the first image counts) or BMP
     and returns
       captions: string (B,)
       log_probabilities: float32 (B,), natural

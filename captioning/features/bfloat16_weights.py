@@ -15,9 +15,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-BFLOAT16 = tf.bfloat16.as_numpy_dtype
-PIXEL_FACTOR = 255.0  # (2 * pixels - 255) / (pixels / 127.5 - 1)
-LEAST_MEAN = 1e-6
+_BFLOAT16 = tf.bfloat16.as_numpy_dtype
+_PIXEL_FACTOR = 255.0  # (2 * pixels - 255) / (pixels / 127.5 - 1)
+_LEAST_MEAN = 1e-6
 
 
 def round_weights(inception):
@@ -33,19 +33,19 @@ def round_weights(inception):
       float64 (F,): the network's features must be divided by these factors.
     """
     # For each tensor of the network its channels' factors and means, (2, channels).
-    known = {inception.input: np.stack([np.full(3, PIXEL_FACTOR), np.ones(3)])}
+    known = {inception.input: np.stack([np.full(3, _PIXEL_FACTOR), np.ones(3)])}
     convolutions = {}
     for layer in inception.layers[1:]:
         channels = np.concatenate([known[tensor] for tensor in keras.tree.flatten(layer.input)], axis=1)  # (2, inputs)
         if isinstance(layer, keras.layers.Conv2D):
             convolutions[layer.output] = layer
         elif isinstance(layer, keras.layers.BatchNormalization):
-            channels = round_layer(convolutions[layer.input], layer, *channels)  # (2, outputs)
+            channels = _round_layer(convolutions[layer.input], layer, *channels)  # (2, outputs)
         known[layer.output] = channels
     return known[inception.output][0]  # (F,)
 
 
-def round_layer(convolution, norm, factors, means):
+def _round_layer(convolution, norm, factors, means):
     """Fold a batch norm into its convolution and round both, in place.
 
     A bias is not rounded. Instead its channel is multiplied by the factor that makes the bias a bfloat16 number. The
@@ -64,10 +64,10 @@ def round_layer(convolution, norm, factors, means):
     kernel = convolution.kernel.numpy() * scale / factors[:, np.newaxis]  # (height, width, inputs, outputs)
     beta = norm.beta.numpy().astype(np.float64)  # (outputs,)
     bias = beta - norm.moving_mean.numpy() * scale  # (outputs,)
-    exact = bias.astype(BFLOAT16).astype(np.float64)  # (outputs,)
+    exact = bias.astype(_BFLOAT16).astype(np.float64)  # (outputs,)
     factor = np.divide(exact, bias, out=np.ones_like(bias), where=exact != 0)  # (outputs,)
 
-    convolution.kernel.assign(round_kernel(kernel * factor, means))
+    convolution.kernel.assign(_round_kernel(kernel * factor, means))
     norm.beta.assign(exact)
     norm.moving_mean.assign(np.zeros_like(bias))
     norm.moving_variance.assign(np.ones_like(bias))
@@ -77,10 +77,10 @@ def round_layer(convolution, norm, factors, means):
     # (Nagel et al., appendix C).
     share_above_zero = np.array([math.erfc(-value / math.sqrt(2)) / 2 for value in beta])  # (outputs,)
     mean = beta * share_above_zero + np.exp(-(beta**2) / 2) / math.sqrt(2 * math.pi)  # (outputs,)
-    return np.stack([factor, np.maximum(factor * mean, LEAST_MEAN)])  # (2, outputs)
+    return np.stack([factor, np.maximum(factor * mean, _LEAST_MEAN)])  # (2, outputs)
 
 
-def round_kernel(kernel, means):
+def _round_kernel(kernel, means):
     """Round a kernel so that each output hardly changes while every input is at its mean.
 
     The change is at most the rounding error of one weight. Each weight passes what it loses on to the next one. The
@@ -100,7 +100,7 @@ def round_kernel(kernel, means):
     lost = np.zeros(outputs)
     for row, mean in enumerate(np.repeat(means[order], height * width)):
         weights = wanted[row] + lost / mean  # (outputs,)
-        rounded[row] = weights.astype(BFLOAT16)
+        rounded[row] = weights.astype(_BFLOAT16)
         lost = (weights - rounded[row]) * mean  # (outputs,)
     rounded = rounded.reshape(inputs, height, width, outputs)[np.argsort(order)]  # (inputs, height, width, outputs)
     return rounded.transpose(1, 2, 0, 3)  # (height, width, inputs, outputs)

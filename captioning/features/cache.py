@@ -1,7 +1,7 @@
 """The feature cache: a folder with one .npy file for each image, named after the image file's stem.
 
 A feature file holds (P, F) numbers, float16 or float32. The manifest beside the files tells which network made them
-from which pictures (see feature_manifest.py). random_statistics.npz belongs to a network of random weights.
+from which images (see feature_manifest.py). random_statistics.npz belongs to a network of random weights.
 """
 
 import collections
@@ -11,11 +11,15 @@ import pathlib
 import numpy as np
 import tensorflow as tf
 
-from captioning.data.captioned_images import image_path
+from captioning.data.captioned_images import image_path, match_names
+from captioning.data.prepared_data import load_prepared
 from captioning.features.feature_files import parallel_map, read_feature, reading_features
 from captioning.features.manifest import read_live_manifest, read_manifest, scan_features
 from captioning.settings import prepare_command
 from support.errors import UserError
+
+_MEASURED_IMAGES = 500  # training images that the features' statistics are measured on, at the most
+_LEAST_STD = 1e-6
 
 # --- Places -----------------------------------------------------------------------------------------------------
 
@@ -33,6 +37,20 @@ def feature_stem(image):
     return image.feature_stem or pathlib.PurePath(image.file_name).stem
 
 
+def features_on_disk(images, folder):
+    """Images whose features, made elsewhere, are named in another spelling of Unicode, get the name that is there.
+
+    list of CaptionedImage, path of the cache -> list of CaptionedImage
+    """
+    listed, found = {}, []
+    for image in images:
+        if not (stem := feature_stem(image)).isascii():
+            name = match_names(folder, f"{stem}.npy", listed).removesuffix(".npy")
+            image = image if name == stem else dataclasses.replace(image, feature_stem=name)
+        found.append(image)
+    return found
+
+
 def random_statistics(config):
     """Where the batch-norm statistics of random weights are. Config -> pathlib.Path."""
     return features_folder(config) / "random_statistics.npz"
@@ -46,7 +64,7 @@ def read_network(config):
     return read_manifest(features_folder(config), {}).network
 
 
-def check_features(images, config, network, remedy):
+def _check_features(images, config, network, remedy):
     """Check that the features of prepared images are there, unchanged, and of the network that they were prepared with.
 
     Args:
@@ -77,24 +95,34 @@ def check_features(images, config, network, remedy):
         )
 
 
-MEASURED_IMAGES = 500  # training images that the features' statistics are measured on, at the most
-LEAST_STD = 1e-6
+def load_data(config):
+    """What script 1 prepared, with its features: Prepared.
+
+    Raises:
+      UserError: as `load_prepared` and `_check_features` do.
+    """
+    prepared = load_prepared(config)
+    _check_features(prepared.images(), config, prepared.network, prepare_command(config))
+    return prepared
 
 
 def measure_features(images, config):
-    """Measure the features of images.
+    """Measure the features of the first MEASURED_IMAGES of a list of CaptionedImage.
 
     Returns:
       (float32 (F,), each channel's mean over images and locations; float, standard deviation from these means)
     """
-    sample = np.stack([np.load(feature_path(image, config)) for image in images])  # (N, P, F)
+    sample = np.stack([np.load(feature_path(image, config)) for image in images[:_MEASURED_IMAGES]])  # (N, P, F)
     mean = sample.mean((0, 1), dtype=np.float32)  # (F,)
     squares = sum(float(np.square(features - mean).mean(dtype=np.float32)) for features in sample)
-    return mean, max((squares / len(sample)) ** 0.5, LEAST_STD)
+    return mean, max((squares / len(sample)) ** 0.5, _LEAST_STD)
+
+
+# --- Images with cached features ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class ImageToCaption:
     """An image to caption.
 
     Attributes:
@@ -111,34 +139,34 @@ class Picture:
     feature_path: pathlib.Path | None = None
 
 
-def dataset_pictures(images, config):
-    """The Pictures of a data set's images, with their cached features. list of CaptionedImages -> list of Pictures."""
-    pictures = []
-    for image in images:
-        path = image_path(image, config)
-        pictures.append(Picture(path, str(path), image.image_id, image.references, feature_path(image, config)))
-    return pictures
+def dataset_images(images, config):
+    """A data set's images with their cached features. list of CaptionedImage -> list of ImageToCaption."""
+    paths = [image_path(image, config) for image in images]
+    return [
+        ImageToCaption(path, str(path), image.image_id, image.references, feature_path(image, config))
+        for path, image in zip(paths, images, strict=True)
+    ]
 
 
-def cached_batches(pictures, config):
-    """The pictures with their cached features, `decode_batch` at a time.
+def cached_batches(images, config):
+    """The images with their cached features, `decode_batch` at a time.
 
     Args:
-      pictures: list of Pictures with a `feature_path`.
+      images: list of ImageToCaption with a `feature_path`.
 
     Yields:
-      (list of B Pictures, features float32 (B, P, F))
+      (list of B ImageToCaption, features float32 (B, P, F))
 
     Raises:
       UserError: a feature file is missing or damaged.
     """
     size = config.decode_batch
-    if not pictures:
+    if not images:
         return
-    paths = [str(picture.feature_path) for picture in pictures]
+    paths = [str(image.feature_path) for image in images]
     # Rounded as in training, where features made elsewhere have more digits than the settings name.
     read = lambda path: tf.cast(read_feature(path, config.feature_dtype), tf.float32)  # noqa: E731
     dataset = parallel_map(read, paths).batch(size).prefetch(1)
     with reading_features(prepare_command(config)):
         for number, batch in enumerate(dataset):
-            yield pictures[number * size : (number + 1) * size], batch  # (B, P, F)
+            yield images[number * size : (number + 1) * size], batch  # (B, P, F)

@@ -19,7 +19,7 @@ from support.files import replacing
 # --- Feature files ----------------------------------------------------------------------------------------------
 
 
-def write_features(paths, features, dtype, journal=None, pictures=None):
+def write_features(paths, features, dtype, journal=None, images=None):
     """Write each image's features as a .npy file of its own, which takes its name when its line is on the disk.
 
     Args:
@@ -27,7 +27,7 @@ def write_features(paths, features, dtype, journal=None, pictures=None):
       features: (B, P, F).
       dtype: "float16" or "float32", the number type on disk.
       journal: Journal, or None to write no lines of a manifest.
-      pictures: list of B FileState, needed for a journal.
+      images: list of B FileState, needed for a journal.
 
     Raises:
       UserError: a number is not finite in this type, or a file cannot be written.
@@ -41,12 +41,12 @@ def write_features(paths, features, dtype, journal=None, pictures=None):
         )
     entries = {}
     with contextlib.ExitStack() as renamed:
-        for path, feature, picture in zip(paths, stored.numpy(), pictures or [None] * len(paths), strict=True):
+        for path, feature, image in zip(paths, stored.numpy(), images or [None] * len(paths), strict=True):
             data = io.BytesIO()
             np.save(data, feature, allow_pickle=False)
             temporary = renamed.enter_context(replacing(path))
             temporary.write_bytes(data.getbuffer())
-            entries[path.stem] = Entry(make_state(temporary.stat(), zlib.crc32(data.getbuffer())), picture)
+            entries[path.stem] = Entry(make_state(temporary.stat(), zlib.crc32(data.getbuffer())), image)
         if journal:
             journal.add(entries)
 
@@ -66,7 +66,7 @@ def read_feature(path, dtype):
       (P, F)
     """
     data = tf.io.read_file(path)
-    header = npy_header_length(data)
+    header = _npy_header_length(data)
     length = tf.strings.length(data) - header
     is_float16 = tf.equal(length, 2 * LOCATIONS * CHANNELS)
     is_whole = is_float16 | tf.equal(length, 4 * LOCATIONS * CHANNELS)
@@ -80,7 +80,7 @@ def read_feature(path, dtype):
     return tf.reshape(features, (LOCATIONS, CHANNELS))  # (P, F)
 
 
-def npy_header_length(data):
+def _npy_header_length(data):
     """The bytes before the numbers of a .npy file, whose format has three versions. string () -> int32 ()."""
     start = tf.strings.join([tf.strings.substr(data, 0, 12), b"\0" * 12])  # an empty file has a start too
     start = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int32)  # (12 or more,)
@@ -132,20 +132,20 @@ def check_feature_file(path, dtype="float32"):
     path = pathlib.Path(path)
     try:
         stat, data = path.stat(), path.read_bytes()
-        features = load_npy(data)
+        features = _load_npy(data)
     except (OSError, ValueError):
         return None
     is_whole = (
         features.shape == (LOCATIONS, CHANNELS)
         and features.dtype in (np.float16, np.float32)
         and features.flags.c_contiguous
-        and len(data) == int(npy_header_length(data[:12])) + features.nbytes
+        and len(data) == int(_npy_header_length(data[:12])) + features.nbytes
         and bool(np.abs(features).max() <= np.finfo(dtype).max)  # false for NaN
     )
     return make_state(stat, zlib.crc32(data)) if is_whole else None
 
 
-def load_npy(data):
+def _load_npy(data):
     """The array of a .npy file's bytes. Raises ValueError where they are damaged."""
     while True:
         try:

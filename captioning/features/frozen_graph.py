@@ -29,12 +29,13 @@ from support.devices import has_fast_bfloat16
 from support.errors import UserError
 from support.files import read_json, write_bytes, write_json
 
-GRAPH, NOTE = "network_graph.pb", "network_graph.json"
-SOURCES = "inception.py", "rounding.py", "network_cache.py"  # a change of theirs may change the graph
-PIXELS, FEATURES = "pixels:0", "Identity:0"  # as TensorFlow names what feature_graph takes and returns
+_GRAPH, _NOTE = "network_graph.pb", "network_graph.json"
+# A change of these files may change the graph.
+_SOURCES = "inception.py", "random_weights.py", "bfloat16_weights.py", "frozen_graph.py"
+_PIXELS, _FEATURES = "pixels:0", "Identity:0"  # as TensorFlow names what feature_graph takes and returns
 # What a graph may consist of. A file that somebody else wrote could do anything else, such as write files.
-OPERATIONS = {"Placeholder", "Const", "Identity", "Cast", "Reshape", "Mul", "RealDiv", "AddV2", "Sub"}
-OPERATIONS |= {"Conv2D", "BiasAdd", "FusedBatchNormV3", "Relu", "MaxPool", "AvgPool", "ConcatV2"}
+_OPERATIONS = {"Placeholder", "Const", "Identity", "Cast", "Reshape", "Mul", "RealDiv", "AddV2", "Sub"}
+_OPERATIONS |= {"Conv2D", "BiasAdd", "FusedBatchNormV3", "Relu", "MaxPool", "AvgPool", "ConcatV2"}
 
 
 def kept_network(folder, config, statistics, expected_identity):
@@ -53,37 +54,37 @@ def kept_network(folder, config, statistics, expected_identity):
       UserError: as `feature_graph` does.
     """
     check_identity(config, statistics, expected_identity)
-    made_of = describe_network(config, statistics)
-    graph = read_graph(folder, made_of)
+    made_of = _describe_network(config, statistics)
+    graph = _read_graph(folder, made_of)
     if graph is None:
         made = feature_graph(config, statistics, expected_identity=expected_identity)
-        graph = rewrite_graph(made.get_concrete_function().graph.as_graph_def(), made_of["precision"])
-        keep_graph(folder, made_of, graph)
-    network = compiled_once(graph_function(graph))
+        graph = _rewrite_graph(made.get_concrete_function().graph.as_graph_def(), made_of["precision"])
+        _keep_graph(folder, made_of, graph)
+    network = compiled_once(_graph_function(graph))
     blank = tf.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)
     threading.Thread(target=network, args=(blank,)).start()  # compiles it while the caller goes on
     return network
 
 
-def describe_network(config, statistics):
+def _describe_network(config, statistics):
     """All that the graph depends on. Returns a dict of name to str."""
     here = pathlib.Path(__file__)
     return {
         "network": network_identity(config, statistics),
         "precision": extraction_precision(config),
-        "code": digest(b"".join(here.with_name(name).read_bytes() for name in SOURCES)),
+        "code": _digest(b"".join(here.with_name(name).read_bytes() for name in _SOURCES)),
         "libraries": f"TensorFlow {tf.version.VERSION}, Keras {keras.version()}",
         "machine": f"{platform.machine()}, fast bfloat16: {has_fast_bfloat16()}",
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", ""),
     }
 
 
-def digest(data):
+def _digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def rewrite_graph(graph, precision):
-    """Do beforehand what TensorFlow does to a graph when it first runs, but for the last step, see `graph_function`.
+def _rewrite_graph(graph, precision):
+    """Do beforehand what TensorFlow does to a graph when it first runs, but for the last step, see `_graph_function`.
 
     Args:
       graph: GraphDef without variables.
@@ -98,7 +99,7 @@ def rewrite_graph(graph, precision):
     if precision == "bfloat16":
         rewriting.auto_mixed_precision_onednn_bfloat16 = rewriter_config_pb2.RewriterConfig.ON
     whole = tf.compat.v1.MetaGraphDef(graph_def=graph)
-    whole.collection_def["train_op"].node_list.value.append(FEATURES)  # what is to be computed
+    whole.collection_def["train_op"].node_list.value.append(_FEATURES)  # what is to be computed
     rewritten = tf_optimizer.OptimizeGraph(options, whole)
     for node in rewritten.node:
         if node.op == "Const":  # bfloat16 numbers as bytes, which are read much faster
@@ -107,42 +108,42 @@ def rewrite_graph(graph, precision):
     return rewritten
 
 
-def graph_function(graph):
-    """What runs a graph that `rewrite_graph` returned. It has a session of its own for the sake of its own options."""
+def _graph_function(graph):
+    """What runs a graph that `_rewrite_graph` returned. It has a session of its own for the sake of its own options."""
     with tf.Graph().as_default() as owner:
         tf.graph_util.import_graph_def(graph, name="")
     options = tf.compat.v1.ConfigProto()
     rewriting = options.graph_options.rewrite_options
     rewriting.optimizers.append("remap")  # gives convolutions their biases and ReLUs, for which no file format exists
     rewriting.meta_optimizer_iterations = rewriter_config_pb2.RewriterConfig.ONE
-    compute = tf.compat.v1.Session(graph=owner, config=options).make_callable(FEATURES, [PIXELS])
+    compute = tf.compat.v1.Session(graph=owner, config=options).make_callable(_FEATURES, [_PIXELS])
     return lambda pixels: tf.constant(compute(pixels.numpy()))  # (B, P, F)
 
 
 # --- The files --------------------------------------------------------------------------------------------------
 
 
-def read_graph(folder, made_of):
+def _read_graph(folder, made_of):
     """The GraphDef that is kept in a folder, or None where it is missing, damaged or made of anything else."""
     try:
-        note = read_json(folder / NOTE, "")
-        data = (folder / GRAPH).read_bytes()
-        if note != {**made_of, "graph": digest(data)}:
+        note = read_json(folder / _NOTE, "")
+        data = (folder / _GRAPH).read_bytes()
+        if note != {**made_of, "graph": _digest(data)}:
             return None
         graph = tf.compat.v1.GraphDef.FromString(data)
     except Exception:  # whatever is wrong with the files, the graph can be made anew
         return None
-    is_arithmetic = {node.op for node in graph.node} <= OPERATIONS and not graph.library.function
+    is_arithmetic = {node.op for node in graph.node} <= _OPERATIONS and not graph.library.function
     return graph if is_arithmetic else None
 
 
-def keep_graph(folder, made_of, graph):
+def _keep_graph(folder, made_of, graph):
     """Keep a GraphDef for the next start. Where that fails, a line says so, and nothing else is the worse for it."""
     data = graph.SerializeToString()
     try:
-        write_bytes(folder / GRAPH, data)
-        write_json(folder / NOTE, {**made_of, "graph": digest(data)}, indent=1)
+        write_bytes(folder / _GRAPH, data)
+        write_json(folder / _NOTE, {**made_of, "graph": _digest(data)}, indent=1)
     except UserError as error:
         print(f"note: the next start will take as long as this one: {error}")
         return
-    print(f"InceptionV3 is kept ready in {folder / GRAPH} ({len(data) / 1e6:.0f} MB): later starts are faster")
+    print(f"InceptionV3 is kept ready in {folder / _GRAPH} ({len(data) / 1e6:.0f} MB): later starts are faster")

@@ -69,7 +69,7 @@ def upright_rgb(image, smallest=IMAGE_SIZE):
       OSError, or another of Pillow's many errors: the file is damaged, or it is PostScript.
     """
     if image.format == "EPS":
-        raise OSError("PostScript is a program, and programs in pictures are not run")  # Pillow would call Ghostscript
+        raise OSError("PostScript is a program, and programs in images are not run")  # Pillow would call Ghostscript
     if image.width * image.height > MOST_FILE_PIXELS:
         raise OSError(f"{image.width} x {image.height} pixels are more than {MOST_FILE_PIXELS}")
     image.draft("RGB", (smallest, smallest))  # a JPEG file is now decoded at 1/2, 1/4 or 1/8 of its size

@@ -11,18 +11,19 @@ import tensorflow as tf
 from captioning.features.bfloat16_weights import round_weights
 from captioning.features.cnn import CHANNELS, IMAGE_SIZE, LOCATIONS
 from captioning.features.manifest import MADE_ELSEWHERE
-from captioning.features.random_weights import calibrate, set_random_weights, set_statistics, write_statistics
+from captioning.features.random_weights import (
+    STATISTICS_REMEDY,
+    calibrate,
+    set_random_weights,
+    set_statistics,
+    write_statistics,
+)
 from support.devices import has_fast_bfloat16
 from support.errors import UserError
 
-STATISTICS_REMEDY = (
-    "without this file the same network cannot be made again, so copy it from the folder of the features, "
-    "or delete the features and run python data_utils.py to make them anew"
-)
-
 
 def network_identity(config, statistics=None):
-    """Name the network in one line, so that other weights have another name. Looks at no feature and no picture.
+    """Name the network in one line, so that other weights have another name. Looks at no feature and no image.
 
     Args:
       config: Config. `inception_weights` is "imagenet", "random" or the path of a weights file.
@@ -43,17 +44,17 @@ def network_identity(config, statistics=None):
         if statistics is None:
             return name
         try:
-            return f"{name} and calibration {file_digest(statistics)}"
+            return f"{name} and calibration {_file_digest(statistics)}"
         except OSError as error:
             kind = type(error).__name__
             raise UserError(f"{statistics} is missing or damaged ({kind}): {STATISTICS_REMEDY}") from None
     try:
-        return f"InceptionV3, weights of SHA-256 {file_digest(weights)}"
+        return f"InceptionV3, weights of SHA-256 {_file_digest(weights)}"
     except OSError:
         raise UserError(f"--inception_weights {weights} is not a file: name one, or take imagenet or random") from None
 
 
-def file_digest(path):
+def _file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -141,7 +142,7 @@ def check_identity(config, statistics, expected):
     if expected == MADE_ELSEWHERE:
         raise UserError(
             "this model was trained on features made by another program, and only that program's network can read new "
-            "pictures for it: train a model on features that python data_utils.py made"
+            "images for it: train a model on features that python data_utils.py made"
         )
     identity = network_identity(config)
     if statistics and f"{expected} ".startswith(f"{identity} "):  # the seed fits, and the calibration may not
@@ -163,10 +164,10 @@ def extraction_precision(config):
     if has_fast_bfloat16():
         return "bfloat16"
     gpus = tf.config.list_physical_devices("GPU")
-    return "float16" if gpus and compute_capability(gpus[0]) >= (7, 0) else "float32"
+    return "float16" if gpus and _compute_capability(gpus[0]) >= (7, 0) else "float32"
 
 
-def compute_capability(gpu):
+def _compute_capability(gpu):
     return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
 
 
@@ -180,14 +181,14 @@ def extraction_graphs(config):
     """
     on_cpu = not tf.config.list_physical_devices("GPU")
     # The arithmetic optimizer moves ReLU behind pooling and concatenation, where no convolution can absorb it.
-    set_rewriting(bfloat16=on_cpu and extraction_precision(config) == "bfloat16", arithmetic=False)
+    _set_rewriting(bfloat16=on_cpu and extraction_precision(config) == "bfloat16", arithmetic=False)
     try:
         yield
     finally:
-        set_rewriting(bfloat16=False, arithmetic=True)
+        _set_rewriting(bfloat16=False, arithmetic=True)
 
 
-def set_rewriting(bfloat16, arithmetic):
+def _set_rewriting(bfloat16, arithmetic):
     tf.config.optimizer.set_experimental_options(
         {"auto_mixed_precision_onednn_bfloat16": bfloat16, "arithmetic_optimization": arithmetic}
     )

@@ -1,9 +1,9 @@
-"""The manifest of a feature cache: which network made its features, and which picture each was made from.
+"""The manifest of a feature cache: which network made its features, and which image each was made from.
 
   manifest.jsonl                  the network's identity, then a line for each feature file
   manifest-<time>-<token>.jsonl   the same, of a process that is at work or was stopped: its journal
 
-A line has the size, modification time and CRC-32 of the feature file, and of the picture that it was made from. A file
+A line has the size, modification time and CRC-32 of the feature file, and of the image that it was made from. A file
 that still has this size and time is taken for unchanged and not read. If only the time differs, as after copying the
 folder, the file is read, and its CRC-32 decides.
 
@@ -26,15 +26,15 @@ from support.errors import UserError
 from support.file_states import FileState, has_size_and_time, renew_states
 from support.files import write_durably
 
-MANIFEST = "manifest.jsonl"
+_MANIFEST = "manifest.jsonl"
 MADE_ELSEWHERE = "made elsewhere"  # in the place of a network's identity, where another program made the features
 
 
 class Entry(NamedTuple):
-    """A feature file, and the picture that it was made from. None stands for a picture that is not known."""
+    """A feature file, and the image that it was made from. None stands for an image that is not known."""
 
     feature: FileState
-    picture: FileState | None
+    image: FileState | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +83,9 @@ def read_manifest(folder, files):
     """
     networks, entries, begun, damage = {}, {}, None, None
     journals = sorted(pathlib.Path(folder).glob("manifest-*.jsonl"))
-    for path in [pathlib.Path(folder, MANIFEST), *journals]:
+    for path in [pathlib.Path(folder, _MANIFEST), *journals]:
         try:
-            network, found = read_lines(path)
+            network, found = _read_lines(path)
         except FileNotFoundError:
             if path in journals:  # another process has merged it meanwhile
                 return read_manifest(folder, files)
@@ -110,7 +110,7 @@ def read_manifest(folder, files):
     return Manifest(next(iter(networks), begun), entries, journals)
 
 
-def read_lines(path):
+def _read_lines(path):
     """Read one file of the manifest.
 
     Lines that are damaged are left out, such as the last one of a process that was killed.
@@ -129,15 +129,15 @@ def read_lines(path):
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         remedy = f"nothing else tells which network made the features, so {ways_out(path.parent)}"
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
-    return network, list(filter(None, map(parse_line, lines)))
+    return network, list(filter(None, map(_parse_line, lines)))
 
 
-def parse_line(line):
+def _parse_line(line):
     """(stem, Entry) of a manifest's line, or None if it is damaged."""
     with contextlib.suppress(ValueError, TypeError, RecursionError):
-        stem, feature, picture = json.loads(line)
-        entry = Entry(FileState(*feature), None if picture is None else FileState(*picture))
-        numbers = [*entry.feature, *(entry.picture or ())]
+        stem, feature, image = json.loads(line)
+        entry = Entry(FileState(*feature), None if image is None else FileState(*image))
+        numbers = [*entry.feature, *(entry.image or ())]
         if isinstance(stem, str) and all(type(number) is int for number in numbers):
             return stem, entry
     return None
@@ -145,20 +145,20 @@ def parse_line(line):
 
 def write_manifest(folder, manifest):
     """Write the manifest and delete the journals that it holds now. No other process may be writing features."""
-    lines = [format_line(stem, entry) for stem, entry in sorted(manifest.entries.items())]
-    data = b"".join([format_header(manifest.network), *lines])
-    path = pathlib.Path(folder, MANIFEST)
+    lines = [_format_line(stem, entry) for stem, entry in sorted(manifest.entries.items())]
+    data = b"".join([_format_header(manifest.network), *lines])
+    path = pathlib.Path(folder, _MANIFEST)
     if not path.is_file() or path.read_bytes() != data:
         write_durably(path, data)
     for journal in manifest.journals:
         journal.unlink(missing_ok=True)
 
 
-def format_header(network):
+def _format_header(network):
     return json.dumps({"network": network}).encode() + b"\n"
 
 
-def format_line(stem, entry):
+def _format_line(stem, entry):
     return json.dumps([stem, *entry]).encode() + b"\n"
 
 
@@ -167,13 +167,13 @@ class Journal:
 
     def __init__(self, path, network):
         self.path = path
-        write_durably(path, format_header(network))
+        write_durably(path, _format_header(network))
         self.file = open(path, "ab", buffering=0)
         self.is_empty = True
 
     def add(self, entries):
         """Add the lines of a batch, a dict of stem to Entry, all or none. They outlive a power cut from now on."""
-        data = b"".join(format_line(stem, entry) for stem, entry in entries.items())
+        data = b"".join(_format_line(stem, entry) for stem, entry in entries.items())
         end = self.file.seek(0, os.SEEK_END)
         try:
             while data:

@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from captioning.data.captioned_images import image_path
 from captioning.features.cache import feature_path, feature_stem, features_folder, random_statistics
-from captioning.features.extraction import check_case, check_replaced
 from captioning.features.feature_files import check_feature_file
 from captioning.features.inception import network_identity
 from captioning.features.manifest import (
@@ -24,14 +23,14 @@ from support.devices import usable_cores
 from support.errors import UserError
 from support.file_states import FileState, cancelling_pool, find_stat, renew_states
 
-UNKNOWN = FileState(-1, -1, -1)  # no file is like that
+_UNKNOWN = FileState(-1, -1, -1)  # no file is like that
 
 
 # --- What is to be extracted ------------------------------------------------------------------------------------
 
 
 def find_missing(images, config, shared=False):
-    """Find the images whose features must be extracted. Reads neither pictures nor features that have not changed.
+    """Find the images whose features must be extracted. Reads neither images nor features that have not changed.
 
     A feature of which the manifest has no line, as after a power cut, is extracted again: nothing tells what made it.
 
@@ -40,26 +39,25 @@ def find_missing(images, config, shared=False):
       shared: bool, whether other processes may be writing features to the same folder.
 
     Returns:
-      list of CaptionedImage: those without features, with damaged ones, or whose picture has changed since
+      list of CaptionedImage: those without features, with damaged ones, or whose image has changed since
 
     Raises:
       UserError: the features were made by another network, or elsewhere and are not complete.
     """
     folder = features_folder(config)
-    check_case(images, folder)
     files = scan_features(folder)
     recorded = read_manifest(folder, files)
     manifest = keep_live(folder, files, recorded)
     if files and manifest.network in (None, MADE_ELSEWHERE):
-        complete = check_made_elsewhere(images, manifest, files, config)
+        complete = _check_made_elsewhere(images, manifest, files, config)
         if not shared:
             write_manifest(folder, complete)
         print(f"features: {len(images)} of {len(images)} are in {folder} already, made elsewhere")
         return []
 
-    check_replaced(images, recorded, manifest, files, config)
-    unknown = [feature_path(image, config) for image in files_without_line(images, recorded, files)]
-    manifest, changed = check_pictures(images, manifest, config)
+    _check_replaced(images, recorded, manifest, files, config)
+    unknown = [feature_path(image, config) for image in _files_without_line(images, recorded, files)]
+    manifest, changed = _check_images(images, manifest, config)
     usable = manifest.entries.keys() - changed
     begun, statistics = network_identity(config), random_statistics(config)
     identity = network_identity(config, statistics) if statistics.exists() else begun
@@ -75,17 +73,17 @@ def find_missing(images, config, shared=False):
             f"({identity}): {ways_out(folder)}"
         )
     if not shared:
-        manifest = settle(manifest, usable, begun, config)
+        manifest = _settle(manifest, usable, begun, config)
     missing = [image for image in images if feature_stem(image) not in usable]
     print(f"features: {len(images) - len(missing)} of {len(images)} are in {folder} already")
     if unknown:
         print(f"features without a line in the manifest: {len(unknown)}, such as {unknown[0]}; extracted again")
     if changed:
-        print(f"pictures that have changed since: {len(changed)}; their features are extracted again")
+        print(f"images that have changed since: {len(changed)}; their features are extracted again")
     return missing
 
 
-def check_made_elsewhere(images, manifest, files, config):
+def _check_made_elsewhere(images, manifest, files, config):
     """Check features that another program made. New and changed ones are read.
 
     Args:
@@ -98,7 +96,7 @@ def check_made_elsewhere(images, manifest, files, config):
     Raises:
       UserError: a feature is missing or damaged.
     """
-    new = files_without_line(images, manifest, files)
+    new = _files_without_line(images, manifest, files)
     entries = dict(manifest.entries)
     with cancelling_pool(usable_cores()) as pool:
         check = functools.partial(check_feature_file, dtype=config.feature_dtype)
@@ -118,39 +116,61 @@ def check_made_elsewhere(images, manifest, files, config):
     return Manifest(MADE_ELSEWHERE, entries, manifest.journals)
 
 
-def files_without_line(images, manifest, files):
+def _check_replaced(images, recorded, live, files, config):
+    """Raise UserError if somebody put other whole features in the place of those that this program wrote.
+
+    Where the image has changed too, they are this program's, and their line was lost.
+
+    Args:
+      recorded, live: Manifest of all lines, and of those whose feature files are unchanged.
+      files: dict of stem to os.stat_result, the feature files.
+    """
+    suspects = [image for image in _files_without_line(images, live, files) if feature_stem(image) in recorded.entries]
+    _, changed = _check_images(suspects, recorded, config)
+    paths = [feature_path(image, config) for image in suspects if feature_stem(image) not in changed]
+    with cancelling_pool(usable_cores()) as pool:
+        foreign = [path for path, state in zip(paths, pool.map(check_feature_file, paths), strict=True) if state]
+    if foreign:
+        raise UserError(
+            f"{foreign[0]} is not the feature file that python data_utils.py wrote there ({recorded.network}), nor are "
+            f"{len(foreign) - 1} others what it wrote. Features made elsewhere need a --features_dir of their own: "
+            f"{ways_out(features_folder(config))}"
+        )
+
+
+def _files_without_line(images, manifest, files):
     """The images that have a feature file of which the manifest knows nothing."""
     stems = files.keys() - manifest.entries.keys()
     return [image for image in images if feature_stem(image) in stems]
 
 
-def check_pictures(images, manifest, config):
-    """Compare the pictures with those that the features were made from. A picture that is gone counts as unchanged.
+def _check_images(images, manifest, config):
+    """Compare the images with those that the features were made from. An image that is gone counts as unchanged.
 
     Returns:
-      (Manifest with the pictures' present times, set of the stems whose picture has changed)
+      (Manifest with the images' present times, set of the stems whose image has changed)
     """
     paths = {stem: image_path(image, config) for image in images if (stem := feature_stem(image)) in manifest.entries}
     stats = {stem: stat for stem, path in paths.items() if (stat := find_stat(path))}
-    recorded = [manifest.entries[stem].picture or UNKNOWN for stem in stats]
+    recorded = [manifest.entries[stem].image or _UNKNOWN for stem in stats]
     renewed = renew_states([paths[stem] for stem in stats], list(stats.values()), recorded)
     entries, changed = dict(manifest.entries), set()
     for stem, state in zip(stats, renewed, strict=True):
         if state:
-            entries[stem] = entries[stem]._replace(picture=state)
+            entries[stem] = entries[stem]._replace(image=state)
         else:
             changed.add(stem)
     return Manifest(manifest.network, entries, manifest.journals), changed
 
 
-def settle(manifest, usable, identity, config):
+def _settle(manifest, usable, identity, config):
     """Bring the manifest up to date. If none of the features is usable, the cache begins anew with this network.
 
     No other process may be writing features.
 
     Args:
       manifest: Manifest of the features that are known and unchanged.
-      usable: set of the stems whose picture has not changed either.
+      usable: set of the stems whose image has not changed either.
       identity: str, `network_identity`, of random weights that without their calibration, which is still to come.
 
     Returns:

@@ -7,12 +7,16 @@ import numpy as np
 import tensorflow as tf
 
 from captioning.features.image_files import load_image
-from captioning.features.inception import STATISTICS_REMEDY
 from support.errors import UserError
 from support.files import replacing
 
+STATISTICS_REMEDY = (
+    "without this file the same network cannot be made again, so copy it from the folder of the features, "
+    "or delete the features and run python data_utils.py to make them anew"
+)
 
-def batch_norms(inception):
+
+def _batch_norms(inception):
     return [layer for layer in inception.layers if isinstance(layer, keras.layers.BatchNormalization)]
 
 
@@ -44,7 +48,7 @@ def calibrate(inception, image_paths):
             pixels.append(load_image(path))
     if not pixels:
         raise UserError("no training image can be read, and random weights need some: check the image folder")
-    norms = batch_norms(inception)
+    norms = _batch_norms(inception)
     for norm in norms:
         norm.momentum = 0.0
     # As a graph, which lets go of each layer's outputs: otherwise all are held, 9 GB.
@@ -69,7 +73,7 @@ def set_statistics(inception, path, identity):
       UserError: the file is missing or damaged, or belongs to another network.
     """
     remedy = STATISTICS_REMEDY
-    variables = [variable for norm in batch_norms(inception) for variable in (norm.moving_mean, norm.moving_variance)]
+    variables = [variable for norm in _batch_norms(inception) for variable in (norm.moving_mean, norm.moving_variance)]
     try:
         with np.load(path, allow_pickle=False) as saved:
             owner = str(saved["identity"])

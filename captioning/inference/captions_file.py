@@ -1,8 +1,8 @@
-"""captions.jsonl: one line for each captioned picture, written as its batch is done, so that a stopped run goes on.
+"""captions.jsonl: one line for each captioned image, written as its batch is done, so that a stopped run goes on.
 
 The file holds what one checkpoint with one set of settings said, whichever calls asked for it. made_by.json beside it
-names both, and a call with others is refused. So lines of other pictures stay. A line tells by size and time whether
-its picture has changed since; its new line then takes the place of the old one, which stays until then.
+names both, and a call with others is refused. So lines of other images stay. A line tells by size and time whether
+its image has changed since; its new line then takes the place of the old one, which stays until then.
 """
 
 import contextlib
@@ -21,9 +21,21 @@ from support.errors import UserError
 from support.files import read_json, reason_and_remedy, replacing, write_json
 
 # Settings that the captions depend on, besides the model.
-DECODING_SETTINGS = ("beam_width", "length_penalty", "repeat_block", "max_words", "attention_map")
-LONGEST_STEM = 120  # bytes of a picture's name in that of its figure; file systems allow 255, temporary files need some
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # what begins a cell that spreadsheets compute
+_DECODING_SETTINGS = ("beam_width", "length_penalty", "repeat_block", "max_words", "attention_map")
+_LONGEST_STEM = 120  # bytes of an image's name in that of its figure; file systems allow 255, temporary files need some
+_FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    "＝",
+    "＋",
+    "－",
+    "＠",
+)  # what begins a cell that spreadsheets compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +43,12 @@ class CaptionRecord:
     """A line of captions.jsonl.
 
     Attributes:
-      image: str, the picture as the user knows it: a path or an address.
+      image: str, the image as the user knows it: a path or an address.
       caption: str
       log_probability: float, natural, of the whole caption.
-      size, modified: bytes of the picture's file, and its modification time in nanoseconds.
-      image_id: int or str, or None for a picture that is not of the data set.
-      file: str, the absolute path of the picture's file, "" where `image` is that.
+      size, modified: bytes of the image's file, and its modification time in nanoseconds.
+      image_id: int or str, or None for an image that is not of the data set.
+      file: str, the absolute path of the image's file, "" where `image` is that.
       figure: str, the name of its figure in the same folder, "" for none.
       words, log_probs, attention_weights, evidence, references: as in PredictedCaption. None where attention is not
         kept.
@@ -58,8 +70,8 @@ class CaptionRecord:
 
     @property
     def key(self):
-        """See `picture_key`."""
-        return picture_key(self.image, self.file or self.image)
+        """See `image_key`."""
+        return image_key(self.image, self.file or self.image)
 
     def line(self):
         """The record as a line of JSON, without what it does not have."""
@@ -78,8 +90,8 @@ def file_state(path):
     return status.st_size, status.st_mtime_ns
 
 
-def picture_key(name, path):
-    """What no other picture has, from whichever folder it is named: an address, or the absolute path of a file."""
+def image_key(name, path):
+    """What no other image has, from whichever folder it is named: an address, or the absolute path of a file."""
     return name if is_address(name) else os.path.abspath(path)
 
 
@@ -88,7 +100,7 @@ def make_record(prediction, state, figure="", keep_attention=True):
 
     Args:
       prediction: PredictedCaption
-      state: the `file_state` of the picture before it was read, so that a change since then shows in the next run.
+      state: the `file_state` of the image before it was read, so that a change since then shows in the next run.
       figure: str, as in CaptionRecord.
       keep_attention: bool
     """
@@ -107,42 +119,42 @@ def make_record(prediction, state, figure="", keep_attention=True):
     return dataclasses.replace(
         record,
         words=prediction.words,
-        log_probs=rounded(prediction.log_probs, 4),
-        attention_weights=rounded(prediction.attention_weights, 6),
-        evidence=None if prediction.evidence is None else rounded(prediction.evidence, 6),
+        log_probs=_rounded(prediction.log_probs, 4),
+        attention_weights=_rounded(prediction.attention_weights, 6),
+        evidence=None if prediction.evidence is None else _rounded(prediction.evidence, 6),
         references=list(prediction.references) or None,
     )
 
 
-def rounded(values, decimals):
+def _rounded(values, decimals):
     return np.asarray(values, np.float64).round(decimals).tolist()
 
 
-def restore_prediction(record, picture=None):
+def restore_prediction(record, image=None):
     """The PredictedCaption of a record that kept its attention.
 
     Args:
       record: CaptionRecord
-      picture: Picture whose path and references, if any, count instead of the record's, as files may move; or None.
+      image: Image whose path and references, if any, count instead of the record's, as files may move; or None.
     """
     return PredictedCaption(
-        path=picture.path if picture else pathlib.Path(record.file or record.image),
+        path=image.path if image else pathlib.Path(record.file or record.image),
         name=record.image,
         words=record.words,
         log_probs=np.array(record.log_probs),
         attention_weights=np.array(record.attention_weights),
         image_id=record.image_id,
-        references=(picture.references if picture else ()) or record.references or (),
+        references=(image.references if image else ()) or record.references or (),
         evidence=None if record.evidence is None else np.array(record.evidence),
     )
 
 
 def describe_maker(config, checkpoint):
     """What all lines of a file depend on, as made_by.json holds it."""
-    return {"checkpoint": checkpoint, **{name: getattr(config, name) for name in DECODING_SETTINGS}}
+    return {"checkpoint": checkpoint, **{name: getattr(config, name) for name in _DECODING_SETTINGS}}
 
 
-def parse_record(line):
+def _parse_record(line):
     """The CaptionRecord of a line; None for half a line, which a kill leaves, and for one of another program."""
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         record = CaptionRecord(**json.loads(line))
@@ -151,10 +163,10 @@ def parse_record(line):
     return None
 
 
-def read_records(path):
+def _read_records(path):
     """The CaptionRecords of a captions file, one after the other. Lines that are none are left out."""
     with open(path, "rb") as file:
-        yield from filter(None, map(parse_record, file))
+        yield from filter(None, map(_parse_record, file))
 
 
 def find_records(path):
@@ -162,7 +174,7 @@ def find_records(path):
     place = 0
     with open(path, "rb") as file:
         for line in file:
-            if record := parse_record(line):
+            if record := _parse_record(line):
                 yield record, place
             place += len(line)
 
@@ -171,18 +183,18 @@ def read_record(path, place):
     """The CaptionRecord at a position that `find_records` gave."""
     with open(path, "rb") as file:
         file.seek(place)
-        return parse_record(file.readline())
+        return _parse_record(file.readline())
 
 
-def figure_name(picture):
-    """The file name of a picture's figure, which no other picture's has, whatever folders they are in.
+def figure_name(image):
+    """The file name of an image's figure, which no other image's has, whatever folders they are in.
 
     Args:
-      picture: Picture, or anything that has its `path` and `name`.
+      image: ImageToCaption, or anything that has its `path` and `name`.
     """
-    stem = os.fsencode(picture.path.stem)[:LONGEST_STEM].decode(errors="ignore")
+    stem = os.fsencode(image.path.stem)[:_LONGEST_STEM].decode(errors="ignore")
     stem = "".join(letter if letter.isprintable() else "_" for letter in stem)
-    digest = hashlib.sha256(os.fsencode(picture_key(picture.name, picture.path))).hexdigest()[:8]
+    digest = hashlib.sha256(os.fsencode(image_key(image.name, image.path))).hexdigest()[:8]
     return f"{stem}_{digest}.png"
 
 
@@ -201,10 +213,10 @@ def begin_captions(path, maker, anew=False):
     if path.exists() and not anew:
         keep_latest(path)
     if anew or not path.exists() or not path.stat().st_size:
-        figures = {record.figure for record in read_records(path)} if path.exists() else set()
+        figures = {record.figure for record in _read_records(path)} if path.exists() else set()
         with replacing(path) as temporary:
             temporary.touch()
-        delete_figures(figures, path.parent)
+        _delete_figures(figures, path.parent)
         write_json(note, maker)
         return
     choices = "name another folder behind --output, or give --anew, which deletes the captions that are there"
@@ -218,7 +230,7 @@ def begin_captions(path, maker, anew=False):
 
 
 def keep_latest(path):
-    """Rewrite a captions file so that it holds the last line of each picture and nothing else.
+    """Rewrite a captions file so that it holds the last line of each image and nothing else.
 
     Figures that no line names any more are deleted.
     """
@@ -231,49 +243,49 @@ def keep_latest(path):
                 kept.add(record.figure)
             else:
                 gone.add(record.figure)
-    delete_figures(gone - kept, path.parent)
+    _delete_figures(gone - kept, path.parent)
 
 
-def delete_figures(names, folder):
+def _delete_figures(names, folder):
     for name in names - {""}:
         with contextlib.suppress(OSError, ValueError):  # it is gone, or another program has it open
             (folder / pathlib.PurePath(name).name).unlink()
 
 
-def find_finished(path, pictures, num_figures, all_attention):
-    """Which pictures need no caption any more, by a captions file.
+def find_finished(path, images, num_figures, all_attention):
+    """Which images need no caption any more, by a captions file.
 
-    A picture is finished if its file has not changed, and if its figure and its attention are there where they are
+    An image is finished if its file has not changed, and if its figure and its attention are there where they are
     wanted.
 
     Args:
       path: pathlib.Path of captions.jsonl.
-      pictures: list of Pictures.
-      num_figures: int, how many of the pictures, the first ones, get a figure.
+      images: list of ImageToCaption.
+      num_figures: int, how many of the images, the first ones, get a figure.
       all_attention: bool, whether the attention of the others is kept too.
 
     Returns:
-      set of the keys of finished pictures, see `picture_key`
+      set of the keys of finished images, see `image_key`
     """
-    positions = {picture_key(picture.name, picture.path): number for number, picture in enumerate(pictures)}
+    positions = {image_key(image.name, image.path): number for number, image in enumerate(images)}
     finished = set()
-    for record in read_records(path):
+    for record in _read_records(path):
         number = positions.get(record.key)
         if number is None:
             continue
         drawn = number < num_figures
-        if is_finished(record, pictures[number], path.parent, drawn, drawn or all_attention):
+        if _is_finished(record, images[number], path.parent, drawn, drawn or all_attention):
             finished.add(record.key)
     return finished
 
 
-def is_finished(record, picture, folder, drawn, with_attention):
-    """Whether a record holds what is wanted of a picture, and the picture is still the same file."""
+def _is_finished(record, image, folder, drawn, with_attention):
+    """Whether a record holds what is wanted of an image, and the image is still the same file."""
     if with_attention and record.attention_weights is None:
         return False
     if (drawn or record.figure) and not (record.figure and (folder / record.figure).exists()):
         return False
-    return file_state(picture.path) == (record.size, record.modified)
+    return file_state(image.path) == (record.size, record.modified)
 
 
 @contextlib.contextmanager
@@ -283,12 +295,12 @@ def appending(path):
     Raises:
       UserError: the disk is full or the file cannot be written; the lines before are kept.
     """
-    with naming_file(path):
+    with _naming_file(path):
         file = open(path, "ab", buffering=0)  # without a buffer, closing the file writes nothing and cannot fail
 
     def add(record):
         data = memoryview(record.line())
-        with naming_file(path):
+        with _naming_file(path):
             while data:
                 data = data[file.write(data) :]
 
@@ -297,7 +309,7 @@ def appending(path):
 
 
 @contextlib.contextmanager
-def naming_file(path):
+def _naming_file(path):
     """Turn an error in writing the file `path` into a UserError. Other errors while it is open are not about it."""
     try:
         yield
@@ -306,7 +318,7 @@ def naming_file(path):
 
 
 def write_table(path, records_path):
-    """Write picture and caption of each record as a CSV file, for people with a spreadsheet.
+    """Write image and caption of each record as a CSV file, for people with a spreadsheet.
 
     A cell that a spreadsheet would compute gets an apostrophe before it, and all are quoted, as OWASP advises against
     CSV injection.
@@ -314,5 +326,5 @@ def write_table(path, records_path):
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)
         table.writerow(("image", "caption"))
-        for record in read_records(records_path):
-            table.writerow(f"'{cell}" if cell.startswith(FORMULA) else cell for cell in (record.image, record.caption))
+        for record in _read_records(records_path):
+            table.writerow(f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in (record.image, record.caption))

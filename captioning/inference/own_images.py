@@ -1,4 +1,4 @@
-"""The user's own pictures: files, folders and addresses to Pictures, and Pictures to features."""
+"""The user's own images: files, folders and addresses to ImageToCaption, and these to features."""
 
 import contextlib
 import hashlib
@@ -11,85 +11,85 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from captioning.features.cache import Picture
+from captioning.features.cache import ImageToCaption
 from captioning.features.extraction import extract_features
 from captioning.features.inception import extraction_graphs
 from support.downloads import download_all
 from support.errors import UserError, printable
 
-EXTRACTED = 300  # pictures whose features are held in memory before they are captioned
-LARGEST = 50_000_000  # bytes of a picture fetched from an address
-SHOWN_KINDS = 8  # kinds of what was skipped that are counted each
+_EXTRACTED = 300  # images whose features are held in memory before they are captioned
+_LARGEST = 50_000_000  # bytes of an image fetched from an address
+_SHOWN_KINDS = 8  # kinds of what was skipped that are counted each
 
-# Of the many formats that Pillow registers, those that hold pictures: not PDF, not video, not HDF5.
-PICTURE_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA"}
-PICTURE_FORMATS |= {"QOI", "SGI", "TIFF", "WEBP"}
+# Of the many formats that Pillow registers, those that hold images: not PDF, not video, not HDF5.
+_IMAGE_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA"}
+_IMAGE_FORMATS |= {"QOI", "SGI", "TIFF", "WEBP"}
 
 
-def find_pictures(names, output, skipped):
-    """The picture files that are named, those in the folders that are named, at any depth, and those of addresses.
+def find_images(names, output, skipped):
+    """The image files that are named, those in the folders that are named, at any depth, and those of addresses.
 
     Args:
       names: list of str, files, folders and http or https addresses.
       output: pathlib.Path of the folder that captions go to. What is in it is left out of a folder that holds it.
-        Pictures of addresses are to be downloaded to `output`/downloads, see `fetch_pictures`.
-      skipped: Counter of what is left out, by kind, such as files in folders that are no pictures; it is added to.
+        Images of addresses are to be downloaded to `output`/downloads, see `fetch_images`.
+      skipped: Counter of what is left out, by kind, such as files in folders that are no images; it is added to.
 
     Returns:
-      list of Pictures, each file once
+      list of ImageToCaption, each file once
 
     Raises:
       UserError: there is none.
     """
-    pictures = []
+    images = []
     for name in names:
         path = pathlib.Path(name)
         if is_address(name):
-            pictures.append(Picture(output / "downloads" / local_name(name), name))
+            images.append(ImageToCaption(output / "downloads" / _local_name(name), name))
         elif os.path.isdir(path):  # unlike path.is_dir, no error where the name is too long
-            check_output(path, output)
-            pictures += [Picture(file, str(file)) for file in walk_folder(path, output.resolve(), skipped)]
+            _check_output(path, output)
+            images += [ImageToCaption(file, str(file)) for file in _walk_folder(path, output.resolve(), skipped)]
         else:
-            pictures.append(Picture(path, str(path)))
-    if not pictures:
+            images.append(ImageToCaption(path, str(path)))
+    if not images:
         found = f" ({describe_skipped(skipped)})" if skipped else ""
         raise UserError(f"no image file is in {', '.join(names)}{found}: name image files or folders behind --image")
     different = {}
-    for picture in pictures:
-        different.setdefault(os.path.abspath(picture.path), picture)
+    for image in images:
+        different.setdefault(os.path.abspath(image.path), image)
     return list(different.values())
 
 
-def check_output(folder, output):
-    """UserError where captions and figures would go among the pictures: the next run would take figures for pictures.
+def _check_output(folder, output):
+    """UserError where captions and figures would go among the images: the next run would take figures for images.
 
-    Folders below `folder` are no problem, see `walk_folder`.
+    Folders below `folder` are no problem, see `_walk_folder`.
     """
     if folder.resolve() == output.resolve():
-        raise UserError(f"{folder} holds the pictures: give another folder by --output, such as {folder / 'captions'}")
+        raise UserError(f"{folder} holds the images: give another folder by --output, such as {folder / 'captions'}")
 
 
 def describe_skipped(skipped):
     """The most frequent kinds of what was skipped, and how many are of other kinds. Counter -> str."""
     by_count = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
-    shown = {kind: count for kind, count in by_count[:SHOWN_KINDS] if kind.isprintable()}
+    shown = {kind: count for kind, count in by_count[:_SHOWN_KINDS] if kind.isprintable()}
     parts = [f"{count} {kind}" for kind, count in sorted(shown.items())]
     others = skipped.total() - sum(shown.values())
     return ", ".join([*parts, f"{others} others"] if others else parts)
 
 
-def walk_folder(folder, output, skipped):
-    """The picture files in a folder, at any depth, in order of their names.
+def _walk_folder(folder, output, skipped):
+    """The image files in a folder, at any depth, in order of their names.
 
     Args:
       folder: pathlib.Path
       output: pathlib.Path, resolved; this folder is not entered.
-      skipped: Counter of the kinds of files that are no pictures; it is added to.
+      skipped: Counter of the kinds of files that are no images; it is added to.
 
     Returns:
       list of pathlib.Path
     """
-    endings = picture_endings()
+    endings = _image_endings()
     found = []
     unreadable = lambda error: skipped.update(["folders that cannot be read"])  # noqa: E731
     for place, folders, files in os.walk(folder, onerror=unreadable):
@@ -105,56 +105,56 @@ def walk_folder(folder, output, skipped):
     return sorted(found)
 
 
-def picture_endings():
-    """The endings of file names, in lower case, that stand for pictures."""
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in PICTURE_FORMATS}
+def _image_endings():
+    """The endings of file names, in lower case, that stand for images."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in _IMAGE_FORMATS}
 
 
 def is_address(name):
     return re.match("[a-z][a-z0-9+.-]*://", name, re.IGNORECASE) is not None
 
 
-def local_name(address):
+def _local_name(address):
     """A file name for an address: letters and digits of its last part, and a digest that no other address has."""
     last = re.sub("[^A-Za-z0-9]+", "_", address.split("?")[0].rsplit("/", 1)[-1])
     return f"{last[-40:]}_{hashlib.sha256(os.fsencode(address)).hexdigest()[:16]}"
 
 
-def fetch_pictures(pictures, workers, skipped):
-    """Download the pictures of addresses, anew in each run. Those that cannot be had are named, counted and left out.
+def fetch_images(images, workers, skipped):
+    """Download the images of addresses, anew in each run. Those that cannot be had are named, counted and left out.
 
     Args:
-      workers: int, pictures fetched at a time.
-      skipped: as in `find_pictures`.
+      workers: int, images fetched at a time.
+      skipped: as in `find_images`.
     """
-    jobs = [(picture.name, picture.path) for picture in pictures if is_address(picture.name)]
+    jobs = [(image.name, image.path) for image in images if is_address(image.name)]
     for _, path in jobs:
         with contextlib.suppress(OSError):
             path.unlink()
-    limits = {"attempts": 2, "timeout": 10.0, "limit": LARGEST, "give_up": None}
+    limits = {"attempts": 2, "timeout": 10.0, "limit": _LARGEST, "give_up": None}
     failed = dict(download_all(jobs, workers, progress=False, **limits))
-    for picture in pictures:
-        if picture.path in failed:
-            print(printable(f"{picture.name} cannot be fetched ({failed[picture.path]})"))
+    for image in images:
+        if image.path in failed:
+            print(printable(f"{image.name} cannot be fetched ({failed[image.path]})"))
             skipped["not fetched"] += 1
-    return [picture for picture in pictures if picture.path not in failed]
+    return [image for image in images if image.path not in failed]
 
 
-def extract_batches(network, pictures, config, skipped):
-    """Features of picture files, about `decode_batch` at a time, but whole batches of extraction.
+def extract_batches(network, images, config, skipped):
+    """Features of image files, about `decode_batch` at a time, but whole batches of extraction.
 
-    Pictures that cannot be read are named, counted and left out.
+    Images that cannot be read are named, counted and left out.
 
     Args:
       network: function, as feature_network returns.
-      skipped: as in `find_pictures`.
+      skipped: as in `find_images`.
 
     Yields:
-      (list of B Pictures, features float32 (B, P, F))
+      (list of B ImageToCaption, features float32 (B, P, F))
     """
     together = max(config.decode_batch // config.extract_batch, 1)
-    for start in range(0, len(pictures), EXTRACTED):
-        by_path = {picture.path: picture for picture in pictures[start : start + EXTRACTED]}
+    for start in range(0, len(images), _EXTRACTED):
+        by_path = {image.path: image for image in images[start : start + _EXTRACTED]}
         # Decoding, whose captions are to be float32's, stays outside of the block.
         with extraction_graphs(config):
             extracted = list(extract_features(network, list(by_path), config.extract_batch))

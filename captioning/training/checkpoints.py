@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from support.distribution import is_chief
 from support.errors import UserError
-from support.files import free_space
+from support.files import free_space, is_pattern
 
 # What TensorFlow writes for a checkpoint, and the folder that it writes it in first. All else is somebody's own.
-WRITTEN = re.compile(r"(ckpt-(?:0|[1-9][0-9]*))(\.index|\.data-[0-9]{5}-of-[0-9]{5}|_temp)")
+_WRITTEN = re.compile(r"(ckpt-(?:0|[1-9][0-9]*))(\.index|\.data-[0-9]{5}-of-[0-9]{5}|_temp)")
 
 
 def captioner_checkpoint(encoder, decoder):
@@ -39,9 +39,9 @@ def save_checkpoint(objects, folder, number):
         reason = error.message.rpartition("; ")[2].partition(" [Op")[0]
         raise UserError(f"cannot write {path}: {reason} ({free_space(folder)})") from error
     finally:
-        kept = [path.name for path in list_checkpoints(folder) if checkpoint_number(path) <= number][:2]
+        kept = [path.name for path in list_checkpoints(folder) if _checkpoint_number(path) <= number][:2]
         for file in folder.glob("ckpt-*"):
-            name, part = match.groups() if (match := WRITTEN.fullmatch(file.name)) else ("", "")
+            name, part = match.groups() if (match := _WRITTEN.fullmatch(file.name)) else ("", "")
             if part == "_temp" and file.is_dir():  # of a save that was killed or failed
                 shutil.rmtree(file)
             elif part not in ("", "_temp") and name not in kept and not file.is_dir():
@@ -64,7 +64,7 @@ def restore_newest(objects, folders, remedy):
     damaged = []
     for path in (path for folder in folders for path in list_checkpoints(folder)):
         try:
-            objects.read(readable_path(path, objects)).assert_existing_objects_matched().expect_partial()
+            objects.read(_readable_path(path, objects)).assert_existing_objects_matched().expect_partial()
         except Exception as error:  # TensorFlow raises many kinds for damaged files
             reason = str(error).partition("\n")[0]
             damaged.append(f"{path} cannot be read ({reason})")
@@ -77,7 +77,7 @@ def restore_newest(objects, folders, remedy):
     return None
 
 
-def readable_path(path, owner):
+def _readable_path(path, owner):
     """The path of a checkpoint as TensorFlow can read it.
 
     Where `is_pattern` holds, the path returned goes through a link. The link is there as long as `owner`, because
@@ -92,15 +92,10 @@ def readable_path(path, owner):
     return link / path.name
 
 
-def is_pattern(path):
-    """Whether TensorFlow cannot read weights by this path: it takes it for a pattern, though not when it writes."""
-    return re.search(r"[\[\\]", pathlib.Path(path).as_posix()) is not None
-
-
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, without endings, the newest first."""
-    paths = (path.with_suffix("") for path in folder.glob("ckpt-*.index") if WRITTEN.fullmatch(path.name))
-    return sorted(paths, key=checkpoint_number, reverse=True)
+    paths = (path.with_suffix("") for path in folder.glob("ckpt-*.index") if _WRITTEN.fullmatch(path.name))
+    return sorted(paths, key=_checkpoint_number, reverse=True)
 
 
 def checkpoint_digest(path):
@@ -108,5 +103,5 @@ def checkpoint_digest(path):
     return hashlib.sha256(path.with_name(f"{path.name}.index").read_bytes()).hexdigest()[:16]
 
 
-def checkpoint_number(path):
+def _checkpoint_number(path):
     return int(path.name.removeprefix("ckpt-"))

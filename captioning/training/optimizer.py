@@ -5,6 +5,8 @@ import math
 import keras
 import tensorflow as tf
 
+from support.distribution import sum_replicas
+
 
 def scheduled_rate(config, epochs_done):
     """The learning rate after some epochs of cross-entropy, which need not be a whole number.
@@ -12,15 +14,15 @@ def scheduled_rate(config, epochs_done):
     It depends on the share of `config.epochs` that is done and on nothing else. So a run that is continued with another
     batch size goes on where it was. One that gets more epochs goes on at the rate that the longer schedule has there.
     """
-    return config.learning_rate * decay(config.schedule, epochs_done / config.epochs)
+    return config.learning_rate * _decay(config.schedule, epochs_done / config.epochs)
 
 
 def self_critical_rate(config, epochs_done):
     """The learning rate after some self-critical epochs, as `scheduled_rate`."""
-    return config.self_critical_rate * decay(config.schedule, epochs_done / config.self_critical_epochs)
+    return config.self_critical_rate * _decay(config.schedule, epochs_done / config.self_critical_epochs)
 
 
-def decay(schedule, share_done):
+def _decay(schedule, share_done):
     """What a schedule leaves of the learning rate, from 1 to 0."""
     return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * min(share_done, 1))) / 2
 
@@ -74,3 +76,21 @@ class SummedAdam(keras.optimizers.Adam):
             epsilon=self.epsilon,
             grad=gradient,
         )
+
+
+def apply_gradients(state, gradients, loss):
+    """Sum the gradients of all replicas and take a step of the optimizer. Called on every replica.
+
+    Args:
+      state: TrainingState
+      gradients: list of this replica's gradients, one for each of its `trainable_variables`, None for one of zeros.
+      loss: float (), this replica's part.
+
+    Returns:
+      the loss, float (), summed over the replicas
+    """
+    weights = state.trainable_variables
+    gradients = [tf.zeros(w.shape) if g is None else g for g, w in zip(gradients, weights, strict=True)]
+    loss, *gradients = sum_replicas([loss, *gradients])
+    state.scaled_optimizer.apply_gradients(zip(gradients, weights, strict=True))
+    return loss

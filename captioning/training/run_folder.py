@@ -1,4 +1,4 @@
-"""A run folder: what a training leaves, enough to caption pictures without the data that it was trained on.
+"""A run folder: what a training leaves, enough to caption images without the data that it was trained on.
 
 config.json, vocabulary.json     settings and words
 network.json                     identity of the network that made the features
@@ -6,18 +6,20 @@ random_statistics.npz            batch-norm statistics, where that network has r
 last/                            checkpoint to continue from
 best/                            checkpoint of the lowest validation loss, or of the highest self-critical CIDEr
 history.csv, loss.png            losses and CIDEr by epoch
-network_graph.pb, ....json       the network, ready to caption pictures with; made when it is first needed
+network_graph.pb, ....json       the network, ready to caption images with; made when it is first needed
 """
 
 import dataclasses
 import pathlib
 import shutil
 
+import numpy as np
 import tensorflow as tf
 
 from captioning.captioner import Captioner
 from captioning.data.prepared_data import read_prepared_settings
 from captioning.features.cache import random_statistics
+from captioning.features.cnn import CHANNELS
 from captioning.features.frozen_graph import kept_network
 from captioning.features.inception import feature_network
 from captioning.features.manifest import MADE_ELSEWHERE
@@ -37,20 +39,20 @@ from model import build_captioner
 from support.errors import UserError
 from support.files import read_json, replacing, write_json
 
-NETWORK, STATISTICS = "network.json", "random_statistics.npz"
+_NETWORK, _STATISTICS = "network.json", "random_statistics.npz"
 
 
-def train_command(config):
+def _train_command(config):
     return f"python train_image_caption_model.py {dataset_option(config)}".strip()
 
 
 def other_folder(config):
     """What the user can do about a run folder that does not fit or is damaged. Nothing in it is lost that way."""
-    return f"give another --run_dir, or move that folder away, and run {train_command(config)}"
+    return f"give another --run_dir, or move that folder away, and run {_train_command(config)}"
 
 
-def nothing_trained(config):
-    return f"no trained model is in {config.run_dir}: run {train_command(config)} first, or give its --run_dir"
+def _nothing_trained(config):
+    return f"no trained model is in {config.run_dir}: run {_train_command(config)} first, or give its --run_dir"
 
 
 def begin_run(prepared, config):
@@ -62,10 +64,10 @@ def begin_run(prepared, config):
             print(f"continuing with --{name} {quote(now)}; the run had {quote(before)} before")
     write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
     write_json(folder / "vocabulary.json", prepared.vocabulary)
-    write_json(folder / NETWORK, prepared.network, indent=1)
+    write_json(folder / _NETWORK, prepared.network, indent=1)
     statistics = random_statistics(config)
     if config.inception_weights == "random" and statistics.exists():
-        with replacing(folder / STATISTICS) as temporary:
+        with replacing(folder / _STATISTICS) as temporary:
             shutil.copyfile(statistics, temporary)
 
 
@@ -97,24 +99,24 @@ def check_run_fits(folder, config, prepared):
             f"{folder} was trained with another vocabulary ({len(known)} words) "
             f"than {config.data_dir}'s ({len(prepared.vocabulary)} words): {remedy}"
         )
-    check_network(folder, config, prepared)
+    _check_network(folder, config, prepared)
 
 
 def check_other_data(folder, config, prepared):
     """For captioning, which needs the run's own words only: check the network, and say where the data are others."""
-    check_network(folder, config, prepared)
+    _check_network(folder, config, prepared)
     known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), other_folder(config))
     if known != prepared.vocabulary:
         print(
             f"note: {folder} was not trained on {config.data_dir} (the vocabularies differ): "
-            "its pictures may be among those trained on"
+            "its images may be among those trained on"
         )
 
 
-def check_network(folder, config, prepared):
+def _check_network(folder, config, prepared):
     """Raise UserError where the run in `folder` was trained on features of another network."""
     remedy = other_folder(config)
-    network = read_network(folder, remedy)
+    network = _read_network(folder, remedy)
     if network != prepared.network:
         raise UserError(
             f"{folder} was trained on features of another network ({network}) than "
@@ -134,7 +136,7 @@ def check_model_settings(folder, config):
         raise UserError(f"{folder} was trained with --{name} {before}, not {now}: give --{name} {before}, or {remedy}")
 
 
-def read_network(folder, remedy):
+def _read_network(folder, remedy):
     """The identity of the network that made the features which the run in `folder` was trained on.
 
     Returns:
@@ -143,11 +145,11 @@ def read_network(folder, remedy):
     Raises:
       UserError: the file is missing or damaged; the message ends in `remedy`.
     """
-    return read_json(pathlib.Path(folder, NETWORK), remedy, str)
+    return read_json(pathlib.Path(folder, _NETWORK), remedy, str)
 
 
 def run_network(config, keep=False):
-    """The network that made the features which the run in `run_dir` was trained on. New pictures must go through it.
+    """The network that made the features which the run in `run_dir` was trained on. New images must go through it.
 
     Args:
       keep: bool, whether the network is kept ready in `run_dir`, which saves most of the time to make it. On a machine
@@ -160,21 +162,21 @@ def run_network(config, keep=False):
       UserError: another program made those features, or the settings name another network than the run's.
     """
     folder, weights = pathlib.Path(config.run_dir), config.inception_weights
-    known = read_network(folder, other_folder(config))
+    known = _read_network(folder, other_folder(config))
     if known != MADE_ELSEWHERE and weights not in ("imagenet", "random") and not pathlib.Path(weights).is_file():
         raise UserError(
             f"{weights} is not here, and {folder} needs the network whose features it was trained on ({known}): "
             "name that weights file by --inception_weights"
         )
     if keep and not tf.config.list_physical_devices("GPU"):
-        return kept_network(folder, config, folder / STATISTICS, expected_identity=known)
-    return feature_network(config, folder / STATISTICS, expected_identity=known)
+        return kept_network(folder, config, folder / _STATISTICS, expected_identity=known)
+    return feature_network(config, folder / _STATISTICS, expected_identity=known)
 
 
 def run_settings(given, run_dir):
     """The Config of script 3: data and model as the run has them, this call's settings from config.py.
 
-    A `data_dir` on the command line brings its own data settings, so that a model can be asked about other pictures.
+    A `data_dir` on the command line brings its own data settings, so that a model can be asked about other images.
 
     Args:
       given: dict of setting to value, from the command line; these win.
@@ -186,7 +188,7 @@ def run_settings(given, run_dir):
     path = pathlib.Path(run_dir, "config.json")
     config = make_config(given, {"run_dir": run_dir})
     if not path.exists():
-        raise UserError(nothing_trained(config))
+        raise UserError(_nothing_trained(config))
     saved = read_json(path, other_folder(config), dict)
     if given.get("data_dir", saved.get("data_dir")) != saved.get("data_dir"):
         saved |= read_prepared_settings(given["data_dir"])
@@ -203,10 +205,11 @@ def load_captioner(config):
     folder = pathlib.Path(config.run_dir)
     check_model_settings(folder, config)
     vocabulary = read_vocabulary(folder / "vocabulary.json", other_folder(config))
-    encoder, decoder = build_captioner(config, len(vocabulary))
+    encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(CHANNELS, np.float32))
     folders = [folder / "best", folder / "last"]
     checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, other_folder(config))
     if checkpoint is None:
-        raise UserError(nothing_trained(config))
+        raise UserError(_nothing_trained(config))
     name = f"{checkpoint.parent.name}/{checkpoint.name}"
-    return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint))
+    network = _read_network(folder, other_folder(config))
+    return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint), network)

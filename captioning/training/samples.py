@@ -1,20 +1,22 @@
-"""What a training has learned so far: the same few validation pictures, captioned after each epoch."""
+"""What a training has learned so far: the same few validation images, captioned after each epoch."""
 
 import dataclasses
 import pathlib
 
 import numpy as np
 
-from captioning.attention.page import PageCaption, PagePicture, describe_light, write_pages
+from captioning.attention.page import PageCaption, PageImage, describe_light, write_pages
 from captioning.captioner import Captioner, caption_batch
-from captioning.features.cache import Picture, cached_batches, dataset_pictures
+from captioning.features.cache import ImageToCaption, cached_batches, dataset_images
 from captioning.inference.captions_file import CaptionRecord, file_state, make_record, restore_prediction
+from captioning.training.saving import save_epoch, warning_only
 from captioning.training.tensorboard import log_epoch
+from support.distribution import is_chief
 from support.errors import UserError, printable
 from support.files import read_json, write_json
 
-SAMPLES = 4  # pictures
-SHOWN_EPOCHS = 8  # columns of the page: the first epoch and the latest ones
+_SAMPLES = 4  # images
+_SHOWN_EPOCHS = 8  # columns of the page: the first epoch and the latest ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,12 @@ class Samples:
     """What is captioned after each epoch.
 
     Attributes:
-      pictures: list of Pictures, of the validation split.
+      images: list of ImageToCaption, of the validation split.
       vocabulary: list of V words.
       writer: a tf.summary writer that the captions go to as well, or None.
     """
 
-    pictures: list[Picture]
+    images: list[ImageToCaption]
     vocabulary: list[str]
     writer: object = None
 
@@ -41,13 +43,21 @@ class SampledEpoch:
 
 
 def choose_samples(images, config):
-    """The validation pictures that are captioned after each epoch; they depend on the seed alone."""
-    count = min(SAMPLES, len(images))
+    """The validation images that are captioned after each epoch; they depend on the seed alone."""
+    count = min(_SAMPLES, len(images))
     chosen = np.random.default_rng(config.seed).choice(len(images), count, replace=False)
-    return dataset_pictures([images[i] for i in chosen], config)
+    return dataset_images([images[i] for i in chosen], config)
 
 
-def show_samples(samples, state, row, config):
+def save_and_show(state, row, samples, config):
+    """Save what an epoch has brought, and caption the samples. They are not worth ending a training for."""
+    save_epoch(state, row, config)
+    if is_chief():
+        with warning_only():
+            _show_samples(samples, state, state.progress.history[-1], config)
+
+
+def _show_samples(samples, state, row, config):
     """Caption the samples greedily, print a line for each, and write samples.json and samples.html.
 
     samples.json holds all epochs, so that a run that is continued goes on with the page.
@@ -57,26 +67,24 @@ def show_samples(samples, state, row, config):
       state: TrainingState
       row: dict, the epoch's row of the history.
     """
-    folder, epoch, pictures = pathlib.Path(config.run_dir), row["epoch"], samples.pictures
+    folder, epoch, images = pathlib.Path(config.run_dir), row["epoch"], samples.images
     captioner = Captioner(state.encoder, state.decoder, samples.vocabulary, f"epoch {epoch}")
     greedy = dataclasses.replace(config, beam_width=1)
-    batches = cached_batches(pictures, greedy)
+    batches = cached_batches(images, greedy)
     with_evidence = config.attention_map == "evidence"
     predictions = [caption for batch in batches for caption in caption_batch(captioner, *batch, greedy, with_evidence)]
     for prediction in predictions:
         print(printable(f"  {prediction.path.name}: {prediction.caption}"))
     log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)
-    epochs = [earlier for earlier in read_samples(folder / "samples.json") if earlier.epoch < epoch]
+    epochs = [earlier for earlier in _read_samples(folder / "samples.json") if earlier.epoch < epoch]
     epochs.append(SampledEpoch(epoch, [make_record(each, file_state(each.path)) for each in predictions]))
     write_json(folder / "samples.json", [dataclasses.asdict(each) for each in epochs])
-    shown = epochs if len(epochs) <= SHOWN_EPOCHS else [epochs[0], *epochs[1 - SHOWN_EPOCHS :]]
+    shown = epochs if len(epochs) <= _SHOWN_EPOCHS else [epochs[0], *epochs[1 - _SHOWN_EPOCHS :]]
     intro = describe_light(predictions[0])
-    write_pages(
-        folder, "What the training learns", sample_pages(pictures, shown), file_name="samples.html", intro=intro
-    )
+    write_pages(folder, "What the training learns", _sample_pages(images, shown), file_name="samples.html", intro=intro)
 
 
-def read_samples(path):
+def _read_samples(path):
     """The SampledEpochs of a samples.json; none where the file is missing. UserError where it is damaged."""
     if not path.exists():
         return []
@@ -88,14 +96,14 @@ def read_samples(path):
         raise UserError(f"{path} is damaged (it does not hold the captions of epochs): {remedy}") from None
 
 
-def sample_pages(pictures, epochs):
-    """A PagePicture for each sample, its captions of several SampledEpochs side by side."""
-    for picture in pictures:
+def _sample_pages(images, epochs):
+    """A PageImage for each sample, its captions of several SampledEpochs side by side."""
+    for image in images:
         captions = [
-            PageCaption(restore_prediction(record, picture), f"epoch {each.epoch}")
+            PageCaption(restore_prediction(record, image), f"epoch {each.epoch}")
             for each in epochs
             for record in each.captions
-            if record.image == picture.name
+            if record.image == image.name
         ]
         if captions:
-            yield PagePicture(picture.path.name, picture.path, captions)
+            yield PageImage(image.path.name, image.path, captions)

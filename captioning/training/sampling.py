@@ -7,7 +7,7 @@ from captioning.decoder.rules import ban_words, has_ended
 from captioning.vocabulary import PAD, START
 from support.distribution import replica_rows, run_on_each
 
-LONGEST_SAMPLE = 20  # words; hardly any caption is longer, and one that has not ended by then scores lower
+_LONGEST_SAMPLE = 20  # words; hardly any caption is longer, and one that has not ended by then scores lower
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------
@@ -16,47 +16,48 @@ LONGEST_SAMPLE = 20  # words; hardly any caption is longer, and one that has not
 def sample_captions(state, features, positions, config):
     """Say captions word by word, each word drawn by its probability.
 
-    The draws depend on the seed, the optimizer's step and a picture's place in the batch. So a run that is continued
+    The draws depend on the seed, the optimizer's step and an image's place in the batch. So a run that is continued
     draws the same, and so does any number of replicas.
 
     Args:
       state: TrainingState
       features: float (R b, P, F), for the R replicas of this process.
-      positions: int (R b,), of the pictures; -1 is no picture, whose samples are <pad> alone.
+      positions: int (R b,), of the images; -1 is no image, whose samples are <pad> alone.
 
     Returns:
       int (R b S, T): <start>, words, <end> if there was room for it, then <pad>; the rows of one replica after those
       of the other
     """
-    step = sample_step.get_concrete_function(state, tf.TensorSpec((None, *features.shape[1:]), features.dtype), config)
+    step = _sample_step.get_concrete_function(state, tf.TensorSpec((None, *features.shape[1:]), features.dtype), config)
     parts = [part.numpy() for part in step(state, features, config)]
-    longest = max(part.shape[1] for part in parts)
-    captions = np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])
-    absent = np.tile(positions.reshape(len(parts), 1, -1) < 0, (1, config.samples_per_picture, 1))  # (R, S, b)
+    # Always of one length: for each length the step that learns from them would be made anew, and not alike by workers.
+    longest = 1 + longest_sample(config)  # T
+    captions = np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])  # (R b S, T)
+    absent = np.tile(positions.reshape(len(parts), 1, -1) < 0, (1, config.samples_per_image, 1))  # (R, S, b)
     return np.where(absent.reshape(-1, 1), PAD, captions)
 
 
 @tf.function
-def sample_step(state, features, config):
-    return run_on_each(sample_replica, state, features, config)
+def _sample_step(state, features, config):
+    return run_on_each(_sample_replica, state, features, config)
 
 
-def sample_replica(state, features, config):
+def _sample_replica(state, features, config):
     """A replica's part of sample_captions. float (R b, P, F) -> int (b S, T)."""
     features, decoder = replica_rows(features), state.decoder
     encoded_features = state.encoder(features)  # (b, P, D)
     keys = decoder.attention.key_layer(encoded_features)  # (b, P, U)
     hidden = decoder.initial_hidden(encoded_features)  # (b, U)
-    repeat = lambda x: tf.tile(x, (config.samples_per_picture, *[1] * (x.shape.rank - 1)))  # noqa: E731
+    repeat = lambda x: tf.tile(x, (config.samples_per_image, *[1] * (x.shape.rank - 1)))  # noqa: E731
     encoded_features, keys, hidden = map(repeat, (encoded_features, keys, hidden))  # (b S, P, D), (b S, P, U), (b S, U)
-    chances = draw_chances(tf.shape(features)[0], state.optimizer.iterations, config)  # (T-1, b S)
+    chances = _draw_chances(tf.shape(features)[0], state.optimizer.iterations, config)  # (T-1, b S)
 
     def one_word(words, hidden):
         # No dropout, though the gradient is taken with it: rewards are for what the model says in use, and dropout is
         # against learning by heart. So the draws are of a slightly other model than the one that is differentiated.
         logits, hidden, _ = decoder(words[:, -1:], encoded_features, hidden, keys)
         probabilities = tf.nn.softmax(ban_words(logits))  # (b S, V)
-        drawn = draw_words(probabilities, chances[tf.shape(words)[1] - 1])  # (b S,)
+        drawn = _draw_words(probabilities, chances[tf.shape(words)[1] - 1])  # (b S,)
         drawn = tf.where(has_ended(words), PAD, drawn)  # (b S,)
         return tf.concat((words, drawn[:, tf.newaxis]), 1), hidden  # (b S, t + 2), (b S, U)
 
@@ -71,24 +72,24 @@ def sample_replica(state, features, config):
 
 
 def longest_sample(config):
-    return min(LONGEST_SAMPLE, config.max_words)
+    return min(_LONGEST_SAMPLE, config.max_words)
 
 
-def draw_chances(pictures, step, config):
-    """A uniform number for each word of each sample of this replica's pictures, from those of the whole batch.
+def _draw_chances(images, step, config):
+    """A uniform number for each word of each sample of this replica's images, from those of the whole batch.
 
     Returns:
       float (T-1, b S), T-1 being the most words of a sample
     """
-    replica, samples = tf.distribute.get_replica_context(), config.samples_per_picture
+    replica, samples = tf.distribute.get_replica_context(), config.samples_per_image
     count = replica.num_replicas_in_sync
     seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(step, tf.int64)))  # (2,)
-    chances = tf.random.stateless_uniform((pictures * count, samples, longest_sample(config)), seed)
+    chances = tf.random.stateless_uniform((images * count, samples, longest_sample(config)), seed)
     chances = tf.transpose(chances[replica.replica_id_in_sync_group :: count], (2, 1, 0))  # (T-1, S, b)
     return tf.reshape(chances, (longest_sample(config), -1))  # (T-1, b S)
 
 
-def draw_words(probabilities, chances):
+def _draw_words(probabilities, chances):
     """The word at which the probabilities, added up, pass the chance. float (N, V), (N,) -> int (N,)."""
     cumulative = tf.cumsum(probabilities, axis=1)  # (N, V)
     thresholds = chances * cumulative[:, -1]  # (N,)

@@ -86,7 +86,7 @@ def write_history(history, folder):
     with warning_only():
         write_csv(folder / "history.csv", rows)
     with warning_only():
-        plot_losses(history, folder / "loss.png")
+        _plot_losses(history, folder / "loss.png")
 
 
 @contextlib.contextmanager
@@ -98,7 +98,7 @@ def warning_only():
         print(f"warning: {error}")
 
 
-def plot_losses(history, path):
+def _plot_losses(history, path):
     """Draw training and validation loss by epoch, and where there are self-critical epochs their CIDEr.
 
     Args:

@@ -48,6 +48,14 @@ class Progress(tf.train.experimental.PythonState):
     best_cider: float = 0.0
     rate_factor: float = 1.0
 
+    def add_batch(self, captions, seconds, nats=0.0, words=0.0, ciders=0.0):
+        """Count a batch that was trained on."""
+        self.captions_done += captions
+        self.seconds += seconds
+        self.nats += nats
+        self.words += words
+        self.ciders += ciders
+
     def serialize(self):
         return json.dumps(dataclasses.asdict(self))
 
@@ -74,6 +82,10 @@ class TrainingState(tf.train.Checkpoint):
     @property
     def trainable_variables(self):
         return self.encoder.trainable_variables + self.decoder.trainable_variables
+
+    def dropout_seed(self, seed):
+        """The seed of this step's dropout masks, int (2,). A run that is continued draws the same."""
+        return tf.stack((tf.constant(seed, tf.int64), tf.cast(self.optimizer.iterations, tf.int64)))  # (2,)
 
     def captioner(self):
         """The part of the state that captioning needs, as a tf.train.Checkpoint."""
@@ -103,9 +115,9 @@ class EpochRow:
       phase: CROSS_ENTROPY or SELF_CRITICAL.
       train_loss: float, nats per word with dropout on, or None in a self-critical epoch.
       validation_loss: float, nats per word of the reference captions.
-      sampled_cider: float, mean CIDEr of the captions that were drawn of training pictures, or None where none were.
-      validation_cider: float, CIDEr of greedy captions of validation pictures, or None in an epoch of cross-entropy.
-        Both are computed alike, each with the n-gram counts of its own pictures.
+      sampled_cider: float, mean CIDEr of the captions that were drawn of training images, or None where none were.
+      validation_cider: float, CIDEr of greedy captions of validation images, or None in an epoch of cross-entropy.
+        Both are computed alike, each with the n-gram counts of its own images.
       captions_per_second: float, trained on.
       best_by: str, why this epoch's weights became the best ones; "" where they did not.
     """
@@ -120,14 +132,14 @@ class EpochRow:
     best_by: str = ""
 
 
-def current_rate(progress, epochs_done, config):
+def _current_rate(progress, epochs_done, config):
     """The learning rate after some epochs of a training, which need not be a whole number."""
     if progress.cross_entropy_epochs < 0:
         return scheduled_rate(config, epochs_done)
     return progress.rate_factor * self_critical_rate(config, epochs_done - progress.cross_entropy_epochs)
 
 
-def last_epoch(progress, config):
+def _last_epoch(progress, config):
     """The epoch that the phase of a training ends with, unless it stops sooner."""
     if progress.cross_entropy_epochs < 0:
         return config.epochs
@@ -142,8 +154,8 @@ def announce_start(state, restored, config):
         done += f", {progress.cross_entropy_epochs} of them of cross-entropy"
         epochs = config.self_critical_epochs
     rate = "no epochs of this phase are left"
-    if progress.epoch < last_epoch(progress, config):
-        rate = f"learning rate {current_rate(progress, progress.epoch, config):.2g}"
+    if progress.epoch < _last_epoch(progress, config):
+        rate = f"learning rate {_current_rate(progress, progress.epoch, config):.2g}"
         rate += f", {config.schedule} over {epochs} epochs"
     if restored:
         print(f"continuing {folder} {done}; {rate}")

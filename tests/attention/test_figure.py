@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioning.attention.figure import GAP, LINE, PANEL_WIDTH, plot_attention
+from captioning.attention.figure import _GAP, _LINE, _PANEL_WIDTH, plot_attention
 from captioning.decoder.predicted_caption import PredictedCaption
-from captioning.training.saving import plot_losses
+from captioning.training.saving import _plot_losses
 from conftest import full_disk
 from support.errors import UserError
 
@@ -46,10 +46,10 @@ def test_panels_fill_their_room_whatever_the_image(tmp_path, size, panel):
     plot_attention(caption, tmp_path / "figure.png")
     figure = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")).astype(int)
     assert max(figure.shape) < 2500
-    title, below = figure[:LINE], figure[LINE:]
+    title, below = figure[:_LINE], figure[_LINE:]
     assert title.min() < 100  # there is one,
     assert title[0].min() == 255  # which does not touch the edge
-    column = below[:, : PANEL_WIDTH + GAP]  # three panels, one below the other
+    column = below[:, : _PANEL_WIDTH + _GAP]  # three panels, one below the other
     red = (column[:, :, 0] > 100) & (column[:, :, 1:] < 30).all(axis=2)  # level light leaves it darker
     assert (red.any(axis=0).sum(), red.any(axis=1).sum()) == (panel[0], 3 * panel[1])
 
@@ -58,7 +58,7 @@ def test_the_light_of_a_panel_falls_where_the_weight_is(tmp_path):
     Image.new("RGB", (190, 190), "white").save(tmp_path / "image.png")
     plot_attention(make_caption(tmp_path / "image.png", ["w"], np.eye(64)[[8 * 1 + 6]]), tmp_path / "figure.png")
     figure = np.asarray(Image.open(tmp_path / "figure.png").convert("L")).astype(float)
-    panel = figure[-190:, PANEL_WIDTH + GAP :][:, GAP // 2 : GAP // 2 + 190]  # the second of one row
+    panel = figure[-190:, _PANEL_WIDTH + _GAP :][:, _GAP // 2 : _GAP // 2 + 190]  # the second of one row
     row, column = np.unravel_index(panel.argmax(), panel.shape)
     assert abs(row / 190 - 1.5 / 8) < 0.1
     assert abs(column / 190 - 6.5 / 8) < 0.1
@@ -68,7 +68,7 @@ def test_the_light_of_a_panel_falls_where_the_weight_is(tmp_path):
 @pytest.mark.parametrize("epochs", [1, 9])
 def test_losses_are_drawn_by_epoch(tmp_path, epochs):
     history = [{"epoch": i + 1, "train_loss": 4 / (i + 1), "validation_loss": 5 / (i + 1)} for i in range(epochs)]
-    plot_losses(history, tmp_path / "new" / "loss.png")
+    _plot_losses(history, tmp_path / "new" / "loss.png")
     with Image.open(tmp_path / "new" / "loss.png") as figure:
         assert figure.width > 300
         assert np.asarray(figure.convert("L")).min() < 100
@@ -76,9 +76,9 @@ def test_losses_are_drawn_by_epoch(tmp_path, epochs):
 
 def test_the_ciders_of_self_critical_epochs_are_drawn_below_the_losses(tmp_path):
     history = [{"epoch": 1, "train_loss": 4.0, "validation_loss": 3.5}]
-    plot_losses(history, tmp_path / "before.png")
+    _plot_losses(history, tmp_path / "before.png")
     row = {"epoch": 2, "train_loss": None, "validation_loss": 3.4, "sampled_cider": 0.3, "validation_cider": 0.4}
-    plot_losses([*history, row, {**row, "epoch": 3}], tmp_path / "loss.png")
+    _plot_losses([*history, row, {**row, "epoch": 3}], tmp_path / "loss.png")
     before, after = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("before.png", "loss.png"))
     assert len(after) > 1.5 * len(before)
     assert (after[len(before) :] < 100).any()

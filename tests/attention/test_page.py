@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 
 from captioning.attention import page as attention_page
 from captioning.attention.maps import upsample
-from captioning.attention.page import PageCaption, PagePicture, write_pages
+from captioning.attention.page import PageCaption, PageImage, write_pages
 from captioning.decoder.predicted_caption import PredictedCaption
 
 DOG = "a dog catches a frisbee".split()
@@ -62,8 +62,8 @@ def make_caption(words, log_probs=None, path="dog.png", **rest):
     return PredictedCaption(pathlib.Path(path), str(path), words, log_probs, attention_weights, **rest)
 
 
-def make_picture(path, words=DOG, **rest):
-    return PagePicture(path.name, path, [PageCaption(make_caption(words))], **rest)
+def make_image(path, words=DOG, **rest):
+    return PageImage(path.name, path, [PageCaption(make_caption(words))], **rest)
 
 
 class Page(html.parser.HTMLParser):
@@ -95,14 +95,14 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def photograph(tmp_path_factory):
-    return write_photograph(tmp_path_factory.mktemp("pictures") / "dog.png")
+    return write_photograph(tmp_path_factory.mktemp("images") / "dog.png")
 
 
 # --- The file -------------------------------------------------------------------------------------------------------
 
 
 def test_the_policy_allows_this_style_and_this_script_and_nothing_else(tmp_path, photograph):
-    page = Page(write_pages(tmp_path, "Dogs", [make_picture(photograph)])[0])
+    page = Page(write_pages(tmp_path, "Dogs", [make_image(photograph)])[0])
     (policy,) = (meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     for rule, tag in (("style-src", "style"), ("script-src", "script")):
@@ -117,19 +117,19 @@ def test_the_policy_allows_this_style_and_this_script_and_nothing_else(tmp_path,
 
 
 def test_templates_cannot_end_early():
-    assert "</" not in attention_page.read_template("page.js")
-    assert "<" not in attention_page.read_template("page.css")
+    assert "</" not in attention_page._read_template("page.js")
+    assert "<" not in attention_page._read_template("page.css")
 
 
 def test_names_and_words_are_text(tmp_path, photograph):
     name = os.fsdecode(b"caf\xe9 ") + HOSTILE[0]
     caption = make_caption(HOSTILE, references=HOSTILE)
-    picture = PagePicture(name, photograph, [PageCaption(caption, HOSTILE[1], HOSTILE[0])], HOSTILE[1])
+    image = PageImage(name, photograph, [PageCaption(caption, HOSTILE[1], HOSTILE[0])], HOSTILE[1])
     plain = write_pages(
-        tmp_path, "Dogs", [make_picture(photograph, DOG, note="n")], [[["a", "b"], ["c", "d"]]], intro="i"
+        tmp_path, "Dogs", [make_image(photograph, DOG, note="n")], [[["a", "b"], ["c", "d"]]], intro="i"
     )[0]
     expected = {tag for tag, _ in Page(plain).elements} | {"b", "bdi", "h3", "ul", "li"}
-    path = write_pages(tmp_path, HOSTILE[0], [picture], [[HOSTILE, HOSTILE]], intro=HOSTILE[1])[0]
+    path = write_pages(tmp_path, HOSTILE[0], [image], [[HOSTILE, HOSTILE]], intro=HOSTILE[1])[0]
     page = Page(path)
     assert {tag for tag, _ in page.elements} == expected
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
@@ -142,13 +142,13 @@ def test_names_and_words_are_text(tmp_path, photograph):
 
 
 def test_any_lone_surrogate_can_be_written(tmp_path, photograph):
-    path = write_pages(tmp_path, "\ud800", [make_picture(photograph, ["\udfff", "\udc80"])])[0]
+    path = write_pages(tmp_path, "\ud800", [make_image(photograph, ["\udfff", "\udc80"])])[0]
     assert "\\ud800" in path.read_text(encoding="utf-8")
 
 
 def test_words_carry_attention_and_probability(tmp_path, photograph):
     caption = make_caption(DOG, np.log([1.0, 0.43, 0.1, 0.001, 0.5, 0.9]))
-    page = Page(write_pages(tmp_path, "Dogs", [PagePicture("dog", photograph, [PageCaption(caption)])])[0])
+    page = Page(write_pages(tmp_path, "Dogs", [PageImage("dog", photograph, [PageCaption(caption)])])[0])
     words = page.all("button", **{"class": "word"})
     assert [word["data-sure"] for word in words] == ["10", "8", "5", "0", "8"]
     probabilities = ["1.00", "0.43", "0.10", "under 0.01", "0.50"]
@@ -165,7 +165,7 @@ def test_words_carry_attention_and_probability(tmp_path, photograph):
 
 
 def test_captions_are_written_as_their_script_is(tmp_path, photograph):
-    path = write_pages(tmp_path, "Dogs", [make_picture(photograph, ["一", "狗", "and", "a", "dog"])])[0]
+    path = write_pages(tmp_path, "Dogs", [make_image(photograph, ["一", "狗", "and", "a", "dog"])])[0]
     page, text = Page(path), path.read_text(encoding="utf-8")
     assert re.findall(r"</button>(\s*)<button[^>]*class=.word", text) == ["", "", "\n", "\n"]
     assert ["data-joined" in word for word in page.all("button", **{"class": "word"})] == [
@@ -184,36 +184,36 @@ def test_odd_numbers_do_no_harm(tmp_path, photograph, log_probs):
     weights = np.array([np.zeros(64), np.full(64, np.nan), np.full(64, -1.0), np.full(64, 1 / 64), np.eye(64)[3]])
     caption = PredictedCaption(photograph, "dog", DOG, np.array(log_probs), weights)
     boxes = {0: [[np.nan, 0, 1, 1]], 1: [[-50, 0, 1000, 60]]}
-    page = Page(write_pages(tmp_path, "Dogs", [PagePicture("dog", photograph, [PageCaption(caption, boxes=boxes)])])[0])
+    page = Page(write_pages(tmp_path, "Dogs", [PageImage("dog", photograph, [PageCaption(caption, boxes=boxes)])])[0])
     words = page.all("button", **{"class": "word"})
     assert [word.get("data-peak") for word in words] == [None, None, None, "1.0", "64.0"]
     assert "data-boxes" not in words[0]
     assert json.loads(words[1]["data-boxes"]) == [[0, 0, 1, 0.25]]
 
 
-def test_a_picture_without_captions_and_a_caption_without_words(tmp_path, photograph):
-    pictures = [PagePicture("dog", photograph, []), make_picture(photograph, [])]
-    assert "(no words)" in write_pages(tmp_path, "Dogs", pictures)[0].read_text(encoding="utf-8")
-    assert "No pictures." in write_pages(tmp_path, "Dogs", [])[0].read_text(encoding="utf-8")
+def test_a_image_without_captions_and_a_caption_without_words(tmp_path, photograph):
+    images = [PageImage("dog", photograph, []), make_image(photograph, [])]
+    assert "(no words)" in write_pages(tmp_path, "Dogs", images)[0].read_text(encoding="utf-8")
+    assert "No images." in write_pages(tmp_path, "Dogs", [])[0].read_text(encoding="utf-8")
 
 
-def test_a_picture_that_cannot_be_read_keeps_its_caption(tmp_path):
+def test_a_image_that_cannot_be_read_keeps_its_caption(tmp_path):
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"<b>no picture")
-    page = Page(write_pages(tmp_path, "Dogs", [make_picture(broken), make_picture(tmp_path / "gone.jpg")])[0])
+    broken.write_bytes(b"<b>no image")
+    page = Page(write_pages(tmp_path, "Dogs", [make_image(broken), make_image(tmp_path / "gone.jpg")])[0])
     assert not page.all("img")
     assert len(page.all("button", **{"class": "word"})) == 10
     assert "the file is gone" in page.inside("p")
     assert "UnidentifiedImageError" in page.inside("p")
 
 
-def test_pictures_are_upright_small_and_without_their_exif(tmp_path):
+def test_images_are_upright_small_and_without_their_exif(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     exif.get_ifd(0x8825)[1] = "N"  # where it was taken
     Image.new("RGB", (4000, 1000), "red").save(tmp_path / "phone.jpg", exif=exif)
     caption = PageCaption(make_caption(DOG), boxes={1: [[100, 1000, 500, 2000]]})
-    page = Page(write_pages(tmp_path, "Dogs", [PagePicture("dog", tmp_path / "phone.jpg", [caption])])[0])
+    page = Page(write_pages(tmp_path, "Dogs", [PageImage("dog", tmp_path / "phone.jpg", [caption])])[0])
     (image,) = page.all("img")
     embedded = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
     assert embedded.size == (180, 720) == (int(image["width"]), int(image["height"]))
@@ -222,29 +222,31 @@ def test_pictures_are_upright_small_and_without_their_exif(tmp_path):
 
 
 @pytest.mark.parametrize("page_size", [1, 100, 10_000])
-def test_the_worst_pictures_fit_their_share_of_a_page(tmp_path, page_size):
+def test_the_worst_images_fit_their_share_of_a_page(tmp_path, page_size):
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    start = len(attention_page.page_start("Dogs", "", ()).encode())
+    start = len(attention_page._page_start("Dogs", "", ()).encode())
     caption = PageCaption(make_caption(DOG * 4 if page_size <= 100 else []))
-    picture = PagePicture("dog", tmp_path / "noise.png", [caption])
-    size = write_pages(tmp_path, "Dogs", [picture], page_size=page_size)[0].stat().st_size
-    assert size - start - attention_page.END_BYTES <= (15_000_000 - start - attention_page.END_BYTES) / page_size + 3000
+    image = PageImage("dog", tmp_path / "noise.png", [caption])
+    size = write_pages(tmp_path, "Dogs", [image], page_size=page_size)[0].stat().st_size
+    assert (
+        size - start - attention_page._END_BYTES <= (15_000_000 - start - attention_page._END_BYTES) / page_size + 3000
+    )
 
 
 def test_pages_link_each_other_and_old_ones_go(tmp_path, photograph):
     (tmp_path / "index_9.html").write_text("somebody else's")
     made = []
 
-    def pictures(count):
+    def images(count):
         for _ in range(count):
-            picture = make_picture(photograph)
-            made.append(weakref.ref(picture))
+            image = make_image(photograph)
+            made.append(weakref.ref(image))
             assert sum(reference() is not None for reference in made) <= 4  # a page's two, and the two to come
-            yield picture
-            del picture
+            yield image
+            del image
 
-    paths = write_pages(tmp_path, "Dogs", pictures(5), [[["", "CIDEr"], ["greedy", "0.4"]]], page_size=2)
+    paths = write_pages(tmp_path, "Dogs", images(5), [[["", "CIDEr"], ["greedy", "0.4"]]], page_size=2)
     assert [path.name for path in paths] == ["index.html", "index_2.html", "index_3.html"]
     pages = [Page(path) for path in paths]
     assert [len(page.all("article")) for page in pages] == [2, 2, 1]
@@ -254,35 +256,35 @@ def test_pages_link_each_other_and_old_ones_go(tmp_path, photograph):
     assert links[1] == ["./index.html", "./index.html", "./index_3.html", "./index_3.html"]
     assert links[0] == ["./index_2.html", "./index_3.html", "./index_2.html"]
 
-    assert len(write_pages(tmp_path, "Dogs", pictures(4), page_size=2)) == 2  # just two pages, no empty third one
-    write_pages(tmp_path, "Dogs", pictures(1), page_size=2)
+    assert len(write_pages(tmp_path, "Dogs", images(4), page_size=2)) == 2  # just two pages, no empty third one
+    write_pages(tmp_path, "Dogs", images(1), page_size=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "index_9.html"]
     with pytest.raises(ValueError, match="page_size"):
         write_pages(tmp_path, "Dogs", [], page_size=0)
 
 
 def test_links_to_many_pages_are_few():
-    items = attention_page.navigation_html(pathlib.Path("a b.html"), 50, 100)
+    items = attention_page._navigation_html(pathlib.Path("a b.html"), 50, 100)
     assert re.findall(r">(\d+|…|Previous|Next)<", items) == "Previous 1 … 48 49 50 51 52 … 100 Next".split()
     assert 'href="./a%20b.html"' in items
 
 
 def test_what_ends_early_leaves_the_earlier_pages(tmp_path, photograph):
-    write_pages(tmp_path, "Before", [make_picture(photograph)])
+    write_pages(tmp_path, "Before", [make_image(photograph)])
 
-    def pictures():
-        yield make_picture(photograph)
-        yield make_picture(photograph)
+    def images():
+        yield make_image(photograph)
+        yield make_image(photograph)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_pages(tmp_path, "After", pictures(), page_size=1)
+        write_pages(tmp_path, "After", images(), page_size=1)
     (path,) = tmp_path.iterdir()
     assert Page(path).inside("title") == "Before"
 
 
 def test_the_heat_map_is_inferno():
-    table = re.search(r"const INFERNO = (\[.*?\]);", attention_page.read_template("page.js"), re.DOTALL)[1]
+    table = re.search(r"const INFERNO = (\[.*?\]);", attention_page._read_template("page.js"), re.DOTALL)[1]
     ours = np.array(json.loads(re.sub(r",\s*\]", "]", table)))
     np.testing.assert_allclose(ours, 255 * matplotlib.colormaps["inferno"](np.linspace(0, 1, len(ours)))[:, :3], atol=3)
 
@@ -330,9 +332,9 @@ def page(tmp_path_factory):
     beams = make_caption(["two", "dogs"])
     boxes = {DOG.index("dog"): [[80, 60, 160, 120]], DOG.index("frisbee"): [[0, 0, 32, 24], [160, 120, 16, 12]]}
     captions = [PageCaption(greedy, "greedy", "CIDEr 0.83", boxes), PageCaption(beams, "3 beams")]
-    first = PagePicture("wide.png", wide, captions)
+    first = PageImage("wide.png", wide, captions)
     scores = [["", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"], ["greedy", 59.7, 16.3, 18.6, 43.8, 0.432]]
-    return write_pages(folder, "Dogs", [first, make_picture(high), make_picture(wide)], [scores], page_size=2)[0]
+    return write_pages(folder, "Dogs", [first, make_image(high), make_image(wide)], [scores], page_size=2)[0]
 
 
 def emulate(browser, width=1200, height=1400, **features):
@@ -383,7 +385,7 @@ def touch(browser, element):
 
 
 def pixels(frame):
-    """What is on the screen of a picture, (height, width, 3), without its rounded corners."""
+    """What is on the screen of an image, (height, width, 3), without its rounded corners."""
     frame.parent.execute_async_script("arguments[0].querySelector('img').decode().then(arguments[1])", frame)
     return np.asarray(Image.open(io.BytesIO(frame.screenshot_as_png)).convert("RGB"), np.float32)[8:-8, 8:-8]
 
@@ -404,7 +406,7 @@ def active_words(browser):
 
 
 def assert_lit(browser, frame, bare, weights, darkness=0.8):
-    """The picture on the screen is the bare one, lit as in the PNG figures."""
+    """The image on the screen is the bare one, lit as in the PNG figures."""
     light = light_on(frame, weights)
     lit = pixels(frame)
     difference = np.abs(lit - bare * (1 - darkness * (1 - light)))
@@ -417,7 +419,7 @@ def assert_lit(browser, frame, bare, weights, darkness=0.8):
 
 
 @pytest.mark.slow
-def test_a_mouse_lights_the_picture(browser, page):
+def test_a_mouse_lights_the_image(browser, page):
     open_page(browser, page)
     frame = find(browser, ".frame")
     bare = pixels(frame)
@@ -431,14 +433,14 @@ def test_a_mouse_lights_the_picture(browser, page):
     hover(browser, find(browser, "h1"))
     assert active_words(browser) == []
     np.testing.assert_array_equal(pixels(frame), bare)
-    hover(browser, find(browser, ".caption:has([aria-label*='3 beams']) .word", 1))  # the other caption, same picture
+    hover(browser, find(browser, ".caption:has([aria-label*='3 beams']) .word", 1))  # the other caption, same image
     assert_lit(browser, frame, bare, caption.attention_weights[1])
-    hover(browser, find(browser, "article:nth-of-type(2) .word", 2))  # only one picture is lit at a time
+    hover(browser, find(browser, "article:nth-of-type(2) .word", 2))  # only one image is lit at a time
     assert not overlay_of(browser)[..., 3].any()
 
 
 @pytest.mark.slow
-def test_keys_light_the_picture(browser, page):
+def test_keys_light_the_image(browser, page):
     open_page(browser, page)
     frame = find(browser, ".frame")
     bare = pixels(frame)
@@ -464,7 +466,7 @@ def test_keys_light_the_picture(browser, page):
 @pytest.mark.slow
 def test_persian_goes_from_right_to_left_also_by_keys(browser, tmp_path):
     photograph, words = write_photograph(tmp_path / "dog.png"), ["سگی", "روی", "چمن"]
-    open_page(browser, write_pages(tmp_path, "Dogs", [make_picture(photograph, words)])[0])
+    open_page(browser, write_pages(tmp_path, "Dogs", [make_image(photograph, words)])[0])
     places = [find(browser, ".word", number).rect["x"] for number in range(3)]
     assert find(browser, ".play").rect["x"] > places[0] > places[1] > places[2]
     browser.execute_script("arguments[0].focus()", find(browser, ".word"))
@@ -476,7 +478,7 @@ def test_persian_goes_from_right_to_left_also_by_keys(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finger_lights_the_picture(browser, page):
+def test_a_finger_lights_the_image(browser, page):
     open_page(browser, page)
     frame, dog, catches = find(browser, ".frame"), find(browser, ".word", 1), find(browser, ".word", 2)
     bare = pixels(frame)
@@ -533,7 +535,7 @@ def test_play_runs_through_the_words(browser, page, motion, fastest):
 
 
 def overlay_of(browser):
-    """The pixels of the first picture's overlay, (height, width, RGBA)."""
+    """The pixels of the first image's overlay, (height, width, RGBA)."""
     script = """
         const canvas = document.querySelector(".frame canvas");
         const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -659,9 +661,9 @@ def test_a_phone_needs_no_sideways_scroll(browser, tmp_path, photograph):
     words = [*HOSTILE, "w" * 200]
     wide = write_photograph(tmp_path / "wide.png", (2000, 40))
     captions = [PageCaption(make_caption(words), "greedy"), PageCaption(make_caption(words), "x" * 90, "y" * 90)]
-    pictures = [PagePicture("z" * 255, path, captions, "CIDEr 0.83") for path in (photograph, wide, tmp_path / "gone")]
+    images = [PageImage("z" * 255, path, captions, "CIDEr 0.83") for path in (photograph, wide, tmp_path / "gone")]
     tables = [[["", *"abcdefghijkl"], ["greedy", *range(100_000, 100_012)]]]
-    for path in write_pages(tmp_path, "t" * 100, pictures, tables, page_size=1):
+    for path in write_pages(tmp_path, "t" * 100, images, tables, page_size=1):
         open_page(browser, path)
         browser.execute_script("document.querySelectorAll('.word')[8].focus()")
         assert browser.execute_script("return document.documentElement.scrollWidth") == 360
@@ -671,8 +673,8 @@ def test_a_phone_needs_no_sideways_scroll(browser, tmp_path, photograph):
 
 @pytest.mark.slow
 def test_hostile_names_show_and_do_nothing(browser, tmp_path, photograph):
-    picture = PagePicture(HOSTILE[0], photograph, [PageCaption(make_caption(HOSTILE), HOSTILE[1])], HOSTILE[1])
-    open_page(browser, write_pages(tmp_path, HOSTILE[1], [picture], [[HOSTILE, HOSTILE]], intro=HOSTILE[0])[0])
+    image = PageImage(HOSTILE[0], photograph, [PageCaption(make_caption(HOSTILE), HOSTILE[1])], HOSTILE[1])
+    open_page(browser, write_pages(tmp_path, HOSTILE[1], [image], [[HOSTILE, HOSTILE]], intro=HOSTILE[0])[0])
     hover(browser, find(browser, ".word"))
     assert find(browser, ".word").text == HOSTILE[0]
     assert find(browser, "h1").text == HOSTILE[1] == browser.title
@@ -708,7 +710,7 @@ def test_nothing_is_requested(browser, page):
     ]
     assert page.as_uri() in addresses
     assert all(address == page.as_uri() or address.startswith("data:") for address in addresses)
-    assert len(browser.find_elements("css selector", "header nav, main ~ nav")) == 2  # above the pictures and below
+    assert len(browser.find_elements("css selector", "header nav, main ~ nav")) == 2  # above the images and below
     find(browser, "nav li:last-child a").click()
     assert browser.current_url == page.with_name("index_2.html").as_uri()
     find(browser, "main ~ nav li:first-child a").click()
@@ -729,13 +731,11 @@ def test_without_javascript_the_captions_can_be_read(browser, page):
 @pytest.mark.slow
 def test_a_page_of_a_hundred_photographs(browser, tmp_path):
     photograph = write_photograph(tmp_path / "noisy.png", (640, 480), noise=60)
-    pictures = (
-        PagePicture(
-            f"{i}.jpg", photograph, [PageCaption(make_caption(DOG * 3), label) for label in ("greedy", "beams")]
-        )
+    images = (
+        PageImage(f"{i}.jpg", photograph, [PageCaption(make_caption(DOG * 3), label) for label in ("greedy", "beams")])
         for i in range(100)
     )
-    (path,) = write_pages(tmp_path, "Dogs", pictures)
+    (path,) = write_pages(tmp_path, "Dogs", images)
     assert 5_000_000 < path.stat().st_size < 15_000_000
     open_page(browser, path)
     loaded = "const [it] = performance.getEntriesByType('navigation'); return it.loadEventEnd"

@@ -18,22 +18,16 @@ import numpy as np
 import tensorflow as tf
 from drawn_data import describe_machine, draw_images, print_table
 
-from captioning.captioner import Captioner
-from captioning.features.cache import cached_batches
-from captioning.captioner import caption_batch
-from captioning.features.cache import dataset_pictures
-from captioning.training.run_folder import load_captioner
-from support.devices import set_up_devices
-from captioning.data.prepared_data import load_prepared
-from captioning.training.run_folder import run_settings
+from captioning.captioner import Captioner, caption_batch
+from captioning.features.cnn import CHANNELS
+from captioning.features.cache import cached_batches, dataset_images, load_data
 from captioning.settings import make_config
-from captioning.vocabulary import END
-from captioning.vocabulary import PAD
-from captioning.vocabulary import START
-from captioning.vocabulary import UNK
+from captioning.training.run_folder import load_captioner, run_settings
+from captioning.vocabulary import END, PAD, START, UNK
 from config import Config
 from model import build_captioner
 from support.command_line import parse_command_line
+from support.devices import set_up_devices
 from support.process import run_script
 
 
@@ -50,34 +44,34 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         if options.prepared:
             config = run_settings(given, config.run_dir)
-            images = load_prepared(config).validation
+            images = load_data(config).validation
             captioner = load_captioner(config)
         else:
             config = dataclasses.replace(config, features_dir=folder, max_words=10)
             images = draw_images(pathlib.Path(folder), options.count, config.vocab_size)
             captioner = make_up_captioner(config)
-        pictures = dataset_pictures(images, config)
-        few = pictures[:10]
-        compare(captioner, few, pictures, config)
+        wanted = dataset_images(images, config)
+        few = wanted[:10]
+        compare(captioner, few, wanted, config)
         rates = {"usual": [], "ours": []}
         for _ in range(options.rounds + 1):  # the first round warms up
             rates["usual"].append(rate(few, decode_the_usual_way, captioner, config))
-            rates["ours"].append(rate(pictures, decode_our_way, captioner, config))
+            rates["ours"].append(rate(wanted, decode_our_way, captioner, config))
     print(f"{len(images)} images, {config.decode_batch} at a time, greedy")
     print(describe_machine())
     print_table("decoding", "images/s", rates)
 
 
 def make_up_captioner(config):
-    encoder, decoder = build_captioner(config, config.vocab_size)
+    encoder, decoder = build_captioner(config, config.vocab_size, np.zeros(CHANNELS, np.float32))
     decoder.output_layer.bias.assign(tf.one_hot(END, config.vocab_size, on_value=-1e6))
     return Captioner(encoder, decoder, [f"word{i}" for i in range(config.vocab_size)], "none")
 
 
-def decode_the_usual_way(captioner, pictures, config):
+def decode_the_usual_way(captioner, images, config):
     captions = []
-    for picture in pictures:
-        features = tf.constant(np.load(picture.feature_path).astype(np.float32)[np.newaxis])
+    for image in images:
+        features = tf.constant(np.load(image.feature_path).astype(np.float32)[np.newaxis])
         encoded_features = captioner.encoder(features)
         hidden = captioner.decoder.initial_hidden(encoded_features)
         words = [START]
@@ -96,20 +90,20 @@ def repeats(words, length):
     return [words[end] for end in ends if words[end - length + 1 : end] == words[len(words) - length + 1 :]]
 
 
-def decode_our_way(captioner, pictures, config):
-    batches = cached_batches(pictures, config)
+def decode_our_way(captioner, images, config):
+    batches = cached_batches(images, config)
     return [caption.caption for batch in batches for caption in caption_batch(captioner, *batch, config)]
 
 
-def compare(captioner, few, pictures, config):
-    usual, ours = decode_the_usual_way(captioner, few, config), decode_our_way(captioner, pictures, config)
+def compare(captioner, few, images, config):
+    usual, ours = decode_the_usual_way(captioner, few, config), decode_our_way(captioner, images, config)
     assert usual == ours[: len(few)], (usual, ours[: len(few)])
 
 
-def rate(pictures, function, captioner, config):
+def rate(images, function, captioner, config):
     start = time.perf_counter()
-    function(captioner, pictures, config)
-    return len(pictures) / (time.perf_counter() - start)
+    function(captioner, images, config)
+    return len(images) / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,13 @@ import numpy as np
 import tensorflow as tf
 from drawn_data import describe_machine, draw_photographs, print_table
 
-from support.devices import set_up_devices
 from captioning.features.extraction import extract_features
 from captioning.features.feature_files import write_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs
-from captioning.features.inception import feature_network
-from captioning.features.inception import load_inception
-from captioning.features.inception import network_identity
-from captioning.features.random_weights import set_random_weights
-from captioning.features.random_weights import set_statistics
+from captioning.features.inception import extraction_graphs, feature_network, load_inception, network_identity
+from captioning.features.random_weights import set_random_weights, set_statistics
 from captioning.settings import read_settings
+from support.devices import set_up_devices
 from support.errors import UserError
 from support.process import run_script
 

@@ -1,13 +1,13 @@
-"""A folder of many pictures: does script 3's memory grow with it, and does a kill lose a caption or double one?
+"""A folder of many images: does script 3's memory grow with it, and does a kill lose a caption or double one?
 
-PYTHONPATH=. python tests/benchmarks/folder_memory.py --run_dir DIR [--pictures 20000] [-- --<setting> VALUE ...]
+PYTHONPATH=. python tests/benchmarks/folder_memory.py --run_dir DIR [--images 20000] [-- --<setting> VALUE ...]
 
-It makes small pictures in a temporary folder and lets inference_image_caption.py of the run in DIR caption a quarter of
+It makes small images in a temporary folder and lets inference_image_caption.py of the run in DIR caption a quarter of
 them, then all of them, then all of them once more, this time with a SIGKILL when half of the captions are there and the
-same command again. Prints a table. The memory is the most that a process held, of two processes the larger. pictures/s
+same command again. Prints a table. The memory is the most that a process held, of two processes the larger. images/s
 are counted from the first caption to the last, so without the start of the process.
 
-Ends with status 1 if all pictures take over 10 % more memory than a quarter, or if a line is lost, double or redone.
+Ends with status 1 if all images take over 10 % more memory than a quarter, or if a line is lost, double or redone.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-IN_A_FOLDER = 1000  # pictures
-GROWTH = 1.1  # times the memory of a quarter of the pictures, that all of them may take
+IN_A_FOLDER = 1000  # images
+GROWTH = 1.1  # times the memory of a quarter of the images, that all of them may take
 POLL = 0.1  # seconds between two looks at the captions
 
 
@@ -34,25 +34,25 @@ class Measured(NamedTuple):
 
     status: int
     megabytes: float  # peak memory
-    rate: float  # pictures/s; NaN where all captions came at once
+    rate: float  # images/s; NaN where all captions came at once
     lines: list[bytes]  # whole lines of captions.jsonl
 
 
 def main(argv):
     wanted, settings = parse(argv)
     problems = []
-    columns = "pictures", "peak memory: MB", "pictures/s", "lines after a kill", "lines at the end"
+    columns = "images", "peak memory: MB", "images/s", "lines after a kill", "lines at the end"
     print(f"| {' | '.join(columns)} |\n{'|---:' * len(columns)}|", flush=True)
     with tempfile.TemporaryDirectory() as top:
         folder = pathlib.Path(top)
         peaks = {}
-        for count in (wanted.pictures // 4, wanted.pictures):
-            names = make_pictures(folder / "pictures", count)
+        for count in (wanted.images // 4, wanted.images):
+            names = make_images(folder / "images", count)
             done = caption(wanted.run_dir, folder, f"captions of {count}", settings)
             peaks[count] = done.megabytes
             problems += find_problems(done, names)
             print_row(count, done.megabytes, done.rate, "", len(done.lines))
-        killed = caption(wanted.run_dir, folder, "killed", settings, kill_at=wanted.pictures // 2)
+        killed = caption(wanted.run_dir, folder, "killed", settings, kill_at=wanted.images // 2)
         if killed.status == 0:
             problems.append("the process ended before it could be killed")
         done = caption(wanted.run_dir, folder, "killed", settings)
@@ -73,15 +73,15 @@ def parse(argv):
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", required=True, help="a trained run whose network this machine can build")
-    parser.add_argument("--pictures", type=int, default=20_000)
+    parser.add_argument("--images", type=int, default=20_000)
     wanted = parser.parse_args(argv[:cut])
-    if wanted.pictures < 8:
-        parser.error("--pictures must be 8 or more")
+    if wanted.images < 8:
+        parser.error("--images must be 8 or more")
     return wanted, argv[cut + 1 :]
 
 
-def make_pictures(folder, count):
-    """Add to a folder the pictures that it lacks of `count`. Returns the set of all their paths as str."""
+def make_images(folder, count):
+    """Add to a folder the images that it lacks of `count`. Returns the set of all their paths as str."""
     rng = np.random.default_rng(count)
     names = set()
     for number in range(count):
@@ -95,13 +95,13 @@ def make_pictures(folder, count):
 
 
 def caption(run_dir, folder, output, settings, kill_at=None):
-    """Caption `folder`/pictures in a process of its own, and kill it when `kill_at` captions are there.
+    """Caption `folder`/images in a process of its own, and kill it when `kill_at` captions are there.
 
     Returns:
       Measured; the script's output ends this process where it fails.
     """
     argv = ["inference_image_caption.py", "--run_dir", os.path.abspath(run_dir), *settings]
-    argv += ["--image", str(folder / "pictures"), "--output", str(folder / output)]
+    argv += ["--image", str(folder / "images"), "--output", str(folder / output)]
     path, moments = folder / output / "captions.jsonl", []
     with (folder / "log").open("w+b") as log:
         process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -135,7 +135,7 @@ def count_lines(path):
 
 
 def find_problems(done, names):
-    """What is wrong with the captions of pictures: list of str."""
+    """What is wrong with the captions of images: list of str."""
     found = [json.loads(line)["image"] for line in done.lines]
     problems = []
     if lost := names - set(found):
@@ -143,7 +143,7 @@ def find_problems(done, names):
     if len(found) > len(set(found)):
         problems.append(f"{len(found) - len(set(found))} captions are there twice")
     if others := set(found) - names:
-        problems.append(f"{len(others)} captions are of pictures that nobody named")
+        problems.append(f"{len(others)} captions are of images that nobody named")
     return problems
 
 

@@ -24,31 +24,27 @@ import train_image_caption_model as training
 from drawn_data import describe_machine, draw_photographs, draw_prepared
 from train_speed import our_gradients
 
-from captioning.training.batches import caption_batches
-from captioning.training.batches import collect_captions
-from captioning.decoder.beam_search import beam_search
 from captioning.captioner import decode_captions
-from support.devices import describe_devices
-from support.devices import set_up_devices
-from support.distribution import replicas
+from captioning.decoder.beam_search import beam_search
 from captioning.features.extraction import extract_features
-from captioning.features.inception import extraction_graphs
-from captioning.features.inception import feature_network
+from captioning.features.inception import extraction_graphs, feature_network
 from captioning.settings import make_config
+from captioning.training.batches import caption_batches, collect_captions
 from config import Config
 from model import greedy_decode
 from support.command_line import parse_command_line
+from support.devices import describe_devices, set_up_devices
+from support.distribution import replicas
 from support.errors import UserError
 from support.process import run_script
 
 REFERENCE = "CPU"
 EXACT = {"precision": "float32", "extract_precision": "float32"}
 WAYS = {  # the settings of each way of computing; "auto" is as the scripts come
-    REFERENCE: EXACT | {"compile": "off"},
-    "GPU, float32": EXACT | {"compile": "off"},
-    "GPU, float32, compiled": EXACT | {"compile": "on"},
-    "GPU, fastest": {"precision": "auto", "extract_precision": "auto", "compile": "auto"},
-    "all GPUs, float32": EXACT | {"compile": "off", "strategy": "mirrored"},
+    REFERENCE: EXACT,
+    "GPU, float32": EXACT,
+    "GPU, fastest": {"precision": "auto", "extract_precision": "auto"},
+    "all GPUs, float32": EXACT | {"strategy": "mirrored"},
 }
 
 

@@ -23,20 +23,16 @@ import tensorflow as tf
 import train_image_caption_model as training
 from drawn_data import describe_machine, draw_prepared, print_table
 
-from captioning.training.batches import batch_starts
-from captioning.training.batches import collect_captions
-from support.devices import set_up_devices
-from captioning.features.cnn import CHANNELS
-from captioning.features.cnn import LOCATIONS
-from captioning.data.prepared_data import load_prepared
 from captioning.data.prepared_data import read_prepared_settings
-from captioning.settings import DATA_SETTINGS
-from captioning.settings import adopt_settings
-from captioning.settings import make_config
+from captioning.features.cache import load_data
+from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.settings import DATA_SETTINGS, adopt_settings, make_config
+from captioning.training.batches import batch_starts, collect_captions
 from captioning.vocabulary import PAD
 from config import Config
 from model import caption_loss
 from support.command_line import parse_command_line
+from support.devices import set_up_devices
 from support.errors import UserError
 from support.process import run_script
 
@@ -64,7 +60,7 @@ def main(argv):
         if options.prepared:
             data_dir = config.data_dir
             config = adopt_settings(given, read_prepared_settings(data_dir), DATA_SETTINGS, data_dir)
-            prepared = load_prepared(config)
+            prepared = load_data(config)
         else:
             config = dataclasses.replace(config, features_dir=name)
             prepared = draw_prepared(folder, options.count, config)

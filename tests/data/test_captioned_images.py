@@ -173,11 +173,11 @@ def test_folders_are_below_the_images_folder():
 
 def test_an_images_file_is_below_the_images_folder():
     image = CaptionedImage(1, "a.jpg", "val2014")
-    karpathy = Config(dataset="karpathy", images="pictures", coco_dir="coco")
-    assert images_folder(karpathy) == pathlib.Path("pictures")
-    assert image_path(image, karpathy) == pathlib.Path("pictures/val2014/a.jpg")
-    coco = Config(coco_dir="coco", coco_split="train2014", images="pictures")
+    karpathy = Config(dataset="karpathy", images="images", coco_dir="coco")
+    assert images_folder(karpathy) == pathlib.Path("images")
+    assert image_path(image, karpathy) == pathlib.Path("images/val2014/a.jpg")
+    coco = Config(coco_dir="coco", coco_split="train2014", images="images")
     assert image_path(CaptionedImage(1, "a.jpg"), coco) == pathlib.Path("coco/train2014/a.jpg")
     assert image_path(CaptionedImage(1, "a.jpg", "b", coco_split="val"), coco) == pathlib.Path("coco/val/b/a.jpg")
-    table = Config(dataset="table", images="pictures")
-    assert image_path(CaptionedImage(1, "a.jpg", "train"), table) == pathlib.Path("pictures/train/a.jpg")
+    table = Config(dataset="table", images="images")
+    assert image_path(CaptionedImage(1, "a.jpg", "train"), table) == pathlib.Path("images/train/a.jpg")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from captioning.data.captioned_images import CaptionedImage, image_path
-from captioning.data.coco_download import COCO_ARCHIVES, SPLITS, fetch_archive, fetch_images, find_annotations
+from captioning.data.coco_download import _COCO_ARCHIVES, SPLITS, _fetch_archive, fetch_images, find_annotations
 from captioning.settings import make_config
 from support.errors import UserError
 from support.files import locked
@@ -47,8 +47,8 @@ def files_below(folder):
 
 def test_every_split_with_captions_has_an_archive_of_each_kind():
     for split in SPLITS:
-        assert {f"zips/{split}.zip", f"annotations/annotations_trainval{split[-4:]}.zip"} <= COCO_ARCHIVES.keys()
-    assert all(size > 2e8 and len(sha256) == 64 for size, sha256 in COCO_ARCHIVES.values())
+        assert {f"zips/{split}.zip", f"annotations/annotations_trainval{split[-4:]}.zip"} <= _COCO_ARCHIVES.keys()
+    assert all(size > 2e8 and len(sha256) == 64 for size, sha256 in _COCO_ARCHIVES.values())
 
 
 # --- Captions
@@ -97,8 +97,8 @@ def test_a_shard_downloads_to_a_file_of_its_own(config, server):
 def test_a_shard_leaves_an_archive_that_is_there(config, server):
     members = {"annotations/captions_train2014.json": b"{}"}
     publish(server, "annotations/annotations_trainval2014.zip", members)
-    fetch_archive("annotations/annotations_trainval2014.zip", config.coco_dir)
-    fetch_archive("annotations/annotations_trainval2014.zip", config.coco_dir, shard=(1, 2))
+    _fetch_archive("annotations/annotations_trainval2014.zip", config.coco_dir)
+    _fetch_archive("annotations/annotations_trainval2014.zip", config.coco_dir, shard=(1, 2))
     assert files_below(config.coco_dir) == {"annotations_trainval2014.zip", *members}
 
 

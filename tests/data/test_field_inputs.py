@@ -10,8 +10,8 @@ import pytest
 
 import data_utils
 from captioning.data.captioned_images import image_path
-from captioning.data.prepared_data import load_prepared
-from captioning.features.cache import feature_path, features_folder
+from captioning.data.sources import all_images
+from captioning.features.cache import feature_path, features_folder, load_data
 from captioning.settings import read_settings
 from support.errors import UserError
 
@@ -20,7 +20,7 @@ FILES = SHARED / "field_inputs"
 pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason="../shared with its field_inputs is not there")
 
 PLAIN = [f"pic{n}.jpg" for n in range(8)]
-NAMES = {  # what the pictures are called in the folder, where it is not PLAIN
+NAMES = {  # what the images are called in the folder, where it is not PLAIN
     "coco_subfolders.json": [f"set{n % 2}/pic{n}.jpg" for n in range(8)],
     "coco_backslash.json": [f"images/pic{n}.jpg" for n in range(8)],
     "coco_same_stem.json": "a/pic.jpg b/pic.jpg c/pic.png c/pic.jpg d/pic.jpeg d/pic.webp e/pic.jpg f/pic.jpg".split(),
@@ -66,14 +66,14 @@ SAID = {  # a part of the one line that says what was left out or joined
 
 
 def lay_out(root, name):
-    """Put a file and its pictures where its kind of data set has them. Returns the options of script 1."""
+    """Put a file and its images where its kind of data set has them. Returns the options of script 1."""
     images = root / "coco" / "train2014"
     names = NAMES.get(name, PLAIN)
     if names is None:
         names = [image["file_name"] for image in json.loads((FILES / name).read_text())["images"]]
-    for picture, target in zip(sorted((SHARED / "coco_mini" / "train2017").iterdir())[:8], names, strict=True):
+    for source, target in zip(sorted((SHARED / "coco_mini" / "train2017").iterdir())[:8], names, strict=True):
         (images / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, images / target)
+        shutil.copy(source, images / target)
     argv = ["--data_dir", str(root / "data"), "--val_fraction", "0.25", "--num_examples", "none"]
     if name.startswith(("coco_", "image_info")):
         (root / "coco" / "annotations").mkdir()
@@ -94,7 +94,7 @@ def lay_out(root, name):
 def make_features(argv):
     """Fill the cache with noise under the names that it expects. Returns Config."""
     config, _ = read_settings(argv, "")
-    images = data_utils.all_images(data_utils.read_splits(config))
+    images = all_images(data_utils.read_splits(config))
     assert all(image_path(image, config).is_file() for image in images)
     features_folder(config).mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def test_what_must_come_of_each_file(tmp_path, capsys, name):
     config = make_features(argv)
     capsys.readouterr()
     data_utils.main(argv)
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     splits = {split: getattr(prepared, split) for split in ("train", "validation", "test")}
     counts = {split: (len(images), sum(map(len, (i.captions for i in images)))) for split, images in splits.items()}
     assert {split: count for split, count in counts.items() if count[0]} == EXPECTED[name]
@@ -137,7 +137,7 @@ def test_what_must_come_of_each_file(tmp_path, capsys, name):
 )
 def test_results_have_the_ids_of_the_file(tmp_path, name, ids):
     config, _ = read_settings(lay_out(tmp_path, name), "")
-    images = data_utils.all_images(data_utils.read_splits(config))
+    images = all_images(data_utils.read_splits(config))
     assert sorted(image.image_id for image in images) == ids
 
 
@@ -146,13 +146,13 @@ def test_captions_are_those_of_the_list(tmp_path):
     captions = (FILES / "captions.txt").read_text().splitlines()
     for name in ("coco_plain.json", "karpathy_no_raw.json", "excel.csv", "metadata.jsonl", "sidecars"):
         config, _ = read_settings(lay_out(tmp_path / name, name), "")
-        found = {image.file_name: image.references for image in data_utils.all_images(data_utils.read_splits(config))}
+        found = {image.file_name: image.references for image in all_images(data_utils.read_splits(config))}
         assert found == {f"pic{k}.jpg": [captions[k], captions[(k + 1) % 8]] for k in range(8)}, name
 
 
 def test_line_breaks_are_blanks(tmp_path):
     config, _ = read_settings(lay_out(tmp_path, "coco_line_breaks.json"), "")
-    captions = [text for image in data_utils.all_images(data_utils.read_splits(config)) for text in image.captions]
+    captions = [text for image in all_images(data_utils.read_splits(config)) for text in image.captions]
     assert len(captions) == 16 and all(len(text.splitlines()) == 1 for text in captions)
     assert collections.Counter(captions)["a man rides a horse fast"] > 0
 
@@ -161,7 +161,7 @@ def test_line_breaks_are_blanks(tmp_path):
     ("name", "line"),
     [
         ("karpathy_long.json", "all captions of the 2 validation images are longer than --max_words 40: raise it"),
-        ("image_info.json", "lists images without captions, as COCO's image_info files do, and nothing can be trained"),
+        ("image_info.json", "lists images without captions, as COCO's image_info files do, and cannot be trained on"),
     ],
 )
 def test_what_cannot_be_trained_on_is_one_line_and_nothing_is_prepared(tmp_path, name, line):
@@ -174,4 +174,4 @@ def test_long_captions_are_validated_on_where_they_are_allowed(tmp_path):
     argv = [*lay_out(tmp_path, "karpathy_long.json"), "--max_words", "50"]
     config = make_features(argv)
     data_utils.main(argv)
-    assert sum(len(image.captions) for image in load_prepared(config).validation) == 4
+    assert sum(len(image.captions) for image in load_data(config).validation) == 4

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioning.data.coco import read_coco_captions
-from captioning.data.prepared_data import load_prepared, read_prepared_settings, retract_prepared, save_prepared
-from captioning.data.splits import draw_examples, split_by_image
-from captioning.features.cache import feature_path
+from captioning.data.prepared_data import leave_out, read_prepared_settings, retract_prepared, save_prepared
+from captioning.data.splits import _draw_examples, _split_by_image
+from captioning.features.cache import feature_path, load_data, measure_features, read_network
 from captioning.features.cnn import CHANNELS
-from captioning.features.manifest import MADE_ELSEWHERE, MANIFEST
+from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE
 from captioning.features.missing import find_missing
 from captioning.settings import DATA_SETTINGS, make_config
 from captioning.vocabulary import END, SPECIAL_WORDS, START
@@ -31,10 +31,12 @@ def make(root, **settings):
 def prepare(config, skipped=None):
     """Prepare COCO's layout from cached features, as script 1 does."""
     images = read_coco_captions(f"{config.coco_dir}/annotations/captions_train2014.json", config.max_words)
-    train, validation = split_by_image(images, config.val_fraction, config.seed)
+    train, validation = _split_by_image(images, config.val_fraction, config.seed)
     assert find_missing(images, config) == []
     splits = {"train": train, "validation": validation}
-    save_prepared(splits, skipped or {}, config)
+    kept = leave_out(splits, skipped or {}, config)
+    measured = measure_features(kept["train"], config)
+    save_prepared(kept, skipped or {}, *measured, read_network(config), config)
     return splits
 
 
@@ -64,7 +66,7 @@ def test_what_was_prepared_is_loaded(root, capsys):
     splits = prepare(config)
     printed = capsys.readouterr().out
     assert "train: 19 images, 95 captions" in printed and "0 images skipped" in printed
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     assert without_encoding(prepared.train) == without_encoding(splits["train"])
     assert without_encoding(prepared.validation) == without_encoding(splits["validation"])
     assert prepared.test == []
@@ -77,19 +79,19 @@ def test_what_was_prepared_is_loaded(root, capsys):
 
 
 def test_one_line_says_that_characters_are_the_words(copied, capsys):
-    prepared = load_prepared(copied)
+    prepared = load_data(copied)
     chinese = dataclasses.replace(prepared.train[0], captions=["一只狗 dog"])
     for images, count in ((prepared.train, 0), ([chinese], 1)):
         capsys.readouterr()
         save_prepared({"train": images, "validation": prepared.validation}, {}, copied)
         lines = [line for line in capsys.readouterr().out.splitlines() if "characters are the words" in line]
         assert len(lines) == count and all(line.startswith("Han: ") for line in lines)
-    assert set(load_prepared(copied).vocabulary[4:]) == {"一", "只", "狗", "dog"}
+    assert set(load_data(copied).vocabulary[4:]) == {"一", "只", "狗", "dog"}
 
 
 def test_the_statistics_are_those_of_the_training_features(root):
     config = make(root)
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     sample = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(float)
     np.testing.assert_allclose(prepared.feature_mean, sample.mean((0, 1)), atol=1e-3)
     assert prepared.feature_std == pytest.approx(np.std(sample - sample.mean((0, 1))), rel=1e-3)
@@ -97,19 +99,19 @@ def test_the_statistics_are_those_of_the_training_features(root):
 
 def test_karpathys_data_have_a_test_split(copied):
     config = dataclasses.replace(copied, dataset="karpathy")
-    prepared = load_prepared(copied)
+    prepared = load_data(copied)
     splits = {"train": prepared.train, "validation": prepared.validation[:2], "test": prepared.validation[2:]}
     save_prepared(splits, {}, config)
-    loaded = load_prepared(config)
+    loaded = load_data(config)
     assert [len(loaded.train), len(loaded.validation), len(loaded.test)] == [19, 2, 3]
     with pytest.raises(UserError, match="prepared with --dataset karpathy, not coco"):
-        load_prepared(copied)
+        load_data(copied)
 
 
 def test_skipped_images_are_left_out_and_named(copied):
-    images = load_prepared(copied).train
+    images = load_data(copied).train
     save_prepared({"train": images, "validation": images[:3]}, {images[0].file_name: "a reason"}, copied)
-    prepared = load_prepared(copied)
+    prepared = load_data(copied)
     assert len(prepared.train) == len(images) - 1 and len(prepared.validation) == 2
     assert json.loads(pathlib.Path(copied.data_dir, "skipped.json").read_text()) == {images[0].file_name: "a reason"}
     with pytest.raises(UserError, match=r"no readable validation images are left \(1 skipped\): check the image"):
@@ -117,16 +119,16 @@ def test_skipped_images_are_left_out_and_named(copied):
 
 
 def test_the_words_are_the_training_captions_and_the_draw_keeps_all_references(copied):
-    images = load_prepared(copied).train + load_prepared(copied).validation
-    images = draw_examples(images, 30, seed=0)
-    train, validation = split_by_image(images, 0.2, 0)
+    images = load_data(copied).train + load_data(copied).validation
+    images = _draw_examples(images, 30, seed=0)
+    train, validation = _split_by_image(images, 0.2, 0)
     captions = {image.image_id: [f"{text} word{image.image_id}" for text in image.captions] for image in images}
     splits = {
         name: [dataclasses.replace(image, captions=captions[image.image_id]) for image in split]
         for name, split in (("train", train), ("validation", validation))
     }
     save_prepared(splits, {}, copied)
-    prepared = load_prepared(copied)
+    prepared = load_data(copied)
     own_words = {f"word{image.image_id}" for image in train}
     assert {word for word in prepared.vocabulary if word.startswith("word")} == own_words
     assert all(len(image.references) == 5 for image in prepared.validation)
@@ -135,7 +137,7 @@ def test_the_words_are_the_training_captions_and_the_draw_keeps_all_references(c
 def test_leftovers_of_a_killed_run_go(copied):
     leftover = pathlib.Path(copied.data_dir, ".tmp-999999999-1-train.json")
     leftover.touch()
-    prepared = load_prepared(copied)
+    prepared = load_data(copied)
     save_prepared({"train": prepared.train, "validation": prepared.validation}, {}, copied)
     assert not leftover.exists()
 
@@ -150,12 +152,12 @@ def test_a_setting_that_contradicts_what_was_prepared_is_named(root, name):
     other = f"{value}x" if isinstance(value, str) else 3 if value is None else value * 2
     said = value if value != "" else "''"
     with pytest.raises(UserError, match=f"prepared with --{name} {said}, not {other}: give --{name} {said}, or run"):
-        load_prepared(dataclasses.replace(config, **{name: other}))
+        load_data(dataclasses.replace(config, **{name: other}))
 
 
 def test_nothing_prepared_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r"settings.json is missing: run python data_utils.py --dataset demo$"):
-        load_prepared(make_config({"dataset": "demo", "data_dir": str(tmp_path)}))
+        load_data(make_config({"dataset": "demo", "data_dir": str(tmp_path)}))
     with pytest.raises(UserError, match=r"settings.json is missing: run python data_utils.py$"):
         read_prepared_settings(tmp_path)
     with pytest.raises(UserError, match=r"settings.json is missing: do this$"):
@@ -171,7 +173,7 @@ def test_what_is_retracted_is_not_loaded(copied):
     retract_prepared(copied)
     retract_prepared(copied)
     with pytest.raises(UserError, match="settings.json is missing: run python data_utils.py"):
-        load_prepared(copied)
+        load_data(copied)
 
 
 # --- Features
@@ -179,25 +181,25 @@ def test_what_is_retracted_is_not_loaded(copied):
 
 def test_prepared_features_are_not_read(root, monkeypatch):
     monkeypatch.setattr("support.file_states.read_state", None)
-    load_prepared(make(root))
+    load_data(make(root))
 
 
 def test_features_that_another_program_replaced_after_preparing_are_one_line(copied):
-    image = load_prepared(copied).validation[0]
+    image = load_data(copied).validation[0]
     path = feature_path(image, copied)
     np.save(path, np.load(path) + np.float16(1))
     with pytest.raises(UserError, match=rf"{path} is damaged, or changed since it was prepared: run python data_utils"):
-        load_prepared(copied)
+        load_data(copied)
     path.unlink()
     with pytest.raises(UserError, match=rf"{path} is missing from the feature cache: run python data_utils.py$"):
-        load_prepared(copied)
+        load_data(copied)
 
 
 def test_a_cache_of_another_network_than_the_prepared_one_is_one_line(copied):
-    path = pathlib.Path(copied.data_dir, "features", MANIFEST)
+    path = pathlib.Path(copied.data_dir, "features", _MANIFEST)
     path.write_text(path.read_text().replace(MADE_ELSEWHERE, "InceptionV3, weights imagenet"))
     with pytest.raises(UserError) as raised:
-        load_prepared(copied)
+        load_data(copied)
     assert str(raised.value) == (
         f"the features in {path.parent} are another network's (InceptionV3, weights imagenet) than those that were "
         "prepared (made elsewhere): run python data_utils.py"
@@ -267,7 +269,7 @@ def test_a_damaged_prepared_file_is_named_with_the_command(copied, name, damage)
     else:
         path.unlink()
     with pytest.raises(UserError, match=name) as raised:
-        load_prepared(copied)
+        load_data(copied)
     assert "run python data_utils.py" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -305,7 +307,7 @@ def test_any_prepared_file_loads_or_is_one_line(root, damage):
         pathlib.Path(folder, name).write_bytes(data)
         config = dataclasses.replace(make(root), data_dir=folder)
         try:
-            prepared = load_prepared(config)
+            prepared = load_data(config)
         except UserError as error:
             return check_one_line(error)
         for image in prepared.train + prepared.validation:

@@ -7,8 +7,8 @@ import pytest
 
 import data_utils
 from captioning.data.captioned_images import image_path
-from captioning.data.prepared_data import load_prepared
-from captioning.features.cache import feature_path
+from captioning.data.sources import all_images
+from captioning.features.cache import feature_path, load_data
 from captioning.settings import read_settings
 from conftest import IMAGES, options, write_coco, write_features
 from support.errors import UserError
@@ -62,7 +62,7 @@ def test_ids_differ_from_table_to_table(tmp_path):
     argv = [*write_tables(tmp_path, train=OWN[:6], val=OWN[6:]), "--captions", tmp_path / "train.csv"]
     argv += ["--validation_captions", tmp_path / "val.csv"]
     config, _ = read_settings(list(map(str, argv)), "")
-    images = data_utils.all_images(data_utils.read_splits(config))
+    images = all_images(data_utils.read_splits(config))
     assert sorted(image.image_id for image in images) == list(range(1, 11))
 
 
@@ -114,7 +114,7 @@ def test_one_file_of_coco_is_trained_on_and_another_scored(tmp_path):
     assert {split: len(images) for split, images in splits.items()} == {"train": IMAGES, "validation": 5, "test": 5}
     assert all(image_path(image, config).is_file() for images in splits.values() for image in images)
     assert image_path(splits["validation"][0], config).parent == root / "coco" / "val2014"
-    stems = {feature_path(image, config) for image in data_utils.all_images(splits)}
+    stems = {feature_path(image, config) for image in all_images(splits)}
     assert len(stems) == IMAGES + 5
     assert feature_path(splits["train"][-1], config).stem == splits["train"][-1].file_name.removesuffix(".jpg")
 
@@ -142,13 +142,13 @@ def test_a_test_split_of_any_data_is_prepared_and_goes_when_it_is_not_named_any_
     own = [*map(str, own), "--features_dir", str(root / "features")]
     argv = [*own, "--test_captions", str(root / "test.csv")]
     data_utils.main(argv)
-    prepared = load_prepared(read_settings(argv, "")[0])
+    prepared = load_data(read_settings(argv, "")[0])
     assert [len(prepared.train), len(prepared.validation), len(prepared.test)] == [16, 4, 4]
     assert prepared.test[0].references == ["a cat"]
     with pytest.raises(UserError, match="prepared with --test_captions"):
-        load_prepared(read_settings(own, "")[0])
+        load_data(read_settings(own, "")[0])
     data_utils.main(own)
-    assert load_prepared(read_settings(own, "")[0]).test == []
+    assert load_data(read_settings(own, "")[0]).test == []
 
 
 def test_names_and_features_in_the_other_spelling_of_unicode_are_found(tmp_path):
@@ -165,7 +165,7 @@ def test_names_and_features_in_the_other_spelling_of_unicode_are_found(tmp_path)
     argv += ["--images", images, "--captions", tmp_path / "own.csv", "--data_dir", tmp_path / "data"]
     argv = list(map(str, argv))
     data_utils.main(argv)
-    prepared = load_prepared(read_settings(argv, "")[0])
+    prepared = load_data(read_settings(argv, "")[0])
     assert len(prepared.train + prepared.validation) == 4
     names = {image.file_name for image in prepared.train + prepared.validation}
-    assert names == {f"{name}.jpg" for name in taken_apart}  # the last two have no picture, and keep their names
+    assert names == {f"{name}.jpg" for name in taken_apart}  # the last two have no image, and keep their names

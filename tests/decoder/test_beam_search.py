@@ -3,8 +3,8 @@ import pytest
 import tensorflow as tf
 
 import model
-from captioning.decoder.beam_search import beam_search, best_beam, best_continuations
-from captioning.decoder.rules import BANNED_WORDS, ban_words
+from captioning.decoder.beam_search import _best_beam, _best_continuations, beam_search
+from captioning.decoder.rules import _BANNED_WORDS, ban_words
 from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
@@ -12,13 +12,14 @@ from tiny_captioner import SIZES, tiny_captioner
 
 SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16})
 VOCABULARY = 30
+NO_MEAN = np.zeros(CHANNELS, np.float32)
 
 decode = tf.function(beam_search)
 
 
 @pytest.fixture(scope="module")
 def captioner():
-    return model.build_captioner(SMALL, VOCABULARY, feature_std=0.5)
+    return model.build_captioner(SMALL, VOCABULARY, NO_MEAN, feature_std=0.5)
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def said_by(words):
 @pytest.mark.parametrize("repeat_block", [0, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_one_beam_is_greedy_decoding(features, seed, repeat_block):
-    encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed}), VOCABULARY)
+    encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed}), VOCABULARY, NO_MEAN)
     decoder.output_layer.kernel.assign(decoder.output_layer.kernel * 5)
     greedy = model.greedy_decode(encoder, decoder, features, 7, repeat_block)
     beams = beam_search(encoder, decoder, features, 7, 1, repeat_block=repeat_block)
@@ -77,7 +78,7 @@ def beams_by_hand(encoder, decoder, features, max_words, width, length_penalty):
                 continue
             logits, hidden, _ = decoder(tf.constant([[words[-1]]]), encoded_features, hidden)
             logs = tf.nn.log_softmax(ban_words(logits))[0].numpy()
-            sayable = (i for i in range(len(logs)) if i not in BANNED_WORDS)
+            sayable = (i for i in range(len(logs)) if i not in _BANNED_WORDS)
             running += [(score + logs[i], [*words, i], hidden) for i in sayable]
         beams = candidates + sorted(running, key=lambda beam: -beam[0])[:places]
     ended = [beam for beam in beams if beam[1][-1] == END] or beams
@@ -108,7 +109,7 @@ def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(fe
     """Two words and <end>, at most 2 in a caption: 7 beams hold them all. 3 may lose the best, but not for these."""
     better_than_greedy = 0
     for seed in seeds:
-        encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed, "compile": "off"}), 6)
+        encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed}), 6, NO_MEAN)
         decoder.output_layer.kernel.assign(decoder.output_layer.kernel * 5)
         words, log_probs, _ = beam_search(encoder, decoder, features, 2, width)
         greedy = model.greedy_decode(encoder, decoder, features, 2).words
@@ -149,7 +150,7 @@ def test_captions_repeat_no_sequence(captioner, features, biased):
 def test_an_ended_beam_goes_on_with_pad_alone_and_keeps_its_place():
     """Even where the running beam can say likelier words than the ended one's whole caption."""
     word_log_probs = tf.math.log([[[0.1, 0.1, 0.1, 0.1, 0.3, 0.3], [0.1, 0.1, 0.1, 0.1, 0.2, 0.4]]])  # (1, 2, V)
-    scores, beam, word, gained = best_continuations(
+    scores, beam, word, gained = _best_continuations(
         tf.constant([[-9.0, -1.0]]), word_log_probs, tf.constant([[True, False]])
     )
     assert beam.numpy().tolist() == [[0, 1]]
@@ -162,7 +163,7 @@ def test_an_ended_beam_goes_on_with_pad_alone_and_keeps_its_place():
 def test_of_the_ended_beams_the_best_by_its_length_is_taken(length_penalty, taken):
     words = tf.constant([[[START, 5, END, PAD], [START, 5, 6, END], [START, 5, 6, 7]]])
     scores = tf.constant([[-3.0, -4.0, -0.1]])  # the third has not ended
-    assert best_beam(scores, words, length_penalty).numpy().tolist() == [taken]
+    assert _best_beam(scores, words, length_penalty).numpy().tolist() == [taken]
 
 
 def test_each_beam_goes_on_with_the_hidden_state_of_the_beam_that_it_continues(features):

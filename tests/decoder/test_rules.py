@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from captioning.decoder.rules import BANNED_LOG_PROB, block_repeated_ngrams, has_ended, next_word_log_probs
+from captioning.decoder.rules import _BANNED_LOG_PROB, _block_repeated_ngrams, has_ended, next_word_log_probs
 from captioning.vocabulary import END, PAD, START, UNK
 
 VOCABULARY = 30
@@ -20,14 +20,14 @@ REPEATS = [
 
 @pytest.mark.parametrize(("length", "said", "blocked"), REPEATS)
 def test_no_sequence_is_said_twice(length, said, blocked):
-    log_probs = block_repeated_ngrams(tf.zeros((1, VOCABULARY)), tf.constant([said]), length)[0].numpy()
+    log_probs = _block_repeated_ngrams(tf.zeros((1, VOCABULARY)), tf.constant([said]), length)[0].numpy()
     assert set(np.flatnonzero(log_probs < -1e8)) - {PAD, START} == blocked
     assert (log_probs[log_probs > -1e8] == 0).all()
 
 
 def test_each_caption_is_blocked_by_its_own_words():
     said = tf.constant([[START, 5, 6, 7, 5], [START, 8, 9, 8, 8]])
-    log_probs = block_repeated_ngrams(tf.zeros((2, VOCABULARY)), said, 2).numpy()
+    log_probs = _block_repeated_ngrams(tf.zeros((2, VOCABULARY)), said, 2).numpy()
     assert [set(np.flatnonzero(row < -1e8)) - {PAD, START} for row in log_probs] == [{6}, {8, 9}]
 
 
@@ -36,7 +36,7 @@ def test_words_that_may_be_said_keep_their_log_probabilities(length, said, block
     logits = np.random.default_rng(0).standard_normal((1, VOCABULARY)).astype(np.float32)
     log_probs = next_word_log_probs(tf.constant(logits), tf.constant([said]), length)[0].numpy()
     banned = {PAD, UNK, START} | blocked
-    assert set(np.flatnonzero(log_probs < BANNED_LOG_PROB / 2)) == banned
+    assert set(np.flatnonzero(log_probs < _BANNED_LOG_PROB / 2)) == banned
     free = [i for i in range(VOCABULARY) if i not in banned]
     sayable = np.delete(np.arange(VOCABULARY), [PAD, UNK, START])  # blocked words keep their share
     expected = logits[0] - np.log(np.exp(logits[0, sayable]).sum())

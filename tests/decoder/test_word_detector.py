@@ -9,20 +9,20 @@ import tensorflow as tf
 
 from captioning.decoder import word_detector
 from captioning.decoder.word_detector import (
-    EVERY,
-    FIRST_BIAS,
+    _EVERY,
+    _FIRST_BIAS,
     WordDetector,
-    cross_entropy,
+    _cross_entropy,
+    _said_words,
     detection_loss,
-    said_words,
     word_maps,
 )
 from captioning.vocabulary import END, PAD, START, UNK
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 V, D, P = 9, 3, 4
-CAPTIONS = tf.constant([[START, 5, 4, 5, END], [START, 6, UNK, END, PAD], [PAD] * 5])  # the last is no picture
+CAPTIONS = tf.constant([[START, 5, 4, 5, END], [START, 6, UNK, END, PAD], [PAD] * 5])  # the last is no image
 
 
 def softplus(x):
@@ -51,8 +51,8 @@ def encoded():
 def test_a_new_detector_sees_each_word_alike_and_seldom(encoded):
     sightings = new_detector()(encoded, tf.constant([4, 7]))
     assert sightings.shape == (3, P, 2)
-    np.testing.assert_allclose(sightings, softplus(FIRST_BIAS), rtol=1e-5)
-    assert 1 - np.exp(-64 * softplus(FIRST_BIAS)) == pytest.approx(0.06, abs=0.01)
+    np.testing.assert_allclose(sightings, softplus(_FIRST_BIAS), rtol=1e-5)
+    assert 1 - np.exp(-64 * softplus(_FIRST_BIAS)) == pytest.approx(0.06, abs=0.01)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-6), ("mixed_bfloat16", 0.05), ("mixed_float16", 5e-3)])
@@ -68,7 +68,7 @@ def test_sightings_are_those_of_the_words_asked_for(detector, encoded, precision
 
 
 def test_special_words_are_not_said():
-    said = said_words(CAPTIONS, V)
+    said = _said_words(CAPTIONS, V)
     assert said.shape == (3, V)
     assert [np.flatnonzero(row).tolist() for row in said] == [[4, 5], [6], []]
     assert said.numpy().max() == 1
@@ -77,18 +77,18 @@ def test_special_words_are_not_said():
 def test_the_loss_of_a_word_is_that_of_a_noisy_or():
     seen = 1 - np.exp([-0.7, -0.01])
     sums = tf.constant([[0.7, 0.01]])
-    np.testing.assert_allclose(cross_entropy(tf.constant([[1.0, 0.0]]), sums), [[-np.log(seen[0]), 0.01]], 1e-5)
-    np.testing.assert_allclose(cross_entropy(tf.constant([[0.0, 1.0]]), sums), [[0.7, -np.log(seen[1])]], 1e-5)
-    assert np.isfinite(cross_entropy(tf.constant([[1.0, 1.0]]), tf.zeros((1, 2)))).all()
+    np.testing.assert_allclose(_cross_entropy(tf.constant([[1.0, 0.0]]), sums), [[-np.log(seen[0]), 0.01]], 1e-5)
+    np.testing.assert_allclose(_cross_entropy(tf.constant([[0.0, 1.0]]), sums), [[0.7, -np.log(seen[1])]], 1e-5)
+    assert np.isfinite(_cross_entropy(tf.constant([[1.0, 1.0]]), tf.zeros((1, 2)))).all()
 
 
 def all_turns(detector, captions, encoded):
     """The losses of all turns."""
-    return [detection_loss(detector, captions, encoded, step) for step in range(EVERY)]
+    return [detection_loss(detector, captions, encoded, step) for step in range(_EVERY)]
 
 
 def test_the_loss_by_hand(detector, encoded, monkeypatch):
-    monkeypatch.setattr(word_detector, "EVERY", 1)
+    monkeypatch.setattr(word_detector, "_EVERY", 1)
     kernel, bias = detector.get_weights()
     seen = 1 - np.exp(-softplus(encoded.numpy() @ kernel.T + bias).sum(1))  # (B, V)
     said = {(0, 4), (0, 5), (1, 6)}
@@ -112,7 +112,7 @@ def test_each_caption_has_its_turn(detector, encoded):
 
 @pytest.mark.parametrize("captions", [[[START, UNK, END]], [[PAD, PAD, PAD]]])
 def test_captions_without_words_teach_nothing(detector, captions):
-    assert all_turns(detector, tf.constant(captions), tf.zeros((1, P, D))) == [0] * EVERY
+    assert all_turns(detector, tf.constant(captions), tf.zeros((1, P, D))) == [0] * _EVERY
 
 
 def test_the_gradient_reaches_the_words_of_the_batch_and_no_encoded_features(detector, encoded):
@@ -140,24 +140,24 @@ def test_a_words_map_is_its_share_at_each_location(detector, encoded):
 
 
 def test_the_detector_finds_where_a_word_is():
-    """Word 4 is said of pictures with a mark at some location; it learns which one without being told."""
+    """Word 4 is said of images with a mark at some location; it learns which one without being told."""
     rng = np.random.default_rng(3)
-    pictures = rng.standard_normal((40, P, D)).astype(np.float32) / 5
+    images = rng.standard_normal((40, P, D)).astype(np.float32) / 5
     marked, place = np.arange(40) % 2 == 0, rng.integers(P, size=40)
-    pictures[marked, place[marked], 0] += 2
+    images[marked, place[marked], 0] += 2
     captions = tf.constant([[START, 4 if mark else 5, END] for mark in marked])
     detector = new_detector()
 
     @tf.function
     def step():
         with tf.GradientTape() as tape:
-            loss = sum(all_turns(detector, captions, tf.constant(pictures)))
+            loss = sum(all_turns(detector, captions, tf.constant(images)))
         for weight, gradient in zip(detector.weights, tape.gradient(loss, detector.weights), strict=True):
             weight.assign_sub(0.5 * tf.convert_to_tensor(gradient))
 
     for _ in range(300):
         step()
-    maps = word_maps(detector, captions[:, 1:2], tf.constant(pictures))[:, 0].numpy()  # (40, P)
+    maps = word_maps(detector, captions[:, 1:2], tf.constant(images))[:, 0].numpy()  # (40, P)
     assert (maps[marked].argmax(1) == place[marked]).mean() > 0.9
     assert maps[marked].max(1).mean() > 0.6
 

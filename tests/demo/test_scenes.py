@@ -56,20 +56,20 @@ def test_the_layout_is_that_of_coco_2014(drawn):
     assert [image["id"] for image in data["images"]] == list(range(1, COUNT + 1))
     for image in data["images"]:
         assert image["file_name"] == f"COCO_train2014_{image['id']:012d}.jpg"
-        with Image.open(drawn / "train2014" / image["file_name"]) as picture:
-            assert picture.size == (image["width"], image["height"])
+        with Image.open(drawn / "train2014" / image["file_name"]) as opened:
+            assert opened.size == (image["width"], image["height"])
     assert [annotation["id"] for annotation in data["annotations"]] == list(range(1, 5 * COUNT + 1))
     for number in range(1, COUNT + 1):
         captions = [note["caption"] for note in data["annotations"] if note["image_id"] == number]
-        assert captions == demo_scenes.write_captions(demo_scenes.read_scenes(drawn)[number])
+        assert captions == demo_scenes._write_captions(demo_scenes.read_scenes(drawn)[number])
 
 
 def test_each_box_holds_its_object_and_lies_in_the_image():
     for number in range(1, 60):
         # On grass, which is neither white as a ball's edge nor black as a box's.
-        scene = dataclasses.replace(demo_scenes.compose_scene(number, seed=7), ground="grass")
-        with_objects = demo_scenes.draw_scene(scene, seed=7).astype(int)
-        without = demo_scenes.draw_scene(dataclasses.replace(scene, objects=[]), seed=7).astype(int)
+        scene = dataclasses.replace(demo_scenes._compose_scene(number, seed=7), ground="grass")
+        with_objects = demo_scenes._draw_scene(scene, seed=7).astype(int)
+        without = demo_scenes._draw_scene(dataclasses.replace(scene, objects=[]), seed=7).astype(int)
         painted = np.abs(with_objects - without).sum(axis=2) > 0
         for thing in scene.objects:
             x, y, w, h = thing.box
@@ -91,8 +91,8 @@ def test_each_box_holds_its_object_and_lies_in_the_image():
 def test_a_shadow_falls_to_the_lower_right(noun):
     thing = SceneObject(noun, "red", "plain", "middle", [110, 70, 100, 100])
     scene = Scene(1, "1.jpg", 320, 240, "snow", [thing])
-    with_object = demo_scenes.draw_scene(scene, seed=7).astype(int).sum(axis=2)
-    without = demo_scenes.draw_scene(dataclasses.replace(scene, objects=[]), seed=7).astype(int).sum(axis=2)
+    with_object = demo_scenes._draw_scene(scene, seed=7).astype(int).sum(axis=2)
+    without = demo_scenes._draw_scene(dataclasses.replace(scene, objects=[]), seed=7).astype(int).sum(axis=2)
     darker = with_object < 0.9 * without
     x, y = 160, 120  # the object's middle
     assert darker[y, x + 50 : x + 54].all() and darker[y + 50 : y + 55, x].all()
@@ -103,7 +103,7 @@ def test_a_shadow_falls_to_the_lower_right(noun):
 def test_places_are_true_and_no_two_objects_are_of_one_colour():
     centres = {}
     for number in range(1, 400):
-        scene = demo_scenes.compose_scene(number, seed=7)
+        scene = demo_scenes._compose_scene(number, seed=7)
         assert len({thing.colour for thing in scene.objects}) == len(scene.objects)
         for thing in scene.objects:
             x, y, w, h = thing.box
@@ -126,7 +126,7 @@ def test_a_rerun_writes_nothing(tmp_path, monkeypatch):
 
 def test_a_killed_run_continues_and_leaves_no_half_files(tmp_path, monkeypatch):
     demo_scenes.draw_demo(tmp_path / "whole", 5, seed=7)
-    draw_scene, drawn = demo_scenes.draw_scene, []
+    draw_scene, drawn = demo_scenes._draw_scene, []
 
     def killed_at_the_third(scene, seed):
         if len(drawn) == 2:
@@ -134,7 +134,7 @@ def test_a_killed_run_continues_and_leaves_no_half_files(tmp_path, monkeypatch):
         drawn.append(scene.image_id)
         return draw_scene(scene, seed)
 
-    monkeypatch.setattr(demo_scenes, "draw_scene", killed_at_the_third)
+    monkeypatch.setattr(demo_scenes, "_draw_scene", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         demo_scenes.draw_demo(tmp_path / "killed", 5, seed=7)
     assert not (tmp_path / "killed" / "annotations" / "captions_train2014.json").exists()
@@ -143,7 +143,7 @@ def test_a_killed_run_continues_and_leaves_no_half_files(tmp_path, monkeypatch):
     os.utime(half, (0, 0))
 
     monkeypatch.setattr(
-        demo_scenes, "draw_scene", lambda scene, seed: drawn.append(scene.image_id) or draw_scene(scene, seed)
+        demo_scenes, "_draw_scene", lambda scene, seed: drawn.append(scene.image_id) or draw_scene(scene, seed)
     )
     demo_scenes.draw_demo(tmp_path / "killed", 5, seed=7)
     assert drawn == [1, 2, 3, 4, 5]
@@ -163,7 +163,7 @@ def test_what_another_version_drew_is_drawn_anew(tmp_path, monkeypatch):
     demo_scenes.draw_demo(tmp_path, 2, seed=7)
     image = next((tmp_path / "train2014").iterdir())
     image.write_bytes(b"of an older version")
-    monkeypatch.setattr(demo_scenes, "VERSION", demo_scenes.VERSION + 1)
+    monkeypatch.setattr(demo_scenes, "_VERSION", demo_scenes._VERSION + 1)
     demo_scenes.draw_demo(tmp_path, 2, seed=7)
     assert image.read_bytes() != b"of an older version"
 
@@ -226,13 +226,13 @@ def test_hosts_that_share_a_folder_do_not_replace_each_others_scenes(tmp_path):
 
 def test_five_different_captions_of_a_readable_length():
     for number in range(1, 200):
-        captions = demo_scenes.write_captions(demo_scenes.compose_scene(number, seed=7))
+        captions = demo_scenes._write_captions(demo_scenes._compose_scene(number, seed=7))
         assert len(set(captions)) == 5
         assert all(8 <= len(caption.split()) <= 22 and caption[0].isupper() for caption in captions)
 
 
 def test_what_the_captions_say_is_in_the_scene():
-    captions = demo_scenes.write_captions(PAIR)
+    captions = demo_scenes._write_captions(PAIR)
     assert captions[0] == "A ball with red stripes lies on the grass to the left of a box in plain blue."
     assert captions[2] == "To the right of a ball with red stripes there is a box in plain blue on the grass."
-    assert demo_scenes.write_captions(BALL)[0] == "A ball with red stripes lies on the grass on the left."
+    assert demo_scenes._write_captions(BALL)[0] == "A ball with red stripes lies on the grass on the left."

@@ -1,6 +1,6 @@
 import pytest
 
-from captioning.demo.scenes import Scene, SceneObject, compose_scene, write_captions
+from captioning.demo.scenes import Scene, SceneObject, _compose_scene, _write_captions
 from captioning.demo.scores import locate_nouns, score_captions
 
 
@@ -14,8 +14,8 @@ PAIR = scene_of("ball red striped left", "box blue plain right")
 
 
 def test_the_scenes_own_captions_are_right_in_everything():
-    scenes = [compose_scene(number, seed=7) for number in range(1, 200) for _ in range(5)]
-    captions = [caption for scene in scenes[::5] for caption in write_captions(scene)]
+    scenes = [_compose_scene(number, seed=7) for number in range(1, 200) for _ in range(5)]
+    captions = [caption for scene in scenes[::5] for caption in _write_captions(scene)]
     scores = score_captions(captions, scenes)
     assert scores == dict.fromkeys(scores, 1.0)
     assert set(scores) == {*("objects", "mentioned", "noun", "colour", "pattern", "place", "relation", "ground")}

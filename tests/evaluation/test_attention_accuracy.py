@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from captioning.attention.boxes import Grounding, coco_groundings, demo_groundings
+from captioning.attention.boxes import Grounding, _coco_groundings, _demo_groundings
 from captioning.decoder.predicted_caption import PredictedCaption
-from captioning.demo.scenes import Scene, SceneObject, write_captions
+from captioning.demo.scenes import Scene, SceneObject, _write_captions
 from captioning.evaluation.attention_accuracy import attention_accuracy
 from support.errors import UserError
 
@@ -124,7 +124,7 @@ def test_things_off_the_middle_are_counted_apart():
 
 
 def test_guesses_that_know_nothing_of_the_word_stand_beside_the_maps():
-    """The evidence is right, the weights are another picture's, the feature is long where nothing is."""
+    """The evidence is right, the weights are another image's, the feature is long where nothing is."""
     cells = [(1, 1), (6, 6)]
     groundings = [
         Grounding(
@@ -142,7 +142,7 @@ def test_guesses_that_know_nothing_of_the_word_stand_beside_the_maps():
     assert inside == {
         "evidence": 1,
         "attention weights": 0,
-        "weights of another picture": 1,
+        "weights of another image": 1,
         "feature length": 0,
         "middle": 0,
     }
@@ -155,22 +155,22 @@ def test_each_noun_of_a_demo_caption_is_held_against_its_own_box():
     ball = SceneObject("ball", "red", "striped", "left", [20, 80, 100, 100])
     box = SceneObject("box", "blue", "plain", "right", [200, 80, 100, 100])
     scene = Scene(5, "5.jpg", *SIZE, "grass", [ball, box])
-    predicted = predict(5, write_captions(scene)[0].lower().rstrip("."))
+    predicted = predict(5, _write_captions(scene)[0].lower().rstrip("."))
     words, maps = predicted.words, predicted.attention_weights
     maps[words.index("ball")], maps[words.index("box")] = one_cell(4, 1), one_cell(4, 6)
 
-    groundings = demo_groundings([predicted], {5: scene})
+    groundings = _demo_groundings([predicted], {5: scene})
     assert [(grounding.size, grounding.boxes) for grounding in groundings] == [(SIZE, [ball.box]), (SIZE, [box.box])]
     assert shares(groundings) == {"words": 2, "inside": 1.0, "chance": 100 * 100 / (320 * 240)}
 
     maps[:] = maps[:, ::-1]
-    assert shares(demo_groundings([predicted], {5: scene}))["inside"] == 0
-    assert demo_groundings([predict(5, "on the grass")], {5: scene}) == []
+    assert shares(_demo_groundings([predicted], {5: scene}))["inside"] == 0
+    assert _demo_groundings([predict(5, "on the grass")], {5: scene}) == []
 
 
 def test_a_demo_image_without_scene_is_one_line():
     with pytest.raises(UserError, match="no scene is known for image 9: run python data_utils.py --dataset demo"):
-        demo_groundings([predict(9, "a ball")], {})
+        _demo_groundings([predict(9, "a ball")], {})
 
 
 # --- MS-COCO
@@ -217,7 +217,7 @@ def instances(tmp_path):
     ],
 )
 def test_words_name_categories(instances, text, names):
-    groundings, absent = coco_groundings([predict(1, text, [one_cell(0, 0)] * len(text.split()) or [[]])], instances)
+    groundings, absent = _coco_groundings([predict(1, text, [one_cell(0, 0)] * len(text.split()) or [[]])], instances)
     assert [grounding.boxes for grounding in groundings] == [[[NAMES.index(name), 0, 40.5, 30]] for name in names]
     assert {grounding.size for grounding in groundings} <= {SIZE}
     assert absent == 0
@@ -225,14 +225,14 @@ def test_words_name_categories(instances, text, names):
 
 def test_each_word_comes_with_its_own_map_and_two_words_with_their_mean(instances):
     maps = [one_cell(0, n) for n in range(4)]
-    groundings, _ = coco_groundings([predict(1, "dog beside teddy bears", maps)], instances)
+    groundings, _ = _coco_groundings([predict(1, "dog beside teddy bears", maps)], instances)
     assert [np.flatnonzero(grounding.attention_weights).tolist() for grounding in groundings] == [[0], [2, 3]]
     assert groundings[1].attention_weights.sum() == 1
 
 
 def test_categories_without_a_box_in_the_image_are_counted_as_absent(instances):
     captions = [predict(2, "a dog on a sofa"), predict(1, "a dog"), predict(77, "two dogs and a bear")]
-    groundings, absent = coco_groundings(captions, instances)
+    groundings, absent = _coco_groundings(captions, instances)
     assert (len(groundings), absent) == (1, 3)
 
 
@@ -240,7 +240,7 @@ def test_an_image_of_unknown_size_has_no_boxes(instances):
     data = copy.deepcopy(INSTANCES)
     del data["images"][0]["width"]
     instances.write_text(json.dumps(data))
-    assert coco_groundings([predict(1, "a dog"), predict(2, "grass")], instances) == ([], 1)
+    assert _coco_groundings([predict(1, "a dog"), predict(2, "grass")], instances) == ([], 1)
 
 
 def test_all_boxes_of_a_category_in_the_image_count(instances):
@@ -250,7 +250,7 @@ def test_all_boxes_of_a_category_in_the_image_count(instances):
         for image, box in ((1, [0, 0, 40, 30]), (1, [40, 0, 40, 30]), (2, [0, 0, 320, 240]))
     ]
     instances.write_text(json.dumps(data))
-    groundings, _ = coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)
+    groundings, _ = _coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)
     assert shares(groundings) == {"words": 1, "inside": 0.0, "chance": 2 / 64}
 
 
@@ -260,25 +260,25 @@ def test_crowds_are_left_out(instances):
     crowd = {"image_id": 1, "category_id": 14, "bbox": [0, 0, 640, 480], "iscrowd": 1}
     data["annotations"] = [crowd, {"image_id": 1, "category_id": 14, "bbox": [0, 0, 40, 30], "iscrowd": 0}]
     instances.write_text(json.dumps(data))
-    (grounding,), _ = coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)
+    (grounding,), _ = _coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)
     assert grounding.boxes == [[0, 0, 40, 30]]
     data["annotations"] = [crowd]
     instances.write_text(json.dumps(data))
-    assert coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)[0] == []
+    assert _coco_groundings([predict(1, "dogs", [one_cell(3, 3)])], instances)[0] == []
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"images": [], "categories": []}'])
 def test_a_wrong_instances_file_is_one_line(instances, text):
     instances.write_text(text)
     with pytest.raises(UserError, match="instances_val2014.json .*COCO's own file"):
-        coco_groundings([predict(1, "a dog")], instances)
+        _coco_groundings([predict(1, "a dog")], instances)
 
 
 def test_instances_of_other_images_are_one_line(instances):
     with pytest.raises(UserError, match="lists none of the captioned images"):
-        coco_groundings([predict(77, "a dog")], instances)
+        _coco_groundings([predict(77, "a dog")], instances)
     with pytest.raises(UserError, match="is missing"):
-        coco_groundings([predict(1, "a dog")], instances.with_name("nowhere.json"))
+        _coco_groundings([predict(1, "a dog")], instances.with_name("nowhere.json"))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_record_that_cannot_be_used_is_left_out_and_named(instances, capsys, k
     data = copy.deepcopy(INSTANCES)
     data[key].append(record)
     instances.write_text(json.dumps(data))
-    groundings, absent = coco_groundings([predict(1, "a dog")], instances)
+    groundings, absent = _coco_groundings([predict(1, "a dog")], instances)
     assert ([grounding.boxes for grounding in groundings], absent) == ([[[4, 0, 40.5, 30]]], 0)
     printed = capsys.readouterr().out
     assert printed.count(": 1 left out: ") == 1 and problem in printed
@@ -318,7 +318,7 @@ def test_wrong_types_anywhere_are_left_out_or_one_line(instances):
         place[key] = rng.choice((None, True, -1, 0, 1e300, float("nan"), "", "\ud800", [], [[]] * 4, {}, [1, 2, 3, 4]))
         instances.write_text(json.dumps(data))
         try:
-            scores = attention_accuracy(coco_groundings(captions, instances)[0])
+            scores = attention_accuracy(_coco_groundings(captions, instances)[0])
         except UserError as error:
             assert "\n" not in str(error)
             continue

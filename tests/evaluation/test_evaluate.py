@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioning.attention.boxes import instances_path
+from captioning.attention.boxes import _instances_path
 from captioning.decoder.predicted_caption import PredictedCaption
 from captioning.demo.scenes import draw_demo
-from captioning.evaluation.evaluate import SHOWN, Evaluated, evaluate, name_files, score_pages
-from captioning.features.cache import Picture
+from captioning.evaluation.evaluate import _SHOWN, Evaluated, _name_files, _score_pages, evaluate
+from captioning.features.cache import ImageToCaption
 from captioning.settings import make_config
 from tiny_captioner import SIZES, tiny_captioner
 
@@ -27,36 +27,36 @@ def no_java(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Pictures with cached features, all of which differ."""
+def images(tmp_path_factory):
+    """ImageToCaption with cached features, all of which differ."""
     rng = np.random.default_rng(3)
-    folder = tmp_path_factory.mktemp("pictures")
-    pictures = []
+    folder = tmp_path_factory.mktemp("images")
+    images = []
     for number in NUMBERS:
         path, features = folder / f"{number}.jpg", folder / f"{number}.npy"
         Image.new("RGB", (40, 30), (50 * number, 0, 0)).save(path)
         np.save(features, (rng.standard_normal((64, 2048)).clip(0) + rng.standard_normal()).astype(np.float16))
-        pictures.append(Picture(path, path.name, number, ["word1 word2 word3 tüür", "word4"], features))
-    return pictures
+        images.append(ImageToCaption(path, path.name, number, ["word1 word2 word3 tüür", "word4"], features))
+    return images
 
 
 @pytest.fixture(scope="module")
-def tiny(pictures):
+def tiny(images):
     """One captioner for all tests: each would be compiled anew."""
-    stacked = np.stack([np.load(picture.feature_path) for picture in pictures]).astype(np.float32)
+    stacked = np.stack([np.load(image.feature_path) for image in images]).astype(np.float32)
     return tiny_captioner(make_config(SIZES), stacked, seed=5)
 
 
-def evaluate_tiny(tiny, pictures, split, output, **settings):
+def evaluate_tiny(tiny, images, split, output, **settings):
     config = make_config({**SIZES, "max_words": MOST, "decode_batch": 3, "run_dir": "runs/x", **settings})
-    evaluate(tiny, pictures, split, output, config)
+    evaluate(tiny, images, split, output, config)
 
 
-def test_each_split_has_files_of_its_own(tiny, pictures, tmp_path, capsys):
+def test_each_split_has_files_of_its_own(tiny, images, tmp_path, capsys):
     output = tmp_path / "captions"
-    evaluate_tiny(tiny, pictures, "validation", output, dataset="karpathy")
+    evaluate_tiny(tiny, images, "validation", output, dataset="karpathy")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    evaluate_tiny(tiny, pictures, "test", output, dataset="karpathy")
+    evaluate_tiny(tiny, images, "test", output, dataset="karpathy")
     assert before == {name: (output / name).read_bytes() for name in before}
     runs = ("greedy", "beam3", "beam5")
     named = [f"{split}_max_words{MOST}" for split in SPLITS]
@@ -80,21 +80,21 @@ def test_each_split_has_files_of_its_own(tiny, pictures, tmp_path, capsys):
     ],
 )
 def test_the_names_of_files_tell_how_captions_were_decoded(settings, name):
-    assert name_files("test", make_config(settings)) == name
+    assert _name_files("test", make_config(settings)) == name
 
 
-def test_two_ways_of_decoding_do_not_overwrite_each_others_files(tiny, pictures, tmp_path):
-    evaluate_tiny(tiny, pictures, "test", tmp_path / "out")
+def test_two_ways_of_decoding_do_not_overwrite_each_others_files(tiny, images, tmp_path):
+    evaluate_tiny(tiny, images, "test", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for count, other in enumerate(({"length_penalty": 0.0}, {"repeat_block": 0}, {"beam_width": 2}), 2):
-        evaluate_tiny(tiny, pictures, "test", tmp_path / "out", **other)
+        evaluate_tiny(tiny, images, "test", tmp_path / "out", **other)
         assert len(list((tmp_path / "out").glob("metrics_*.json"))) == count
         assert before == {name: (tmp_path / "out" / name).read_bytes() for name in before}
 
 
-def test_the_metrics_the_page_and_what_is_printed_say_how_captions_were_decoded(tiny, pictures, tmp_path, capsys):
+def test_the_metrics_the_page_and_what_is_printed_say_how_captions_were_decoded(tiny, images, tmp_path, capsys):
     known = dataclasses.replace(tiny, identity="0123abcd")
-    evaluate_tiny(known, pictures, "test", tmp_path / "out", length_penalty=0.5, beam_width=2)
+    evaluate_tiny(known, images, "test", tmp_path / "out", length_penalty=0.5, beam_width=2)
     (path,) = (tmp_path / "out").glob("metrics_*.json")
     metrics = json.loads(path.read_text())
     how = {"checkpoint_digest": "0123abcd", "length_penalty": 0.5, "repeat_block": 2, "max_words": MOST}
@@ -109,8 +109,8 @@ def test_the_metrics_the_page_and_what_is_printed_say_how_captions_were_decoded(
         assert f"length_penalty 0.5, repeat_block 2, max_words {MOST}" in text
 
 
-def test_the_metrics_name_their_data_set_split_and_checkpoint_and_keep_meteors_place(tiny, pictures, tmp_path, capsys):
-    evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy", beam_width=2)
+def test_the_metrics_name_their_data_set_split_and_checkpoint_and_keep_meteors_place(tiny, images, tmp_path, capsys):
+    evaluate_tiny(tiny, images, "test", tmp_path / "out", dataset="karpathy", beam_width=2)
     metrics = json.loads((tmp_path / "out" / f"metrics_test_max_words{MOST}_beam_width2.json").read_text())
     assert metrics["dataset"] == "karpathy"
     assert metrics["split"] == "test"
@@ -133,8 +133,8 @@ def said(root, run):
     return [result["caption"] for result in results]
 
 
-def test_the_results_are_the_captions_of_every_image(tiny, pictures, tmp_path):
-    evaluate_tiny(tiny, pictures, "validation", tmp_path / "out")
+def test_the_results_are_the_captions_of_every_image(tiny, images, tmp_path):
+    evaluate_tiny(tiny, images, "validation", tmp_path / "out")
     by_run = {}
     for run in ("greedy", "beam3"):
         results = json.loads((tmp_path / "out" / f"captions_validation_max_words{MOST}_{run}_results.json").read_text())
@@ -144,9 +144,9 @@ def test_the_results_are_the_captions_of_every_image(tiny, pictures, tmp_path):
     assert by_run["greedy"] != by_run["beam3"]
 
 
-def test_demo_captions_are_compared_with_the_scenes(tiny, pictures, tmp_path, capsys):
+def test_demo_captions_are_compared_with_the_scenes(tiny, images, tmp_path, capsys):
     draw_demo(tmp_path / "scenes", 10, seed=0)
-    evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", dataset="demo", coco_dir=str(tmp_path / "scenes"))
+    evaluate_tiny(tiny, images, "validation", tmp_path / "out", dataset="demo", coco_dir=str(tmp_path / "scenes"))
     metrics = json.loads((tmp_path / "out" / f"metrics_validation_max_words{MOST}.json").read_text())
     assert metrics["greedy"]["scenes"]["objects"] == 0  # no such words
     attention = metrics["greedy"]["attention"]
@@ -154,21 +154,21 @@ def test_demo_captions_are_compared_with_the_scenes(tiny, pictures, tmp_path, ca
     assert "greedy, scenes: objects 0" in capsys.readouterr().out
 
 
-def test_attention_is_scored_where_cocos_boxes_are(tiny, pictures, tmp_path):
+def test_attention_is_scored_where_cocos_boxes_are(tiny, images, tmp_path):
     (tmp_path / "annotations").mkdir()
     box = {"category_id": 1, "bbox": [0, 0, 50, 100], "iscrowd": 0}
     instances = {
-        "images": [{"id": picture.image_id, "width": 100, "height": 100} for picture in pictures],
+        "images": [{"id": image.image_id, "width": 100, "height": 100} for image in images],
         "categories": [{"id": 1, "name": name} for name in ["word1"]],
-        "annotations": [{"id": i, "image_id": picture.image_id, **box} for i, picture in enumerate(pictures, 1)],
+        "annotations": [{"id": i, "image_id": image.image_id, **box} for i, image in enumerate(images, 1)],
     }
     (tmp_path / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
-    evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
+    evaluate_tiny(tiny, images, "validation", tmp_path / "out", coco_dir=str(tmp_path))
     metrics = json.loads((tmp_path / "out" / f"metrics_validation_max_words{MOST}.json").read_text())
     assert metrics["greedy"]["attention"].keys() >= {"words", "maps", "absent"}
     assert metrics["greedy"]["attention"]["words"] > 0
     (tmp_path / "annotations" / "instances_train2014.json").unlink()
-    evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
+    evaluate_tiny(tiny, images, "validation", tmp_path / "out", coco_dir=str(tmp_path))
     assert (
         "attention"
         not in json.loads((tmp_path / "out" / f"metrics_validation_max_words{MOST}.json").read_text())["greedy"]
@@ -178,8 +178,8 @@ def test_attention_is_scored_where_cocos_boxes_are(tiny, pictures, tmp_path):
 # --- The page ---------------------------------------------------------------------------------------------------
 
 
-def test_the_page_shows_each_picture_of_a_small_split_once_with_all_runs_side_by_side(tiny, pictures, tmp_path, capsys):
-    evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy")
+def test_the_page_shows_each_image_of_a_small_split_once_with_all_runs_side_by_side(tiny, images, tmp_path, capsys):
+    evaluate_tiny(tiny, images, "test", tmp_path / "out", dataset="karpathy")
     page = tmp_path / "out" / f"evaluation_test_max_words{MOST}.html"
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"open {page} to look at")
     start, *articles = page.read_text().split("<article")
@@ -216,18 +216,18 @@ def test_the_page_shows_each_picture_of_a_small_split_once_with_all_runs_side_by
     ],
 )
 def test_the_best_the_middle_and_the_worst_are_chosen_by_the_first_runs_score(count, expected):
-    """The picture of number n is the n-th best of the first run, and the n-th worst of the second."""
-    assert SHOWN == 12
-    pictures = [Picture(pathlib.Path(f"{number}.jpg"), f"{number}.jpg", number) for number in range(count)]
+    """The image of number n is the n-th best of the first run, and the n-th worst of the second."""
+    assert _SHOWN == 12
+    images = [ImageToCaption(pathlib.Path(f"{number}.jpg"), f"{number}.jpg", number) for number in range(count)]
     captions = [
-        PredictedCaption(each.path, each.name, [], np.zeros(0), np.zeros((0, 64)), each.image_id) for each in pictures
+        PredictedCaption(each.path, each.name, [], np.zeros(0), np.zeros((0, 64)), each.image_id) for each in images
     ]
     runs = {
         "greedy": Evaluated(captions, [], {number: -float(number) for number in range(count)}, {}),
         "beam 3": Evaluated(captions, [], {number: float(number) for number in range(count)}, {}),
     }
-    shuffled = [pictures[i] for i in np.random.default_rng(0).permutation(count)]
-    shown = [picture.heading.removesuffix(".jpg").split(": ") for picture in score_pages(runs, shuffled, make_config())]
+    shuffled = [images[i] for i in np.random.default_rng(0).permutation(count)]
+    shown = [image.heading.removesuffix(".jpg").split(": ") for image in _score_pages(runs, shuffled, make_config())]
     by_group = {}
     for group, number in shown:
         by_group.setdefault(group, []).append(int(number))
@@ -235,31 +235,31 @@ def test_the_best_the_middle_and_the_worst_are_chosen_by_the_first_runs_score(co
 
 
 @pytest.mark.parametrize("attention_map", ["evidence", "weights"])
-def test_the_page_shows_the_map_that_is_wanted_and_says_which(tiny, pictures, tmp_path, attention_map):
-    evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy", attention_map=attention_map)
+def test_the_page_shows_the_map_that_is_wanted_and_says_which(tiny, images, tmp_path, attention_map):
+    evaluate_tiny(tiny, images, "test", tmp_path / "out", dataset="karpathy", attention_map=attention_map)
     page = (tmp_path / "out" / f"evaluation_test_max_words{MOST}.html").read_text()
-    assert f"worst CIDEr of all {len(pictures)}, greedy. The light shows the " in page
+    assert f"worst CIDEr of all {len(images)}, greedy. The light shows the " in page
     assert ("The light shows the evidence" in page) == (attention_map == "evidence")
     assert ("The light shows the attention weights" in page) == (attention_map == "weights")
     captions = [
         PredictedCaption(pathlib.Path("a"), "a", ["word1"], np.zeros(1), np.eye(1, 64), evidence=np.eye(1, 64, 9))
     ]
     runs = {"greedy": Evaluated(captions, [], {None: 0.0}, {})}
-    picture = Picture(captions[0].path, "a")
-    (shown,) = score_pages(runs, [picture], make_config({"attention_map": attention_map}))
+    image = ImageToCaption(captions[0].path, "a")
+    (shown,) = _score_pages(runs, [image], make_config({"attention_map": attention_map}))
     assert shown.captions[0].predicted.shown_maps().argmax() == (9 if attention_map == "evidence" else 0)
 
 
-def test_boxes_of_what_a_word_names_are_on_the_page(tiny, pictures, tmp_path):
+def test_boxes_of_what_a_word_names_are_on_the_page(tiny, images, tmp_path):
     (tmp_path / "annotations").mkdir()
     box = {"category_id": 1, "bbox": [0, 0, 20, 30], "iscrowd": 0}  # the left half
     instances = {
-        "images": [{"id": picture.image_id, "width": 40, "height": 30} for picture in pictures],
+        "images": [{"id": image.image_id, "width": 40, "height": 30} for image in images],
         "categories": [{"id": 1, "name": "word1"}],
-        "annotations": [{"id": i, "image_id": picture.image_id, **box} for i, picture in enumerate(pictures, 1)],
+        "annotations": [{"id": i, "image_id": image.image_id, **box} for i, image in enumerate(images, 1)],
     }
     (tmp_path / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
-    evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
+    evaluate_tiny(tiny, images, "validation", tmp_path / "out", coco_dir=str(tmp_path))
     buttons = re.findall(
         r"<button.*?</button>", (tmp_path / "out" / f"evaluation_validation_max_words{MOST}.html").read_text()
     )
@@ -271,21 +271,21 @@ def test_boxes_of_what_a_word_names_are_on_the_page(tiny, pictures, tmp_path):
 # --- Images and boxes of other programs' files --------------------------------------------------------------------
 
 
-def test_boxes_that_cannot_be_used_are_one_line_and_cost_no_scores(tiny, pictures, tmp_path, capsys):
+def test_boxes_that_cannot_be_used_are_one_line_and_cost_no_scores(tiny, images, tmp_path, capsys):
     (tmp_path / "annotations").mkdir()
     path = tmp_path / "annotations" / "instances_train2014.json"
     box = {"category_id": 1, "bbox": [0, 0, 20, 30]}
     instances = {
-        "images": [{"id": picture.image_id} for picture in pictures],  # without sizes
+        "images": [{"id": image.image_id} for image in images],  # without sizes
         "categories": [{"id": 1, "name": "word1"}],
-        "annotations": [{"id": i, "image_id": picture.image_id, **box} for i, picture in enumerate(pictures, 1)],
+        "annotations": [{"id": i, "image_id": image.image_id, **box} for i, image in enumerate(images, 1)],
     }
     for text, reason in (
         (json.dumps(instances), "an image without id, width or height"),
         ("no json", "cannot be read"),
     ):
         path.write_text(text)
-        evaluate_tiny(tiny, pictures, "validation", tmp_path / "out", coco_dir=str(tmp_path))
+        evaluate_tiny(tiny, images, "validation", tmp_path / "out", coco_dir=str(tmp_path))
         metrics = json.loads((tmp_path / "out" / "metrics_validation.json").read_text())
         assert metrics["greedy"]["BLEU-1"] is not None and "attention" not in metrics["greedy"]
         (line,) = (line for line in capsys.readouterr().out.splitlines() if "boxes cannot be used" in line)
@@ -293,10 +293,10 @@ def test_boxes_that_cannot_be_used_are_one_line_and_cost_no_scores(tiny, picture
         (tmp_path / "out" / "metrics_validation.json").unlink()
 
 
-def test_results_have_ids_of_both_kinds(tiny, pictures, tmp_path):
+def test_results_have_ids_of_both_kinds(tiny, images, tmp_path):
     """Their boxes are found too, whichever way the instances write the ids."""
     ids = ["d7495e8d036dd200", 12, "12b", "3", 0]
-    others = [dataclasses.replace(picture, image_id=i) for picture, i in zip(pictures, ids, strict=True)]
+    others = [dataclasses.replace(image, image_id=i) for image, i in zip(images, ids, strict=True)]
     box = {"category_id": 1, "bbox": [0, 0, 20, 30]}
     instances = {
         "images": [{"id": str(i), "width": 40, "height": 30} for i in ids],
@@ -306,7 +306,7 @@ def test_results_have_ids_of_both_kinds(tiny, pictures, tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
     evaluate_tiny(tiny, others, "test", tmp_path / "out", coco_dir=str(tmp_path))
-    evaluate_tiny(tiny, pictures, "test", tmp_path / "numbers", coco_dir=str(tmp_path))
+    evaluate_tiny(tiny, images, "test", tmp_path / "numbers", coco_dir=str(tmp_path))
     results = json.loads((tmp_path / "out" / "captions_test_greedy_results.json").read_text())
     assert [result["image_id"] for result in results] == ids
     metrics, numbers = (
@@ -319,18 +319,21 @@ def test_results_have_ids_of_both_kinds(tiny, pictures, tmp_path):
 def test_the_boxes_of_another_split_are_those_of_the_folder_of_its_images(tmp_path):
     captions = [PredictedCaption(tmp_path / "val2017" / "a.jpg", "a", [], np.zeros(0), np.zeros((0, 64)), 1)]
     config = make_config({"coco_dir": str(tmp_path), "coco_split": "train2017"})
-    assert instances_path(captions, config) == tmp_path / "annotations" / "instances_val2017.json"
-    assert instances_path([], config) == tmp_path / "annotations" / "instances_train2017.json"
+    train, val = (tmp_path / "annotations" / f"instances_{split}2017.json" for split in ("train", "val"))
+    assert _instances_path([], config) == _instances_path(captions, config) == train
+    val.parent.mkdir()
+    val.touch()
+    assert (_instances_path([], config), _instances_path(captions, config)) == (train, val)
 
 
-def test_scores_are_against_every_reference(tiny, pictures, tmp_path):
-    """Each picture's last reference is made what the captioner says of it, and nothing else of it is."""
-    evaluate_tiny(tiny, pictures, "test", tmp_path / "out", dataset="karpathy")
+def test_scores_are_against_every_reference(tiny, images, tmp_path):
+    """Each image's last reference is made what the captioner says of it, and nothing else of it is."""
+    evaluate_tiny(tiny, images, "test", tmp_path / "out", dataset="karpathy")
     texts = said(tmp_path, "greedy")
     wordings = ("of other things", "in no way alike", "nothing said here")
     told = [
-        dataclasses.replace(picture, references=[wordings[number % 3], wordings[(number + 1) % 3], text])
-        for number, (picture, text) in enumerate(zip(pictures, texts, strict=True))
+        dataclasses.replace(image, references=[wordings[number % 3], wordings[(number + 1) % 3], text])
+        for number, (image, text) in enumerate(zip(images, texts, strict=True))
     ]
     evaluate_tiny(tiny, told, "test", tmp_path / "out", dataset="karpathy")
     metrics = json.loads((tmp_path / "out" / "metrics_test.json").read_text())

@@ -10,7 +10,7 @@ import pycocoevalcap.eval
 import pytest
 from pycocotools.coco import COCO
 
-from captioning.evaluation.evaluate import metrics
+from captioning.evaluation import metrics
 from captioning.evaluation.metrics import (
     METRICS,
     cider_by_image,
@@ -347,7 +347,7 @@ def test_meteor_is_given_every_reference(monkeypatch):
             return 0.25, []
 
     monkeypatch.setattr(metrics, "Meteor", Recorder)
-    monkeypatch.setattr(metrics, "ptb_tokens", lambda captions, patience: captions)
+    monkeypatch.setattr(metrics, "_ptb_tokens", lambda captions, patience: captions)
     captions = {image_id: "a dog" for image_id in SEVERAL}
     assert score_captions(captions, SEVERAL)["METEOR"] == 25
     assert given == [(SEVERAL, {image_id: ["a dog"] for image_id in SEVERAL})]

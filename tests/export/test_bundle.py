@@ -17,18 +17,18 @@ import pytest
 import tensorflow as tf
 from matplotlib import get_data_path
 from PIL import Image
-from test_export import NEAR, SAME, draw
-from test_image_files import PICTURES, jpeg_header, pillow_set_up, png_header
+from test_image_files import IMAGES, jpeg_header, pillow_set_up, png_header
+from test_saved_model import NEAR, SAME, draw
 
 import inference_image_caption as inference
 from captioning.attention.evidence import explain_captions
-from captioning.captioner import beam_graph, caption_batch, decode_captions, greedy_graph
-from captioning.export.saved_model import bundle as export_bundle
-from captioning.features.cache import Picture
+from captioning.captioner import _beam_graph, _greedy_graph, caption_batch, decode_captions
+from captioning.export import bundle as export_bundle
+from captioning.features.cache import ImageToCaption
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import MOST_FILE_PIXELS, MOST_PIXELS, load_image
 from captioning.features.inception import feature_network
-from captioning.inference.own_images import PICTURE_FORMATS, find_pictures
+from captioning.inference.own_images import _IMAGE_FORMATS, find_images
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START
 from captioning.words import CHARACTER, join_words, split_words
@@ -36,9 +36,9 @@ from conftest import options
 from support.errors import UserError
 from tiny_captioner import MIXED, SIZES, colour_network, tiny_captioner
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 SHARED = ROOT.parent / "shared"
-RUNNER = ROOT / "captioning" / "bundle" / "caption.py"
+RUNNER = ROOT / "captioning" / "export" / "bundle_files" / "caption.py"
 CONFIG = make_config({**SIZES, "max_words": 9, "beam_width": 1, "repeat_block": 2})
 
 # What the script may import, and what these packages import themselves.
@@ -71,17 +71,17 @@ def exported(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     return [draw(folder, name, *how) for name, how in (SAME | NEAR).items()]
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------------------------------------
 
 
 def kinds_of_files():
     """Image files of every kind that script 1 reads, by name."""
-    files = {f"{number}.jpg": data for number, data in enumerate(PICTURES)}  # the ending says nothing
+    files = {f"{number}.jpg": data for number, data in enumerate(IMAGES)}  # the ending says nothing
     rng = np.random.default_rng(3)
     noise = Image.fromarray(rng.integers(0, 256, (30, 50, 3), np.uint8))
     for turned in range(1, 9):
@@ -101,7 +101,7 @@ def kinds_of_files():
 
 
 @pytest.mark.parametrize("name", kinds_of_files())
-def test_the_script_reads_a_picture_as_script_1_does(tmp_path, name):
+def test_the_script_reads_a_image_as_script_1_does(tmp_path, name):
     runner, path = load_runner(), tmp_path / name
     path.write_bytes(kinds_of_files()[name])
     with pillow_set_up():
@@ -117,8 +117,8 @@ def test_the_script_reads_a_picture_as_script_1_does(tmp_path, name):
     assert np.abs(pixels.astype(int) - expected).max() <= 1
 
 
-def test_the_script_reads_photographs_and_drawings_as_script_1_does(pictures):
-    for path in pictures:
+def test_the_script_reads_photographs_and_drawings_as_script_1_does(images):
+    for path in images:
         assert np.abs(load_runner().read_pixels(path, 299).astype(int) - load_image(path)).max() <= 1, path
 
 
@@ -138,20 +138,20 @@ def test_the_script_has_the_limits_of_script_1(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("width", "length_penalty", "repeat_block"), [(1, 1.0, 2), (2, 0.0, 0), (3, 1.0, 2), (5, 0.7, 1), (3, 1.0, 3)]
 )
-def test_the_script_finds_the_captions_of_script_3(exported, pictures, width, length_penalty, repeat_block):
+def test_the_script_finds_the_captions_of_script_3(exported, images, width, length_penalty, repeat_block):
     captioner, _, runner = exported
     encode, decode = (runner.load_model(name, bundle_format(exported)) for name in ("encoder", "decoder"))
     for max_words in (9, 2):
         given = {"max_words": max_words, "beam_width": width, "length_penalty": length_penalty}
         given["repeat_block"] = repeat_block
         config = dataclasses.replace(CONFIG, **given)
-        pixels = np.stack([load_image(path) for path in pictures])
-        graphs = greedy_graph, beam_graph
+        pixels = np.stack([load_image(path) for path in images])
+        graphs = _greedy_graph, _beam_graph
         features = colour_network(pixels)
         decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, graphs=graphs)
         assert len({tuple(words) for words in decoded.words.numpy()}) >= 3
-        for picture, words, log_probs in zip(pixels, decoded.words.numpy(), decoded.log_probs.numpy(), strict=True):
-            found, score = runner.beam_search(encode(pixels=picture[None]), decode, argparse.Namespace(**given))
+        for image, words, log_probs in zip(pixels, decoded.words.numpy(), decoded.log_probs.numpy(), strict=True):
+            found, score = runner.beam_search(encode(pixels=image[None]), decode, argparse.Namespace(**given))
             assert found.tolist() == [i for i in words.tolist() if i != PAD]
             assert score == pytest.approx(log_probs.sum(), rel=1e-3, abs=1e-3)
 
@@ -160,10 +160,10 @@ def bundle_format(exported):
     return json.loads((exported[1] / "captioner.json").read_text())["format"]
 
 
-def test_the_evidence_is_that_of_the_figures(exported, pictures):
+def test_the_evidence_is_that_of_the_figures(exported, images):
     captioner, _, runner = exported
     encode, explain = (runner.load_model(name, bundle_format(exported)) for name in ("encoder", "evidence"))
-    pixels = load_image(pictures[0])[None]
+    pixels = load_image(images[0])[None]
     words = np.int32([5, 9, 6, 19, 7])
     weights, evidence, norms = explain_captions(
         captioner.encoder, captioner.decoder, colour_network(pixels), tf.constant([[*words, END]])
@@ -175,14 +175,14 @@ def test_the_evidence_is_that_of_the_figures(exported, pictures):
     assert np.abs(found - weights[0, :5]).max() > 0.01
 
 
-def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exported, pictures, tmp_path):
+def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exported, images, tmp_path):
     captioner, folder, _ = exported
-    paths = pictures[:6]
+    paths = images[:6]
     (tmp_path / "more").mkdir()
     for path in paths[3:]:
         path = pathlib.Path(path)
         (tmp_path / "more" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "more" / "notes.txt").write_text("no picture")
+    (tmp_path / "more" / "notes.txt").write_text("no image")
     program = (
         "import importlib.abc, pathlib, runpy, sys\n"
         "class Refuse(importlib.abc.MetaPathFinder):\n"
@@ -207,7 +207,7 @@ def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exp
     in_order = [*paths[:3], *sorted(tmp_path / "more" / path.name for path in paths[3:])]
     config = dataclasses.replace(CONFIG, beam_width=3)
     features = colour_network(np.stack([load_image(path) for path in in_order]))
-    predicted = caption_batch(captioner, [Picture(path, str(path)) for path in in_order], features, config)
+    predicted = caption_batch(captioner, [ImageToCaption(path, str(path)) for path in in_order], features, config)
     assert ended.stdout.splitlines() == [f"{caption.name}: {caption.caption}" for caption in predicted]
     assert any(re.search("[一-龥]word", caption.caption) for caption in predicted)
 
@@ -223,7 +223,7 @@ def test_the_script_is_short_and_imports_no_more_than_it_says():
 
 def test_the_script_takes_the_files_that_script_3_takes(tmp_path):
     runner = load_runner()
-    assert set(runner.FORMATS) == PICTURE_FORMATS
+    assert set(runner.FORMATS) == _IMAGE_FORMATS
     (tmp_path / "deep" / "deeper").mkdir(parents=True)
     for name in (
         "._a.jpg a.jpg b.PNG paper.pdf drawing.eps film.mpg data.h5 notes.txt deep/c.tiff deep/deeper/._d.webp".split()
@@ -231,9 +231,9 @@ def test_the_script_takes_the_files_that_script_3_takes(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()
     named = [str(tmp_path / "deep" / "c.tiff"), str(tmp_path), str(tmp_path / "paper.pdf"), "x" * 300, "http:/gone.jpg"]
-    theirs = find_pictures(named, tmp_path / "out", collections.Counter())
-    found = runner.find_pictures(named)
-    assert found == [picture.path for picture in theirs]
+    theirs = find_images(named, tmp_path / "out", collections.Counter())
+    found = runner.find_images(named)
+    assert found == [image.path for image in theirs]
     assert [path.name for path in found[:4]] == ["c.tiff", "a.jpg", "b.PNG", "paper.pdf"]
 
 
@@ -260,24 +260,24 @@ def test_the_script_does_not_wait_for_a_pipe_and_prints_no_order_to_the_terminal
     assert "\x1b" not in ended.stdout + ended.stderr
 
 
-def test_a_damaged_picture_is_one_line_and_the_others_get_captions(exported, pictures, tmp_path, capsys):
+def test_a_damaged_image_is_one_line_and_the_others_get_captions(exported, images, tmp_path, capsys):
     _, _, runner = exported
     (tmp_path / "bad.jpg").write_bytes(b"text")
-    assert runner.main([str(tmp_path / "bad.jpg"), str(tmp_path / "gone.jpg"), str(pictures[0])]) == 1
+    assert runner.main([str(tmp_path / "bad.jpg"), str(tmp_path / "gone.jpg"), str(images[0])]) == 1
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{pictures[0]}: word")
+    assert printed.out.startswith(f"{images[0]}: word")
     assert [line.partition(": ")[0] for line in printed.err.splitlines()] == [
         str(tmp_path / "bad.jpg"),
         str(tmp_path / "gone.jpg"),
     ]
-    assert runner.main([str(pictures[0])]) == 0
+    assert runner.main([str(images[0])]) == 0
 
 
 @pytest.mark.parametrize("wrong", [["--beam_width", "0"], ["--max_words", "0"], ["--figure", "a.png"], []])
-def test_options_of_the_script_that_cannot_be_are_refused(exported, pictures, tmp_path, wrong):
+def test_options_of_the_script_that_cannot_be_are_refused(exported, images, tmp_path, wrong):
     _, _, runner = exported
     (tmp_path / "empty").mkdir()
-    named = pictures[:2] if wrong else [tmp_path / "empty"]
+    named = images[:2] if wrong else [tmp_path / "empty"]
     with pytest.raises(SystemExit) as ended:
         runner.main([*map(str, named), *wrong])
     assert ended.value.code == 2
@@ -303,14 +303,14 @@ def test_the_figure_is_lit_where_the_map_is_high(tmp_path):
         assert (figure[top - line : top, left : left + width] < 100).any()  # the word
 
 
-def test_a_figure_is_drawn_also_of_a_caption_without_words(exported, pictures, tmp_path, monkeypatch, capsys):
+def test_a_figure_is_drawn_also_of_a_caption_without_words(exported, images, tmp_path, monkeypatch, capsys):
     _, _, runner = exported
-    assert runner.main([str(pictures[0]), "--figure", str(tmp_path / "words.png")]) == 0
+    assert runner.main([str(images[0]), "--figure", str(tmp_path / "words.png")]) == 0
     monkeypatch.setattr(runner, "beam_search", lambda *_: (np.int32([END]), 0.0))
-    assert runner.main([str(pictures[0]), "--figure", str(tmp_path / "none.png")]) == 0
+    assert runner.main([str(images[0]), "--figure", str(tmp_path / "none.png")]) == 0
     with Image.open(tmp_path / "words.png") as words, Image.open(tmp_path / "none.png") as none:
         assert words.size[0] == none.size[0] and words.size[1] >= none.size[1] > 100
-    assert capsys.readouterr().out.splitlines()[1] == f"{pictures[0]}: "
+    assert capsys.readouterr().out.splitlines()[1] == f"{images[0]}: "
 
 
 @pytest.mark.parametrize("caption", ["", "a dog", "一只狗 and 2 dogs", "น้ำ", "می\u200cخواهد بدود", "<unk> 狗"])
@@ -352,7 +352,7 @@ def test_the_bundle_says_what_it_is(exported):
     assert (about["network"], about["checkpoint"]) == ("a network", captioner.checkpoint)
     assert json.loads((folder / "vocabulary.json").read_text(encoding="utf-8")) == MIXED
     readme = (folder / "README.md").read_text()
-    assert f"pip install numpy pillow {export_bundle.RUNTIMES[about['format']]}\n" in readme
+    assert f"pip install numpy pillow {export_bundle._RUNTIMES[about['format']]}\n" in readme
     assert len(readme.splitlines()) <= 20
     models = {path.name for path in folder.iterdir()} - {"captioner.json", "vocabulary.json", "README.md", "caption.py"}
     expected = {"encoder", "decoder"} if about["format"] == "litert" else {"encoder", "decoder", "evidence"}
@@ -362,11 +362,11 @@ def test_the_bundle_says_what_it_is(exported):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
-    def half(functions, captioner, weights, pictures, folder):
+    def half(functions, captioner, weights, images, folder):
         (folder / "encoder.tflite").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(export_bundle, "write_litert", half)
+    monkeypatch.setattr(export_bundle, "_write_litert", half)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         export("litert", tmp_path)
     assert set(os.listdir(tmp_path)) == {"network.json", ".bundle.export.lock"}
@@ -374,15 +374,15 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
     """The second one comes while the first writes its models."""
-    monkeypatch.setattr(export_bundle, "bundle_functions", lambda captioner, network: captioner)
+    monkeypatch.setattr(export_bundle, "_bundle_functions", lambda captioner, network: captioner)
 
-    def write(captioner, again, weights, pictures, folder):
-        monkeypatch.setattr(export_bundle, "write_litert", lambda *_: pytest.fail("two at once"))
+    def write(captioner, again, weights, images, folder):
+        monkeypatch.setattr(export_bundle, "_write_litert", lambda *_: pytest.fail("two at once"))
         with pytest.raises(UserError, match="is at work"):
             export("litert", tmp_path, "float16", seed=2)
         (folder / "encoder.tflite").write_bytes(b"first")
 
-    monkeypatch.setattr(export_bundle, "write_litert", write)
+    monkeypatch.setattr(export_bundle, "_write_litert", write)
     export("litert", tmp_path)
     assert (tmp_path / "bundle" / "encoder.tflite").read_bytes() == b"first"
     assert json.loads((tmp_path / "bundle" / "captioner.json").read_text())["weights"] == "float32"
@@ -397,7 +397,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 
 def test_a_model_that_no_file_can_hold_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_bundle, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(export_bundle, "_MOST_BYTES", 10_000)
     with pytest.raises(UserError, match="take --format savedmodel") as raised:
         export("litert", tmp_path)
     assert "\n" not in str(raised.value)
@@ -419,17 +419,17 @@ def sizes(folder):
 
 
 @pytest.mark.parametrize("exported", ["litert"], indirect=True)
-def test_float16_weights_take_half_the_room_and_give_nearly_the_same(exported, tmp_path, pictures):
+def test_float16_weights_take_half_the_room_and_give_nearly_the_same(exported, tmp_path, images):
     captioner, large, _ = exported
     _, small = export("litert", tmp_path, "float16")
     assert sizes(small)["encoder"] < 0.55 * sizes(large)["encoder"]
     assert sizes(small)["decoder"] < sizes(large)["decoder"]
     runner = load_runner(small)
     encode, decode = (runner.load_model(name, "litert") for name in ("encoder", "decoder"))
-    pixels = np.stack([load_image(path) for path in pictures[:3]])
+    pixels = np.stack([load_image(path) for path in images[:3]])
     encoded_features = captioner.encoder(colour_network(pixels))  # (B, P, D)
-    for picture, expected in zip(pixels, encoded_features.numpy(), strict=True):
-        found = encode(pixels=picture[None])["encoded_features"]  # the stand-in multiplies errors by up to 255
+    for image, expected in zip(pixels, encoded_features.numpy(), strict=True):
+        found = encode(pixels=image[None])["encoded_features"]  # the stand-in multiplies errors by up to 255
         assert np.sum(found * expected) > 0.99 * np.linalg.norm(found) * np.linalg.norm(expected)
         hidden, keys = (
             f(expected[None]) for f in (captioner.decoder.initial_hidden, captioner.decoder.attention.key_layer)
@@ -440,16 +440,16 @@ def test_float16_weights_take_half_the_room_and_give_nearly_the_same(exported, t
         np.testing.assert_allclose(step["log_probs"][0, 3:], known, atol=0.05)
 
 
-def captions(folder, pictures):
+def captions(folder, images):
     runner = load_runner(folder)
     encode, decode = (runner.load_model(name, "litert") for name in ("encoder", "decoder"))
     how = argparse.Namespace(max_words=9, beam_width=1, length_penalty=1.0, repeat_block=2)
-    pixels = [runner.read_pixels(path, 299)[None] for path in pictures]
+    pixels = [runner.read_pixels(path, 299)[None] for path in images]
     return [tuple(runner.beam_search(encode(pixels=each), decode, how)[0].tolist()) for each in pixels]
 
 
 @pytest.mark.slow
-def test_int8_weights_are_calibrated_on_training_pictures(trained, tmp_path, capsys, monkeypatch):
+def test_int8_weights_are_calibrated_on_training_images(trained, tmp_path, capsys, monkeypatch):
     from ai_edge_litert.interpreter import Interpreter
 
     seen = []
@@ -460,15 +460,15 @@ def test_int8_weights_are_calibrated_on_training_pictures(trained, tmp_path, cap
     training = {image["file_name"] for image in json.loads((trained / "data" / "train.json").read_text())}
     assert {path.name for path in seen} == training
     printed = capsys.readouterr().out
-    assert f"calibrated on {len(training)} training pictures of {trained / 'data'}, drawn by seed 42" in printed
+    assert f"calibrated on {len(training)} training images of {trained / 'data'}, drawn by seed 42" in printed
     tensors = Interpreter(str(tmp_path / "bundle" / "encoder.tflite")).get_tensor_details()
     assert any(tensor["dtype"] is np.int8 for tensor in tensors)
     assert len(captions(tmp_path / "bundle", sorted((trained / "coco" / "train2014").iterdir())[:3])) == 3
     assert json.loads((tmp_path / "bundle" / "captioner.json").read_text())["weights"] == "int8"
 
 
-@pytest.mark.parametrize("missing", ["data", "pictures"])
-def test_int8_weights_without_training_pictures_are_one_line(trained, tmp_path, monkeypatch, missing):
+@pytest.mark.parametrize("missing", ["data", "images"])
+def test_int8_weights_without_training_images_are_one_line(trained, tmp_path, monkeypatch, missing):
     monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
     gone = tmp_path / "gone"
     shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("captions"))
@@ -478,7 +478,7 @@ def test_int8_weights_without_training_pictures_are_one_line(trained, tmp_path, 
     else:
         monkeypatch.setattr(export_bundle, "image_path", lambda image, config: gone / image.file_name)
     argv = ["--run_dir", str(tmp_path / "run"), "--export", str(tmp_path / "bundle")]
-    with pytest.raises(UserError, match="int8 weights are calibrated on training pictures, and ") as raised:
+    with pytest.raises(UserError, match="int8 weights are calibrated on training images, and ") as raised:
         inference.main([*argv, "--format", "litert", "--weights", "int8"])
     message = str(raised.value)
     assert "\n" not in message and str(gone) in message and "--data_dir" in message and "--weights float16" in message
@@ -518,18 +518,18 @@ def test_a_format_that_cannot_be_is_one_line(tmp_path, monkeypatch, wrong, match
 @pytest.mark.parametrize("kind", ["litert", "onnx"])
 def test_a_run_is_exported_and_says_what_script_3_says(trained, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
-    picture = next((trained / "coco" / "train2014").iterdir())
+    image = next((trained / "coco" / "train2014").iterdir())
     run = ["--run_dir", str(trained / "run")]
     inference.main([*run, "--export", str(tmp_path / "bundle"), "--format", kind])
     about = json.loads((tmp_path / "bundle" / "captioner.json").read_text())
     assert (about["format"], about["weights"]) == (kind, export_bundle.DEFAULT_WEIGHTS[kind])
     assert about["network"] == json.loads((trained / "run" / "network.json").read_text())
     assert about["checkpoint"].startswith("best/ckpt-") and about["checkpoint_identity"]
-    inference.main([*run, "--image", str(picture), "--output", str(tmp_path / "out"), "--figures", "0"])
+    inference.main([*run, "--image", str(image), "--output", str(tmp_path / "out"), "--figures", "0"])
     (record,) = (json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines())
-    script = [sys.executable, tmp_path / "bundle" / "caption.py", picture]
+    script = [sys.executable, tmp_path / "bundle" / "caption.py", image]
     ended = subprocess.run(script, capture_output=True, text=True)
-    assert ended.stdout == f"{picture}: {record['caption']}\n", ended.stderr
+    assert ended.stdout == f"{image}: {record['caption']}\n", ended.stderr
 
 
 def test_features_made_elsewhere_cannot_be_exported(trained, tmp_path):
@@ -563,7 +563,7 @@ def test_photographs_get_the_captions_of_script_3_from_float32_weights(tmp_path)
         for width in (1, 3):
             settings = dataclasses.replace(config, beam_width=width)
             expected = decode_captions(captioner.encoder, captioner.decoder, features, settings).words.numpy()
-            how = argparse.Namespace(**{name: getattr(settings, name) for name in export_bundle.DECODING})
+            how = argparse.Namespace(**{name: getattr(settings, name) for name in export_bundle._DECODING})
             found = [runner.beam_search(each, decode, how)[0].tolist() for each in encoded]
             assert found == [[i for i in words.tolist() if i != PAD] for words in expected]
             assert len({tuple(words) for words in found}) > 8

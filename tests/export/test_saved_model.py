@@ -14,10 +14,11 @@ import tensorflow as tf
 from PIL import Image
 
 from captioning.captioner import caption_batch, decode_captions
-from captioning.export.graph_images import decode_image
-from captioning.export.saved_model import export_captioner, graph_images, new_folder
+from captioning.export import graph_images
+from captioning.export.graph_images import _decode_image
+from captioning.export.saved_model import export_captioner, new_folder
 from captioning.features import image_files
-from captioning.features.cache import Picture
+from captioning.features.cache import ImageToCaption
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import load_image
 from captioning.features.inception import extraction_graphs, feature_network
@@ -28,9 +29,9 @@ from conftest import write_coco
 from support.errors import UserError
 from tiny_captioner import MIXED, SIZES, colour_network, tiny_captioner
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
-# Pillow's mode and size of a picture; one of 299 x 299 without loss is the same to the last bit for Pillow and
+# Pillow's mode and size of an image; one of 299 x 299 without loss is the same to the last bit for Pillow and
 # TensorFlow, in the others a pixel is off by one or two of 255.
 SAME = {
     "colour.png": ("RGB", (299, 299)),
@@ -67,7 +68,7 @@ print(json.dumps({**answer, "modules": list(sys.modules)}))
 
 
 def draw(folder, name, mode, size):
-    """A smooth picture with some grain, another for each name, with some of every colour and opacity."""
+    """A smooth image with some grain, another for each name, with some of every colour and opacity."""
     rng = np.random.default_rng(list(name.encode()))
     coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 4 if "A" in mode else 3), np.uint8))
     smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
@@ -94,8 +95,8 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
     network = feature_network(exact, tmp_path / "statistics.npz", calibration)
     ((_, features, _),) = extract_features(network, paths, len(paths))
     captioner = tiny_captioner(config, features, seed=22)  # whose captions a pixel off by one does not change
-    pictures = [Picture(path, str(path)) for path in paths]
-    expected = caption_batch(captioner, pictures, features, config)
+    images = [ImageToCaption(path, str(path)) for path in paths]
+    expected = caption_batch(captioner, images, features, config)
     assert len({caption.caption for caption in expected}) > len(paths) / 2
     assert len({len(caption.words) for caption in expected}) > 2
 
@@ -137,7 +138,7 @@ def encoded(kind, width, height):
 
 @pytest.mark.parametrize(
     ("kind", "limits", "status"),
-    [  # (of a picture as it is decoded, of any file), in pixels; a JPEG file is decoded at a fourth
+    [  # (of an image as it is decoded, of any file), in pixels; a JPEG file is decoded at a fourth
         ("PNG", (1200 * 1300 - 1, 10**7), "too large"),
         ("PNG", (1200 * 1300, 10**7), "ok"),
         ("PNG", (10**7, 1200 * 1300 - 1), "too large"),
@@ -146,19 +147,19 @@ def encoded(kind, width, height):
         ("JPEG", (300 * 325, 1200 * 1300 - 1), "too large"),
     ],
 )
-def test_a_picture_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch, kind, limits, status):
+def test_a_image_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch, kind, limits, status):
     for module in (graph_images, image_files):
         monkeypatch.setattr(module, "MOST_PIXELS", limits[0])
         monkeypatch.setattr(module, "MOST_FILE_PIXELS", limits[1])
     data = encoded(kind, 1200, 1300)
-    _, found = tf.function(lambda data: graph_images.read_image(data))(tf.constant(data))  # traced with these limits
+    _, found = tf.function(lambda data: graph_images._read_image(data))(tf.constant(data))  # traced with these limits
     assert found.numpy().decode() == status
     (tmp_path / "a").write_bytes(data)
     with contextlib.nullcontext() if status == "ok" else pytest.raises(ValueError, match="pixels are more than"):
         load_image(tmp_path / "a")
 
 
-decode_in_graph = tf.function(decode_image)
+decode_in_graph = tf.function(_decode_image)
 
 
 @pytest.mark.parametrize("name", SAME | NEAR)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import strategies  # noqa: F401  draws the same examples in every run
 from captioning.data.captioned_images import CaptionedImage
 from captioning.features import cache as feature_cache
-from captioning.features.cache import check_features, feature_path, features_folder, random_statistics, read_network
+from captioning.features.cache import _check_features, feature_path, features_folder, random_statistics, read_network
 from captioning.features.feature_files import (
     check_feature_file,
     parallel_map,
@@ -26,7 +26,7 @@ from conftest import full_disk
 from support.errors import UserError
 from support.file_states import FileState, read_state
 
-PICTURE = FileState(1, 2, 3)
+IMAGE = FileState(1, 2, 3)
 
 
 def noise(count=1):
@@ -54,14 +54,14 @@ def test_files_are_named_after_images(tmp_path):
 def test_written_features_have_lines_that_fit_them(tmp_path, dtype):
     features = noise(2)
     paths = [tmp_path / "a.npy", tmp_path / "b.c.npy"]
-    pictures = [PICTURE, FileState(4, 5, 6)]
+    images = [IMAGE, FileState(4, 5, 6)]
     with open_journal(tmp_path, "a network") as journal:
-        write_features(paths, tf.constant(features), dtype, journal, pictures)
+        write_features(paths, tf.constant(features), dtype, journal, images)
     for path, feature in zip(paths, features, strict=True):
         np.testing.assert_array_equal(np.load(path), feature.astype(dtype))
     entries = read_manifest(tmp_path, scan_features(tmp_path)).entries
     assert {stem: entry.feature for stem, entry in entries.items()} == {p.stem: read_state(p) for p in paths}
-    assert [entries[path.stem].picture for path in paths] == pictures
+    assert [entries[path.stem].image for path in paths] == images
 
 
 def test_features_can_be_written_without_a_journal(tmp_path):
@@ -81,7 +81,7 @@ def test_features_that_are_not_finite_on_disk_are_one_line(tmp_path, value):
 def test_a_full_disk_leaves_no_half_feature(tmp_path):
     with open_journal(tmp_path, "a network") as journal, full_disk(100_000):
         with pytest.raises(UserError, match=rf"cannot write {tmp_path / 'a.npy'}: .* MB free there; make room"):
-            write_features([tmp_path / "a.npy"], noise(), "float16", journal, [PICTURE])
+            write_features([tmp_path / "a.npy"], noise(), "float16", journal, [IMAGE])
     assert not list(tmp_path.glob("*.npy"))
 
 
@@ -264,13 +264,13 @@ def config(tmp_path):
     """The Config of a cache with the features of IMAGES."""
     config = make_config({"features_dir": str(tmp_path)})
     with open_journal(tmp_path, "a network") as journal:
-        write_features([feature_path(image, config) for image in IMAGES], noise(3), "float16", journal, [PICTURE] * 3)
+        write_features([feature_path(image, config) for image in IMAGES], noise(3), "float16", journal, [IMAGE] * 3)
     return config
 
 
 def test_prepared_features_are_checked_without_reading_them(config, monkeypatch):
     monkeypatch.setattr("support.file_states.read_state", None)
-    check_features(IMAGES, config, "a network", "do this")
+    _check_features(IMAGES, config, "a network", "do this")
     assert read_network(config) == "a network"
 
 
@@ -286,13 +286,13 @@ def test_prepared_features_are_checked_without_reading_them(config, monkeypatch)
 def test_features_that_are_missing_or_changed_are_one_line(config, damage, problem):
     damage(feature_path(IMAGES[1], config))
     with pytest.raises(UserError, match=rf"{feature_path(IMAGES[1], config)} {problem}: do this$"):
-        check_features(IMAGES, config, "a network", "do this")
+        _check_features(IMAGES, config, "a network", "do this")
     damage(feature_path(IMAGES[2], config))
     with pytest.raises(UserError, match=rf"{problem}, and 1 others are too: do this$"):
-        check_features(IMAGES, config, "a network", "do this")
-    check_features(IMAGES[:1], config, "a network", "do this")
+        _check_features(IMAGES, config, "a network", "do this")
+    _check_features(IMAGES[:1], config, "a network", "do this")
 
 
 def test_features_of_another_network_are_one_line(config):
     with pytest.raises(UserError, match=r"another network's \(a network\) than those .* \(another\): do this$"):
-        check_features(IMAGES, config, "another", "do this")
+        _check_features(IMAGES, config, "another", "do this")

@@ -15,14 +15,14 @@ from PIL import Image
 from captioning.data.captioned_images import CaptionedImage, image_path
 from captioning.features import extraction
 from captioning.features.cache import feature_path, features_folder, random_statistics
-from captioning.features.extraction import CALIBRATION_IMAGES, cache_features, calibration_paths, extract_features
+from captioning.features.extraction import _CALIBRATION_IMAGES, cache_features, calibration_paths, extract_features
 from captioning.features.inception import network_identity
-from captioning.features.manifest import MADE_ELSEWHERE, MANIFEST, read_manifest, scan_features
+from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE, read_manifest, scan_features
 from captioning.features.missing import find_missing
 from captioning.settings import make_config
 from support.errors import UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 COUNT = 6
 
 
@@ -47,7 +47,7 @@ def draw(image, config, brightness):
 
 @pytest.fixture
 def network(monkeypatch):
-    """In place of InceptionV3: each picture's brightness everywhere. Returns the list of all brightnesses computed."""
+    """In place of InceptionV3: each image's brightness everywhere. Returns the list of all brightnesses computed."""
     computed = []
 
     def brightness(pixels):
@@ -90,17 +90,17 @@ def forbid(monkeypatch, name):
     monkeypatch.setattr(name, lambda *args: pytest.fail(f"{name} was called"))
 
 
-# --- What the cache knows of its pictures
+# --- What the cache knows of its images
 
 
-def test_every_picture_is_extracted_once_and_a_full_cache_is_not_read(config, images, network, monkeypatch, capsys):
+def test_every_image_is_extracted_once_and_a_full_cache_is_not_read(config, images, network, monkeypatch, capsys):
     assert run(images, config) == COUNT
     assert [brightness_of(image, config) for image in images] == list(range(COUNT))
     assert manifest(config).network == "InceptionV3, weights imagenet"
     assert "features: 0 of 6 are in" in capsys.readouterr().out
 
     before = contents(features_folder(config))
-    assert sorted(before) == [*(f"{number}.npy" for number in range(COUNT)), MANIFEST]
+    assert sorted(before) == [*(f"{number}.npy" for number in range(COUNT)), _MANIFEST]
     for name in ("file_states.read_state", "extraction.check_feature_file", "extraction.load_image"):
         forbid(monkeypatch, f"captioning.{name}")
     assert run(images, config) == 0
@@ -108,18 +108,18 @@ def test_every_picture_is_extracted_once_and_a_full_cache_is_not_read(config, im
     assert "features: 6 of 6 are in" in capsys.readouterr().out
 
 
-def test_a_picture_that_changed_is_extracted_again_and_no_other(config, images, network, capsys):
+def test_a_image_that_changed_is_extracted_again_and_no_other(config, images, network, capsys):
     run(images, config)
     draw(images[2], config, 200)
     network.clear()
     assert run(images, config) == 1
     assert network == [200]
     assert brightness_of(images[2], config) == 200
-    assert "pictures that have changed since: 1; their features are extracted again" in capsys.readouterr().out
+    assert "images that have changed since: 1; their features are extracted again" in capsys.readouterr().out
     assert run(images, config) == 0
 
 
-def test_a_picture_replaced_by_one_of_another_ending_is_a_change(config, images, network):
+def test_a_image_replaced_by_one_of_another_ending_is_a_change(config, images, network):
     run(images, config)
     images[1] = dataclasses.replace(images[1], file_name="1.jpg")
     draw(images[1], config, 99)
@@ -128,7 +128,7 @@ def test_a_picture_replaced_by_one_of_another_ending_is_a_change(config, images,
     assert brightness_of(images[1], config) == network[0]
 
 
-def test_features_outlive_their_pictures(config, images, network):
+def test_features_outlive_their_images(config, images, network):
     run(images, config)
     shutil.rmtree(config.coco_dir)
     assert run(images, config) == 0
@@ -140,10 +140,10 @@ def test_a_copy_of_everything_without_its_times_is_not_extracted_again(config, i
         os.utime(path, ns=(5, 5))
     assert run(images, config) == 0
     assert {entry.feature.mtime_ns for entry in manifest(config).entries.values()} == {5}  # to be quick the next time
-    assert {entry.picture.mtime_ns for entry in manifest(config).entries.values()} == {5}
+    assert {entry.image.mtime_ns for entry in manifest(config).entries.values()} == {5}
 
 
-def test_a_picture_that_changes_while_it_is_read_is_extracted_again(config, images, network, monkeypatch):
+def test_a_image_that_changes_while_it_is_read_is_extracted_again(config, images, network, monkeypatch):
     load_image = extraction.load_image
 
     def load_and_change(path):
@@ -175,7 +175,7 @@ def test_damaged_and_missing_features_are_made_again_and_no_other(config, images
     assert contents(features_folder(config))[paths[5].name] == untouched
 
 
-def test_pictures_that_cannot_be_read_are_named_and_no_trouble(config, images, network, capsys):
+def test_images_that_cannot_be_read_are_named_and_no_trouble(config, images, network, capsys):
     image_path(images[1], config).write_text("not an image")
     image_path(images[2], config).unlink()
     missing = find_missing(images, config)
@@ -187,7 +187,7 @@ def test_pictures_that_cannot_be_read_are_named_and_no_trouble(config, images, n
 
 def forget(image, config):
     """Take the line of an image's feature out of the manifest, as a power cut may."""
-    path = features_folder(config) / MANIFEST
+    path = features_folder(config) / _MANIFEST
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if not line.startswith(json.dumps([feature_path(image, config).stem])[:-1].encode())]
     assert len(kept) == len(lines) - 1
@@ -212,7 +212,7 @@ def test_features_whose_lines_are_missing_are_extracted_again(config, images, ne
 
 
 def test_a_feature_whose_new_line_is_missing_is_extracted_again(config, images, network):
-    """The picture changed, a shard made its feature again, and the power cut left the old line alone."""
+    """The image changed, a shard made its feature again, and the power cut left the old line alone."""
     run(images, config)
     draw(images[1], config, 120)
     run(images, config, shared=True)
@@ -251,10 +251,10 @@ def test_a_batch_is_on_the_disk_before_its_features_take_their_names(config, ima
 
 
 def test_a_calibration_is_a_part_of_the_network(config, images, network):
-    """Statistics measured on other pictures, in the same place."""
+    """Statistics measured on other images, in the same place."""
     config = dataclasses.replace(config, inception_weights="random")
     run(images[:4], config)
-    random_statistics(config).write_bytes(b"of other pictures")
+    random_statistics(config).write_bytes(b"of other images")
     for shared in (False, True):
         with pytest.raises(UserError, match="made by another network"):
             find_missing(images, config, shared)
@@ -309,7 +309,7 @@ def test_another_network_is_refused_though_nothing_is_missing(config, images, ne
     assert run(images, other) == COUNT
 
 
-def test_a_cache_of_which_no_feature_fits_its_picture_begins_anew(config, images, network):
+def test_a_cache_of_which_no_feature_fits_its_image_begins_anew(config, images, network):
     """The demo drawn anew with another seed, which random weights depend on too."""
     before, after = (dataclasses.replace(config, inception_weights="random", seed=seed) for seed in (0, 1))
     assert run(images, before) == COUNT
@@ -457,7 +457,7 @@ def test_a_folder_that_was_emptied_can_be_filled_by_another_network(config, imag
 def test_shards_add_to_one_cache_and_a_run_without_merges_their_journals(config, images, network):
     assert run(images[::2], config, shared=True) == 3
     assert run(images[1::2], config, shared=True) == 3
-    assert not (features_folder(config) / MANIFEST).exists()
+    assert not (features_folder(config) / _MANIFEST).exists()
     assert len(manifest(config).journals) == 2
     assert run(images[::2], config, shared=True) == 0
     assert run(images, config) == 0
@@ -528,7 +528,7 @@ def test_an_interrupt_waits_for_no_batch_and_finished_features_stay(config, imag
 
     write_features = extraction.write_features
     monkeypatch.setattr(extraction, "feature_network", lambda config, statistics, calibration: None)
-    monkeypatch.setattr(extraction, "extract_batch", extract_batch)
+    monkeypatch.setattr(extraction, "_extract_batch", extract_batch)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(extraction, "write_features", interrupted)
         run(images, config)
@@ -543,7 +543,7 @@ def test_an_interrupt_waits_for_no_batch_and_finished_features_stay(config, imag
 # --- Running the network
 
 
-def test_each_picture_gets_its_own_features_in_order(config, images, network):
+def test_each_image_gets_its_own_features_in_order(config, images, network):
     paths = [image_path(image, config) for image in images]
     paths.insert(2, paths[0].with_name("missing.png"))
     batches = list(extract_features(extraction.feature_network(config, None, None), paths, 2))
@@ -553,7 +553,7 @@ def test_each_picture_gets_its_own_features_in_order(config, images, network):
     assert path.name == "missing.png" and "cannot be read" in reason
 
 
-def test_a_batch_without_a_readable_picture_has_no_features(tmp_path):
+def test_a_batch_without_a_readable_image_has_no_features(tmp_path):
     ((done, features, failed),) = extract_features(None, [tmp_path / "a", tmp_path / "b"], 4)
     assert (done, features.shape, len(failed)) == ([], (0, 64, 2048), 2)
 
@@ -561,7 +561,7 @@ def test_a_batch_without_a_readable_picture_has_no_features(tmp_path):
 def test_random_weights_are_calibrated_on_the_first_training_images(config):
     images = [CaptionedImage(number, f"{number}.png") for number in range(100)]
     paths = calibration_paths({"train": images, "validation": []}, config)
-    assert paths == [image_path(image, config) for image in images[:CALIBRATION_IMAGES]]
+    assert paths == [image_path(image, config) for image in images[:_CALIBRATION_IMAGES]]
 
 
 @pytest.mark.slow

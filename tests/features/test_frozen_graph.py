@@ -9,7 +9,7 @@ import tensorflow as tf
 from PIL import Image
 from test_inception import WEIGHTS, TinyInception, photographs, random_config
 
-from captioning.features.frozen_graph import GRAPH, NOTE, kept_network
+from captioning.features.frozen_graph import _GRAPH, _NOTE, kept_network
 from captioning.features.inception import extraction_graphs, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.settings import make_config
@@ -40,7 +40,7 @@ def plain_features(config, pixels=PIXELS, statistics=None):
 
 
 def write_statistics(folder, config):
-    """The statistics of random weights, measured on a few pictures that other tests need not have."""
+    """The statistics of random weights, measured on a few images that other tests need not have."""
     Image.fromarray(PIXELS[0]).save(folder / "calibration.png")
     feature_network(config, folder / "random_statistics.npz", [folder / "calibration.png"])
 
@@ -93,47 +93,47 @@ def test_threads_may_share_a_kept_network(tiny, tmp_path):
 
 
 def cut(folder):
-    (folder / GRAPH).write_bytes((folder / GRAPH).read_bytes()[:-1000])
+    (folder / _GRAPH).write_bytes((folder / _GRAPH).read_bytes()[:-1000])
 
 
 def turn_a_bit(folder):
-    data = bytearray((folder / GRAPH).read_bytes())
+    data = bytearray((folder / _GRAPH).read_bytes())
     data[len(data) // 2] ^= 1
-    (folder / GRAPH).write_bytes(data)
+    (folder / _GRAPH).write_bytes(data)
 
 
 def change_note(name, value):
     def damage(folder):
-        note = json.loads((folder / NOTE).read_text())
+        note = json.loads((folder / _NOTE).read_text())
         assert name in note
-        (folder / NOTE).write_text(json.dumps({**note, name: value}))
+        (folder / _NOTE).write_text(json.dumps({**note, name: value}))
 
     return damage
 
 
 def add_a_harmful_node(folder):
     """As somebody would who wants a run folder to write files."""
-    graph = tf.compat.v1.GraphDef.FromString((folder / GRAPH).read_bytes())
+    graph = tf.compat.v1.GraphDef.FromString((folder / _GRAPH).read_bytes())
     graph.node.add(name="harm", op="WriteFile")
-    (folder / GRAPH).write_bytes(graph.SerializeToString())
+    (folder / _GRAPH).write_bytes(graph.SerializeToString())
     change_note("graph", hashlib.sha256(graph.SerializeToString()).hexdigest())(folder)
 
 
 def add_a_function(folder):
-    graph = tf.compat.v1.GraphDef.FromString((folder / GRAPH).read_bytes())
+    graph = tf.compat.v1.GraphDef.FromString((folder / _GRAPH).read_bytes())
     graph.library.function.add().signature.name = "harm"
-    (folder / GRAPH).write_bytes(graph.SerializeToString())
+    (folder / _GRAPH).write_bytes(graph.SerializeToString())
     change_note("graph", hashlib.sha256(graph.SerializeToString()).hexdigest())(folder)
 
 
 DAMAGES = {
-    "no graph": lambda folder: (folder / GRAPH).unlink(),
-    "no note": lambda folder: (folder / NOTE).unlink(),
-    "empty graph": lambda folder: (folder / GRAPH).write_bytes(b""),
+    "no graph": lambda folder: (folder / _GRAPH).unlink(),
+    "no note": lambda folder: (folder / _NOTE).unlink(),
+    "empty graph": lambda folder: (folder / _GRAPH).write_bytes(b""),
     "graph cut": cut,
     "a bit turned": turn_a_bit,
-    "note is no JSON": lambda folder: (folder / NOTE).write_text("{"),
-    "note is a list": lambda folder: (folder / NOTE).write_text("[]"),
+    "note is no JSON": lambda folder: (folder / _NOTE).write_text("{"),
+    "note is a list": lambda folder: (folder / _NOTE).write_text("[]"),
     "other TensorFlow": change_note("libraries", "TensorFlow 2.20.0, Keras 3.15.1"),
     "other machine": change_note("machine", "aarch64, fast bfloat16: False"),
     "other code": change_note("code", "0" * 64),
@@ -149,12 +149,12 @@ def test_a_file_that_does_not_fit_is_made_anew(tiny, tmp_path, damage):
     config = random_config()
     write_statistics(tmp_path, config)
     wanted = features(keep(tmp_path, config))
-    good = (tmp_path / NOTE).read_bytes()
+    good = (tmp_path / _NOTE).read_bytes()
     made = len(tiny.policies)
     damage(tmp_path)
     np.testing.assert_array_equal(features(keep(tmp_path, config)), wanted)
     assert len(tiny.policies) == made + 1
-    assert json.loads((tmp_path / NOTE).read_bytes()).keys() == json.loads(good).keys()
+    assert json.loads((tmp_path / _NOTE).read_bytes()).keys() == json.loads(good).keys()
     keep(tmp_path, config)
     assert len(tiny.policies) == made + 1
 
@@ -206,7 +206,7 @@ def test_where_the_graph_cannot_be_kept_a_line_says_so_and_the_network_works(tin
     with full_disk(1000):
         found = features(keep(tmp_path, config))
     assert "note: the next start will take as long as this one: cannot write" in capsys.readouterr().out
-    assert not (tmp_path / NOTE).exists()
+    assert not (tmp_path / _NOTE).exists()
     assert not list(tmp_path.glob(".tmp*"))
     np.testing.assert_array_equal(features(keep(tmp_path, config)), found)
     assert "later starts are faster" in capsys.readouterr().out

@@ -75,11 +75,11 @@ def test_no_order_in_a_name_is_in_the_line_that_says_why(tmp_path):
 
 
 def test_exif_rotation_is_applied(tmp_path):
-    picture = Image.new("RGB", (400, 200), RED)
-    picture.paste((20, 20, 220), (0, 0, 200, 200))  # blue on the left
+    image = Image.new("RGB", (400, 200), RED)
+    image.paste((20, 20, 220), (0, 0, 200, 200))  # blue on the left
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter to the right: blue on top
-    pixels = load_image(save(picture, tmp_path / "a.jpg", exif=exif)).astype(int)
+    pixels = load_image(save(image, tmp_path / "a.jpg", exif=exif)).astype(int)
     assert (pixels[20, :, 2] > pixels[20, :, 0]).all()
     assert (pixels[-20, :, 0] > pixels[-20, :, 2]).all()
 
@@ -180,9 +180,9 @@ def test_a_file_that_would_fill_the_memory_is_refused_in_one_line(tmp_path, pill
 def large(tmp_path_factory):
     """A photograph of 108 megapixels, dark on the left: as a JPEG file and as a PNG file."""
     folder = tmp_path_factory.mktemp("large")
-    picture = Image.new("L", (12_000, 9_000), 200)
-    picture.paste(50, (0, 0, 6_000, 9_000))
-    return save(picture, folder / "a.jpg"), save(picture, folder / "a.png", compress_level=1)
+    image = Image.new("L", (12_000, 9_000), 200)
+    image.paste(50, (0, 0, 6_000, 9_000))
+    return save(image, folder / "a.jpg"), save(image, folder / "a.png", compress_level=1)
 
 
 @pytest.mark.slow
@@ -211,20 +211,20 @@ def test_setting_up_pillow_twice_is_setting_it_up_once(pillow):
 
 @pytest.mark.parametrize("form", ["HEIF", "AVIF"])
 def test_photographs_of_phones_load(tmp_path, pillow, form):
-    picture = Image.new("RGB", (400, 300), RED)
-    picture.paste((20, 20, 220), (0, 0, 200, 300))
-    pixels = load_image(save(picture, tmp_path / "a.heic", format=form)).astype(int)
+    image = Image.new("RGB", (400, 300), RED)
+    image.paste((20, 20, 220), (0, 0, 200, 300))
+    pixels = load_image(save(image, tmp_path / "a.heic", format=form)).astype(int)
     assert pixels.shape == (299, 299, 3)
     np.testing.assert_allclose(pixels[:, :140].mean((0, 1)), (20, 20, 220), atol=12)
     np.testing.assert_allclose(pixels[:, 160:].mean((0, 1)), RED, atol=12)
 
 
 def test_a_heic_photograph_is_turned_upright(tmp_path, pillow):
-    picture = Image.new("RGB", (400, 200), RED)
-    picture.paste((20, 20, 220), (0, 0, 200, 200))  # blue on the left
+    image = Image.new("RGB", (400, 200), RED)
+    image.paste((20, 20, 220), (0, 0, 200, 200))  # blue on the left
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter to the right: blue on top
-    pixels = load_image(save(picture, tmp_path / "a.heic", format="HEIF", exif=exif.tobytes())).astype(int)
+    pixels = load_image(save(image, tmp_path / "a.heic", format="HEIF", exif=exif.tobytes())).astype(int)
     assert (pixels[20, :, 2] > pixels[20, :, 0]).all()
     assert (pixels[-20, :, 0] > pixels[-20, :, 2]).all()
 
@@ -260,7 +260,7 @@ def test_a_large_jpeg_file_is_decoded_at_a_fraction_of_its_size(tmp_path):
         assert upright_rgb(image, 1000).size == (2000, 1200)
 
 
-def draw_pictures():
+def draw_images():
     """Small image files of every usual format and number type, as bytes."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (24, 40, 3), np.uint8))
@@ -281,17 +281,17 @@ def draw_pictures():
     kinds += [(noise, "GIF", {"save_all": True, "append_images": [noise.rotate(90)]}), (noise, "WEBP", {})]
     kinds += [(noise, "TIFF", {}), (deep, "TIFF", {}), (noise, "TIFF", {"compression": "tiff_lzw"}), (noise, "BMP", {})]
     kinds += [(noise, "PPM", {}), (noise, "ICO", {}), (noise, "JPEG2000", {}), (noise, "AVIF", {}), (noise, "EPS", {})]
-    pictures = []
+    images = []
     for image, form, how in kinds:
         data = io.BytesIO()
         image.save(data, form, **how)
-        pictures.append(data.getvalue())
+        images.append(data.getvalue())
     data = io.BytesIO()
     pillow_heif.from_pillow(noise).save(data)
-    return [*pictures, data.getvalue()]
+    return [*images, data.getvalue()]
 
 
-PICTURES = draw_pictures()
+IMAGES = draw_images()
 
 
 @st.composite
@@ -300,7 +300,7 @@ def damaged_images(draw):
     no image file."""
     if rarely(draw):
         return draw(st.binary())
-    data = bytearray(draw(st.sampled_from(PICTURES)))
+    data = bytearray(draw(st.sampled_from(IMAGES)))
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(data)))
         stop = start + draw(st.integers(1, 64))

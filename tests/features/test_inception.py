@@ -16,7 +16,7 @@ from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.settings import make_config
 from support.errors import UserError
 
-SHARED = pathlib.Path(__file__).parent.parent.parent / "shared"
+SHARED = pathlib.Path(__file__).parent.parent.parent.parent / "shared"
 WEIGHTS = SHARED / "weights" / "inception_v3_notop.weights.h5"
 
 
@@ -25,13 +25,13 @@ def random_config(**settings):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """Smooth noise, as photographs mostly are: (paths, pixels)."""
     coarse = np.random.default_rng(1).integers(0, 256, (6, 5, 5, 3), np.uint8)
     paths = []
-    for number, picture in enumerate(coarse):
+    for number, image in enumerate(coarse):
         paths.append(tmp_path / f"{number}.png")
-        Image.fromarray(picture).resize((299, 299), Image.Resampling.BICUBIC).save(paths[-1])
+        Image.fromarray(image).resize((299, 299), Image.Resampling.BICUBIC).save(paths[-1])
     return paths, np.stack([np.asarray(Image.open(path)) for path in paths])
 
 
@@ -125,8 +125,8 @@ def test_a_model_is_not_used_with_another_network_than_its_own(tiny):
 # --- Random weights
 
 
-def test_random_weights_are_calibrated_once_and_stand_on_their_file(tiny, tmp_path, pictures):
-    paths, pixels = pictures
+def test_random_weights_are_calibrated_once_and_stand_on_their_file(tiny, tmp_path, images):
+    paths, pixels = images
     statistics = tmp_path / "kept" / "random_statistics.npz"
     config = random_config()
     features = compute(config, pixels, statistics, paths)
@@ -145,8 +145,8 @@ def test_random_weights_are_calibrated_once_and_stand_on_their_file(tiny, tmp_pa
     assert statistics.read_bytes() == written
 
 
-def test_pictures_that_cannot_be_read_do_not_calibrate(tiny, tmp_path, pictures):
-    paths, pixels = pictures
+def test_images_that_cannot_be_read_do_not_calibrate(tiny, tmp_path, images):
+    paths, pixels = images
     features = compute(random_config(), pixels, tmp_path / "a.npz", paths)
     (tmp_path / "broken.jpg").write_bytes(b"broken")
     others = [tmp_path / "broken.jpg", *paths, tmp_path / "missing.jpg"]
@@ -156,8 +156,8 @@ def test_pictures_that_cannot_be_read_do_not_calibrate(tiny, tmp_path, pictures)
     assert not (tmp_path / "c.npz").exists()
 
 
-def test_other_calibrations_of_a_seed_are_other_networks(tiny, tmp_path, pictures):
-    paths, config, places = pictures[0], random_config(), [tmp_path / f"{name}.npz" for name in "abc"]
+def test_other_calibrations_of_a_seed_are_other_networks(tiny, tmp_path, images):
+    paths, config, places = images[0], random_config(), [tmp_path / f"{name}.npz" for name in "abc"]
     for place, calibration in zip(places, (paths[:3], paths[3:], paths[:3]), strict=True):
         feature_network(config, place, calibration)
     names = [network_identity(config, place) for place in places]
@@ -168,8 +168,8 @@ def test_other_calibrations_of_a_seed_are_other_networks(tiny, tmp_path, picture
         feature_network(config, places[1], expected_identity=names[0])
 
 
-def test_a_shard_takes_the_calibration_of_one_that_was_quicker(tiny, tmp_path, pictures, monkeypatch):
-    paths, place = pictures[0], tmp_path / "a.npz"
+def test_a_shard_takes_the_calibration_of_one_that_was_quicker(tiny, tmp_path, images, monkeypatch):
+    paths, place = images[0], tmp_path / "a.npz"
     calibrate = inception.calibrate
 
     def calibrate_slowly(network, calibration):
@@ -183,11 +183,11 @@ def test_a_shard_takes_the_calibration_of_one_that_was_quicker(tiny, tmp_path, p
     feature_network(random_config(), place, paths, expected_identity=first)
 
 
-def test_statistics_of_another_seed_are_one_line(tiny, tmp_path, pictures):
+def test_statistics_of_another_seed_are_one_line(tiny, tmp_path, images):
     statistics = tmp_path / "a.npz"
-    feature_network(random_config(), statistics, pictures[0])
+    feature_network(random_config(), statistics, images[0])
     with pytest.raises(UserError, match=r"belongs to another network \(.* seed 42\) than .* \(.* seed 7\)[^\n]*$"):
-        feature_network(random_config(seed=7), statistics, pictures[0])
+        feature_network(random_config(seed=7), statistics, images[0])
 
 
 def other_shape(values):
@@ -207,9 +207,9 @@ def without_identity(values):
 
 
 @pytest.mark.parametrize("damage", [other_shape, not_finite, one_less, without_identity, b"", b"PK\3\4", None])
-def test_missing_and_damaged_statistics_are_one_line(tiny, tmp_path, pictures, damage):
+def test_missing_and_damaged_statistics_are_one_line(tiny, tmp_path, images, damage):
     statistics = tmp_path / "a.npz"
-    feature_network(random_config(), statistics, pictures[0])
+    feature_network(random_config(), statistics, images[0])
     if callable(damage):
         np.savez(statistics, **damage(dict(np.load(statistics))))
     elif damage is None:
@@ -278,8 +278,8 @@ def test_a_cpu_computes_in_the_type_that_is_fast_there(tiny, monkeypatch, fast):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (7, 5)])
-def test_a_gpus_type_gives_float32s_features_up_to_rounding(gpu, tiny, tmp_path, pictures, capability):
-    paths, pixels = pictures
+def test_a_gpus_type_gives_float32s_features_up_to_rounding(gpu, tiny, tmp_path, images, capability):
+    paths, pixels = images
     wanted = compute(random_config(extract_precision="float32"), pixels, tmp_path / "a.npz", paths)
     gpu(capability)
     found = compute(random_config(), pixels, tmp_path / "a.npz")

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioning.features.manifest import (
-    MANIFEST,
+    _MANIFEST,
     Entry,
     Manifest,
     merge_journals,
@@ -23,14 +23,14 @@ from strategies import JSON, check_one_line
 from support.errors import UserError
 from support.file_states import FileState, read_state
 
-PICTURE = FileState(10, 20, 30)
+IMAGE = FileState(10, 20, 30)
 
 
 def add_feature(folder, stem, journal, content=b"numbers"):
     """Write a feature file and its line in a journal, as write_features does."""
     path = pathlib.Path(folder, f"{stem}.npy")
     path.write_bytes(content)
-    entry = Entry(read_state(path), PICTURE)
+    entry = Entry(read_state(path), IMAGE)
     journal.add({stem: entry})
     return entry
 
@@ -40,7 +40,7 @@ def read(folder):
 
 
 def test_what_is_written_is_read(tmp_path):
-    entries = {"a b": Entry(PICTURE, FileState(1, 2, 3)), "é\n": Entry(PICTURE, None)}
+    entries = {"a b": Entry(IMAGE, FileState(1, 2, 3)), "é\n": Entry(IMAGE, None)}
     write_manifest(tmp_path, Manifest("a network", entries))
     assert read(tmp_path) == Manifest("a network", entries, [])
 
@@ -63,11 +63,11 @@ def test_journals_of_several_processes_are_one_manifest(tmp_path):
         assert read(tmp_path).entries == entries  # while both are at work
     merge_journals(tmp_path)
     assert read(tmp_path) == Manifest("a network", entries, [])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "b.npy", MANIFEST]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "b.npy", _MANIFEST]
 
-    before = (tmp_path / MANIFEST).stat().st_mtime_ns
+    before = (tmp_path / _MANIFEST).stat().st_mtime_ns
     merge_journals(tmp_path)
-    assert (tmp_path / MANIFEST).stat().st_mtime_ns == before  # nothing new
+    assert (tmp_path / _MANIFEST).stat().st_mtime_ns == before  # nothing new
 
 
 def test_a_journal_without_lines_leaves_nothing(tmp_path):
@@ -90,7 +90,7 @@ def test_a_line_without_its_feature_does_no_harm(tmp_path):
     with open_journal(tmp_path, "a network") as journal:
         old = add_feature(tmp_path, "a", journal)
         journal.add({"a": Entry(FileState(7, 8, 9), FileState(1, 1, 1))})  # made again
-        journal.add({"b": Entry(FileState(7, 8, 9), PICTURE)})
+        journal.add({"b": Entry(FileState(7, 8, 9), IMAGE)})
     assert read_live_manifest(tmp_path, scan_features(tmp_path)).entries == {"a": old}
     merge_journals(tmp_path)
     assert read(tmp_path).entries == {"a": old}
@@ -188,7 +188,7 @@ def test_a_journal_that_another_process_merges_meanwhile_is_read_all_the_same(tm
 
 @pytest.mark.parametrize("header", [b"", b"{}", b"[1]", b'{"network": 3}', b"\xff", b"[" * 100_000])
 def test_a_damaged_first_line_is_one_line_that_names_both_ways_out(tmp_path, header):
-    (tmp_path / MANIFEST).write_bytes(header + b'\n["a", [1, 2, 3], [4, 5, 6]]\n')
+    (tmp_path / _MANIFEST).write_bytes(header + b'\n["a", [1, 2, 3], [4, 5, 6]]\n')
     with pytest.raises(UserError, match=r"manifest.jsonl is damaged .*another --features_dir, or delete the [^\n]*$"):
         read(tmp_path)
 
@@ -200,7 +200,7 @@ def test_a_damaged_first_line_is_one_line_that_names_both_ways_out(tmp_path, hea
 @given(st.binary() | JSON.map(json.dumps).map(str.encode))
 def test_any_line_is_read_or_left_out(line):
     with tempfile.TemporaryDirectory() as folder:
-        pathlib.Path(folder, MANIFEST).write_bytes(b'{"network": "a network"}\n' + line)
+        pathlib.Path(folder, _MANIFEST).write_bytes(b'{"network": "a network"}\n' + line)
         for stem, entry in read_manifest(folder, {}).entries.items():
             assert isinstance(stem, str) and isinstance(entry, Entry)
 
@@ -209,7 +209,7 @@ def test_any_line_is_read_or_left_out(line):
 @given(st.binary() | JSON.map(json.dumps).map(str.encode))
 def test_any_manifest_is_read_or_one_line(data):
     with tempfile.TemporaryDirectory() as folder:
-        pathlib.Path(folder, MANIFEST).write_bytes(data)
+        pathlib.Path(folder, _MANIFEST).write_bytes(data)
         try:
             read_manifest(folder, {})
         except UserError as error:

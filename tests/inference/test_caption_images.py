@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from captioning.features.cache import Picture
+from captioning.features.cache import ImageToCaption
 from captioning.inference.caption_images import write_captions
 from captioning.settings import make_config
 from conftest import full_disk
@@ -32,40 +32,40 @@ def tiny():
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    paths = [tmp_path / "pictures" / f"{name}.png" for name in "abcdefg"]
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    paths = [tmp_path / "images" / f"{name}.png" for name in "abcdefg"]
     for number, path in enumerate(paths):
         Image.new("RGB", (60, 40), (30 * number, 99, 0)).save(path)
-    return [Picture(path, str(path), references=["a dog"]) for path in paths]
+    return [ImageToCaption(path, str(path), references=["a dog"]) for path in paths]
 
 
 class Source:
-    """Gives features in batches of 3. It may stop as a kill or Ctrl-C does, or find pictures that cannot be read."""
+    """Gives features in batches of 3. It may stop as a kill or Ctrl-C does, or find images that cannot be read."""
 
     def __init__(self, stop_after=COUNT, unreadable=(), watched=None):
         self.stop_after, self.unreadable, self.watched = stop_after, unreadable, watched
         self.done, self.lines = [], []
 
-    def __call__(self, pictures):
-        readable = [picture for picture in pictures if picture.path.stem not in self.unreadable]
+    def __call__(self, images):
+        readable = [image for image in images if image.path.stem not in self.unreadable]
         for number, start in enumerate(range(0, len(readable), 3)):
             if self.watched:
                 self.lines.append(self.watched.read_bytes().count(b"\n"))
             if number == self.stop_after:
                 raise KeyboardInterrupt
             batch = readable[start : start + 3]
-            self.done += [picture.path.stem for picture in batch]
+            self.done += [image.path.stem for image in batch]
             yield batch, tf.constant(np.stack([FEATURES["abcdefg".find(p.path.stem[0])] for p in batch]))
 
 
-def caption(tiny, pictures, output, source=None, anew=False, attention="drawn", **settings):
-    """Run write_captions with two figures. Returns the names of the pictures that were captioned, in order."""
+def caption(tiny, images, output, source=None, anew=False, attention="drawn", **settings):
+    """Run write_captions with two figures. Returns the names of the images that were captioned, in order."""
     output.mkdir(exist_ok=True)
     source = source or Source()
     options = types.SimpleNamespace(anew=anew, attention=attention)
     config = make_config({**SIZES, "max_words": 5, "repeat_block": 0, "figures": 2, **settings})
-    write_captions(tiny, pictures, source, output, options, config)
+    write_captions(tiny, images, source, output, options, config)
     return "".join(source.done)
 
 
@@ -74,27 +74,27 @@ def records(output):
 
 
 def captions(output):
-    """Dict of the picture's name to what was said of it."""
+    """Dict of the image's name to what was said of it."""
     return {os.path.basename(record["image"])[0]: record["caption"] for record in records(output)}
 
 
 def figures(output):
-    """The stems of the pictures that have a figure."""
+    """The stems of the images that have a figure."""
     return "".join(sorted(path.stem.rpartition("_")[0] for path in output.glob("*.png")))
 
 
 def headings(page):
-    return re.findall(r'<h2 id="picture-\d+"><bdi>(.*?)</bdi>', page.read_text())
+    return re.findall(r'<h2 id="image-\d+"><bdi>(.*?)</bdi>', page.read_text())
 
 
 # --- What is left -----------------------------------------------------------------------------------------------
 
 
 def test_captions_figures_a_table_and_a_page_are_written_and_the_last_line_names_the_page(
-    tiny, pictures, tmp_path, capsys
+    tiny, images, tmp_path, capsys
 ):
     output = tmp_path / "out"
-    assert caption(tiny, pictures, output) == "abcdefg"
+    assert caption(tiny, images, output) == "abcdefg"
     assert "".join(captions(output)) == "abcdefg"
     assert len(set(captions(output).values())) > 3
     assert figures(output) == "ab"
@@ -104,7 +104,7 @@ def test_captions_figures_a_table_and_a_page_are_written_and_the_last_line_names
     assert [tuple(row.values()) for row in table] == [(r["image"], r["caption"]) for r in records(output)]
     *printed, advice, last = capsys.readouterr().out.splitlines()
     for name, said in captions(output).items():
-        assert f"  predicted  {said}" in printed and str(pictures["abcdefg".find(name)].path) in printed
+        assert f"  predicted  {said}" in printed and str(images["abcdefg".find(name)].path) in printed
     assert "--figures 7 draws all" in advice
     assert last == f"open {output / 'index.html'} to look at the attention"
     assert {path.name for path in output.iterdir()} == {
@@ -118,8 +118,8 @@ def test_captions_figures_a_table_and_a_page_are_written_and_the_last_line_names
 
 @pytest.mark.parametrize("attention", ["drawn", "all"])
 @pytest.mark.parametrize("kind", ["evidence", "weights"])
-def test_attention_is_kept_of_what_is_drawn_or_of_all(tiny, pictures, tmp_path, attention, kind):
-    caption(tiny, pictures, tmp_path / "out", attention=attention, attention_map=kind)
+def test_attention_is_kept_of_what_is_drawn_or_of_all(tiny, images, tmp_path, attention, kind):
+    caption(tiny, images, tmp_path / "out", attention=attention, attention_map=kind)
     for number, record in enumerate(records(tmp_path / "out")):
         kept = number < 2 or attention == "all"
         assert ("attention_weights" in record) == ("words" in record) == ("log_probs" in record) == kept
@@ -132,9 +132,9 @@ def test_attention_is_kept_of_what_is_drawn_or_of_all(tiny, pictures, tmp_path, 
             assert len(json.dumps(record)) < 300
 
 
-def test_without_figures_no_page_and_no_attention_is_kept(tiny, pictures, tmp_path, capsys):
+def test_without_figures_no_page_and_no_attention_is_kept(tiny, images, tmp_path, capsys):
     output = tmp_path / "out"
-    caption(tiny, pictures[:1], output, figures=0)
+    caption(tiny, images[:1], output, figures=0)
     assert {path.name for path in output.iterdir()} == {"captions.jsonl", "captions.csv", "made_by.json"}
     (record,) = records(output)
     assert "attention_weights" not in record
@@ -143,97 +143,97 @@ def test_without_figures_no_page_and_no_attention_is_kept(tiny, pictures, tmp_pa
     assert "index.html" not in printed and "no page of attention" in printed
 
 
-def test_more_pictures_than_are_printed_get_a_bar(tiny, pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("captioning.inference.caption_images.PRINTED", 6)
-    caption(tiny, pictures, tmp_path / "out")
+def test_more_images_than_are_printed_get_a_bar(tiny, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("captioning.inference.caption_images._PRINTED", 6)
+    caption(tiny, images, tmp_path / "out")
     printed = capsys.readouterr()
     assert "predicted" not in printed.out
-    assert re.search(r"captioning: 100%.* 7/7 .*pictures/s", printed.err)
+    assert re.search(r"captioning: 100%.* 7/7 .*images/s", printed.err)
 
 
 # --- Streaming and going on -------------------------------------------------------------------------------------
 
 
-def test_a_line_is_written_as_its_batch_is_done(tiny, pictures, tmp_path):
+def test_a_line_is_written_as_its_batch_is_done(tiny, images, tmp_path):
     source = Source(watched=tmp_path / "out" / "captions.jsonl")
-    caption(tiny, pictures, tmp_path / "out", source)
+    caption(tiny, images, tmp_path / "out", source)
     assert source.lines == [0, 3, 6]
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2])
 @pytest.mark.parametrize("half_a_line", [False, True])
-def test_after_a_kill_only_what_is_missing_is_captioned(tiny, pictures, tmp_path, capsys, stop_after, half_a_line):
-    caption(tiny, pictures, tmp_path / "undisturbed")
+def test_after_a_kill_only_what_is_missing_is_captioned(tiny, images, tmp_path, capsys, stop_after, half_a_line):
+    caption(tiny, images, tmp_path / "undisturbed")
     output, kept = tmp_path / "out", 3 * stop_after
     with pytest.raises(KeyboardInterrupt):
-        caption(tiny, pictures, output, Source(stop_after))
+        caption(tiny, images, output, Source(stop_after))
     assert "".join(captions(output)) == "abcdefg"[:kept]
     if half_a_line and kept:  # as a kill may leave
         path = output / "captions.jsonl"
         path.write_bytes(path.read_bytes()[:-10])
         kept -= 1
     capsys.readouterr()
-    assert caption(tiny, pictures, output) == "abcdefg"[kept:]
-    assert (f"{kept} of 7 pictures were captioned before (--anew" in capsys.readouterr().out) == (kept > 0)
+    assert caption(tiny, images, output) == "abcdefg"[kept:]
+    assert (f"{kept} of 7 images were captioned before (--anew" in capsys.readouterr().out) == (kept > 0)
     assert records(output) == records(tmp_path / "undisturbed")
     for name in ("index.html", "captions.csv", *(path.name for path in output.glob("*.png"))):
         assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
-    assert caption(tiny, pictures, output) == ""  # and now nothing is missing
+    assert caption(tiny, images, output) == ""  # and now nothing is missing
     assert records(output) == records(tmp_path / "undisturbed")
 
 
-def test_a_full_disk_keeps_what_was_done_and_the_same_command_goes_on(tiny, pictures, tmp_path, capsys):
+def test_a_full_disk_keeps_what_was_done_and_the_same_command_goes_on(tiny, images, tmp_path, capsys):
     """What is printed is captured in memory, as it would not fit on that disk."""
-    caption(tiny, pictures, tmp_path / "undisturbed", figures=0)
+    caption(tiny, images, tmp_path / "undisturbed", figures=0)
     lines = (tmp_path / "undisturbed" / "captions.jsonl").read_bytes().splitlines(keepends=True)
     output = tmp_path / "out"
     output.mkdir()
     with full_disk(len(b"".join(lines[:4])) + 9), pytest.raises(UserError, match=r"captions\.jsonl.* MB free there"):
-        caption(tiny, pictures, output, figures=0)
-    assert caption(tiny, pictures, output, figures=0) == "efg"
+        caption(tiny, images, output, figures=0)
+    assert caption(tiny, images, output, figures=0) == "efg"
     assert records(output) == records(tmp_path / "undisturbed")
 
 
-def anew(tiny, pictures):
+def anew(tiny, images):
     return {"anew": True}
 
 
-def nothing(tiny, pictures):
+def nothing(tiny, images):
     return {}
 
 
-def one_changed(tiny, pictures):
-    Image.new("RGB", (9, 9)).save(pictures[4].path)
+def one_changed(tiny, images):
+    Image.new("RGB", (9, 9)).save(images[4].path)
     return {}
 
 
-def all_touched(tiny, pictures):
-    for picture in pictures:
-        os.utime(picture.path, ns=(1, 1))
+def all_touched(tiny, images):
+    for image in images:
+        os.utime(image.path, ns=(1, 1))
     return {}
 
 
 @pytest.mark.parametrize(
     ("change", "again"), [(nothing, ""), (anew, "abcdefg"), (one_changed, "e"), (all_touched, "abcdefg")]
 )
-def test_what_makes_a_caption_old(tiny, pictures, tmp_path, change, again):
+def test_what_makes_a_caption_old(tiny, images, tmp_path, change, again):
     output = tmp_path / "out"
-    caption(tiny, pictures, output)
-    assert caption(**{"tiny": tiny, "pictures": pictures, "output": output, **change(tiny, pictures)}) == again
+    caption(tiny, images, output)
+    assert caption(**{"tiny": tiny, "images": images, "output": output, **change(tiny, images)}) == again
     assert sorted(captions(output)) == list("abcdefg") and len(records(output)) == 7
     assert figures(output) == "ab"
 
 
 @pytest.mark.parametrize("settings", [{"length_penalty": 0.5}, {"attention_map": "weights"}, {"identity": "another"}])
-def test_another_checkpoint_or_other_settings_are_one_line_and_cost_nothing(tiny, pictures, tmp_path, settings):
+def test_another_checkpoint_or_other_settings_are_one_line_and_cost_nothing(tiny, images, tmp_path, settings):
     output = tmp_path / "out"
-    caption(tiny, pictures, output)
+    caption(tiny, images, output)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     other = dataclasses.replace(tiny, identity=settings.pop("identity", tiny.identity))
     with pytest.raises(UserError, match="--output, or give --anew"):
-        caption(other, pictures[:2], output, **settings)
+        caption(other, images[:2], output, **settings)
     assert before == {path.name: path.read_bytes() for path in output.iterdir()}
-    assert caption(other, pictures[:2], output, anew=True, **settings) == "ab"
+    assert caption(other, images[:2], output, anew=True, **settings) == "ab"
     assert sorted(captions(output)) == ["a", "b"]
 
 
@@ -245,100 +245,100 @@ def table(output):
         return [row["image"] for row in csv.DictReader(file)]
 
 
-def test_a_second_call_of_other_pictures_keeps_what_the_first_one_finished(tiny, pictures, tmp_path):
+def test_a_second_call_of_other_images_keeps_what_the_first_one_finished(tiny, images, tmp_path):
     output = tmp_path / "out"
-    caption(tiny, pictures[:5], output)
+    caption(tiny, images[:5], output)
     first = {path.name: path.read_bytes() for path in output.glob("*.png")}
-    assert caption(tiny, pictures[5:], output) == "fg"
+    assert caption(tiny, images[5:], output) == "fg"
     assert "".join(captions(output)) == "abcdefg" and len(table(output)) == 7
     assert figures(output) == "abfg"
     assert first == {name: (output / name).read_bytes() for name in first}
     assert headings(output / "index.html") == ["f.png", "g.png", "a.png", "b.png"]  # what was asked for comes first
     assert "a dog" in (output / "index.html").read_text().rpartition("b.png</bdi>")[2]  # its reference
     before = records(output)
-    assert caption(tiny, pictures, output, figures=0) == ""
+    assert caption(tiny, images, output, figures=0) == ""
     assert records(output) == before and figures(output) == "abfg"
     assert headings(output / "index.html") == ["a.png", "b.png", "f.png", "g.png"]
 
 
-def test_pictures_of_one_name_in_two_folders_have_a_line_and_a_figure_each(tiny, pictures, tmp_path):
+def test_images_of_one_name_in_two_folders_have_a_line_and_a_figure_each(tiny, images, tmp_path):
     output, other = tmp_path / "out", tmp_path / "other" / "a.png"
     other.parent.mkdir()
     Image.new("RGB", (60, 40), "white").save(other)
-    caption(tiny, pictures[:1], output)
+    caption(tiny, images[:1], output)
     (first,) = output.glob("*.png")
     before = first.read_bytes()
-    caption(tiny, [Picture(other, str(other))], output)
-    assert [record["image"] for record in records(output)] == [pictures[0].name, str(other)]
+    caption(tiny, [ImageToCaption(other, str(other))], output)
+    assert [record["image"] for record in records(output)] == [images[0].name, str(other)]
     assert figures(output) == "aa" and first.read_bytes() == before
 
 
-def test_a_changed_picture_has_its_new_line_and_its_old_one_until_then(tiny, pictures, tmp_path):
+def test_a_changed_image_has_its_new_line_and_its_old_one_until_then(tiny, images, tmp_path):
     output = tmp_path / "out"
-    caption(tiny, pictures, output)
-    Image.new("RGB", (9, 9)).save(pictures[0].path)
-    caption(tiny, pictures[:1], output, Source(unreadable="a"))
+    caption(tiny, images, output)
+    Image.new("RGB", (9, 9)).save(images[0].path)
+    caption(tiny, images[:1], output, Source(unreadable="a"))
     assert "".join(captions(output)) == "abcdefg" and figures(output) == "ab"
     old = records(output)[0]
-    assert caption(tiny, pictures[:1], output) == "a"
+    assert caption(tiny, images[:1], output) == "a"
     assert "".join(captions(output)) == "bcdefga" and records(output)[-1]["size"] != old["size"]
     assert figures(output) == "ab" and len(table(output)) == 7
 
 
-def test_anew_begins_again(tiny, pictures, tmp_path):
+def test_anew_begins_again(tiny, images, tmp_path):
     output = tmp_path / "out"
-    caption(tiny, pictures, output, figures=5)
+    caption(tiny, images, output, figures=5)
     (output / "index_2.html").write_bytes((output / "index.html").read_bytes())
     (output / "mine.png").touch()
-    assert caption(tiny, pictures[5:], output, anew=True) == "fg"
+    assert caption(tiny, images[5:], output, anew=True) == "fg"
     assert "".join(captions(output)) == "fg" and figures(output) == "fg"
     assert headings(output / "index.html") == ["f.png", "g.png"]
     assert not (output / "index_2.html").exists() and (output / "mine.png").exists()
-    assert caption(tiny, pictures[:2], output, anew=True, figures=0) == "ab"
+    assert caption(tiny, images[:2], output, anew=True, figures=0) == "ab"
     assert figures(output) == "" and not (output / "index.html").exists()
 
 
-def test_a_picture_that_changes_between_being_read_and_its_line_is_captioned_again(tiny, pictures, tmp_path):
+def test_a_image_that_changes_between_being_read_and_its_line_is_captioned_again(tiny, images, tmp_path):
     class Late(Source):
         def __call__(self, wanted):
             for batch, features in super().__call__(wanted):
-                Image.new("RGB", (9, 9)).save(pictures[1].path)
+                Image.new("RGB", (9, 9)).save(images[1].path)
                 yield batch, features
 
-    assert caption(tiny, pictures[:2], tmp_path / "out", Late()) == "ab"
-    assert caption(tiny, pictures[:2], tmp_path / "out") == "b"
+    assert caption(tiny, images[:2], tmp_path / "out", Late()) == "ab"
+    assert caption(tiny, images[:2], tmp_path / "out") == "b"
 
 
-def test_a_page_of_somebody_else_stays(tiny, pictures, tmp_path):
+def test_a_page_of_somebody_else_stays(tiny, images, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "index.html").write_text("<p>mine")
-    caption(tiny, pictures, tmp_path / "out", figures=0)
+    caption(tiny, images, tmp_path / "out", figures=0)
     assert (tmp_path / "out" / "index.html").read_text() == "<p>mine"
 
 
-def test_figures_fit_their_pictures_when_others_come_before_them(tiny, pictures, tmp_path):
+def test_figures_fit_their_images_when_others_come_before_them(tiny, images, tmp_path):
     output = tmp_path / "out"
-    caption(tiny, pictures[1:], output)
-    assert caption(tiny, pictures, output) == "a"
+    caption(tiny, images[1:], output)
+    assert caption(tiny, images, output) == "a"
     assert figures(output) == "abc"
     for record in records(output):
         name = os.path.basename(record["image"])[0]
         assert record.get("figure", "_").rpartition("_")[0] == (name if name in "abc" else "")
 
 
-def test_more_figures_than_before_are_drawn(tiny, pictures, tmp_path):
+def test_more_figures_than_before_are_drawn(tiny, images, tmp_path):
     output = tmp_path / "out"
-    caption(tiny, pictures, output, figures=0, attention="all")
-    assert caption(tiny, pictures, output, figures=3) == "abc"
+    caption(tiny, images, output, figures=0, attention="all")
+    assert caption(tiny, images, output, figures=3) == "abc"
     assert figures(output) == "abc"
-    assert headings(output / "index.html") == ["a.png", "b.png", "c.png"]  # the order of the pictures, not of the lines
+    assert headings(output / "index.html") == ["a.png", "b.png", "c.png"]  # the order of the images, not of the lines
 
 
-# --- What may go wrong with a picture ---------------------------------------------------------------------------
+# --- What may go wrong with an image ---------------------------------------------------------------------------
 
 
 def test_a_figure_that_cannot_be_drawn_is_a_named_warning_and_the_rest_goes_on(
-    tiny, pictures, tmp_path, monkeypatch, capsys
+    tiny, images, tmp_path, monkeypatch, capsys
 ):
     def plot(prediction, path):
         if prediction.path.stem == "a":
@@ -347,35 +347,35 @@ def test_a_figure_that_cannot_be_drawn_is_a_named_warning_and_the_rest_goes_on(
 
     monkeypatch.setattr("captioning.inference.caption_images.plot_attention", plot)
     output = tmp_path / "out"
-    caption(tiny, pictures, output)
-    assert f"warning: no figure of {pictures[0].name}: of a kind that nobody thought of\n" in capsys.readouterr().out
+    caption(tiny, images, output)
+    assert f"warning: no figure of {images[0].name}: of a kind that nobody thought of\n" in capsys.readouterr().out
     assert len(records(output)) == 7 and "figure" not in records(output)[0]
     assert figures(output) == "b"
-    assert caption(tiny, pictures, output) == "a"  # the same command tries it again, and nothing else
+    assert caption(tiny, images, output) == "a"  # the same command tries it again, and nothing else
 
 
-def test_a_picture_damaged_since_its_features_were_made_has_a_caption_and_no_figure(tiny, pictures, tmp_path, capsys):
-    pictures[0].path.write_bytes(b"broken")
-    caption(tiny, pictures, tmp_path / "out")
+def test_a_image_damaged_since_its_features_were_made_has_a_caption_and_no_figure(tiny, images, tmp_path, capsys):
+    images[0].path.write_bytes(b"broken")
+    caption(tiny, images, tmp_path / "out")
     assert captions(tmp_path / "out")["a"]
-    assert f"warning: no figure of {pictures[0].name}: " in capsys.readouterr().out
+    assert f"warning: no figure of {images[0].name}: " in capsys.readouterr().out
     assert headings(tmp_path / "out" / "index.html") == ["a.png", "b.png"]
 
 
-def test_pictures_that_cannot_be_read_have_no_line_and_are_tried_again(tiny, pictures, tmp_path):
+def test_images_that_cannot_be_read_have_no_line_and_are_tried_again(tiny, images, tmp_path):
     output = tmp_path / "out"
     options = types.SimpleNamespace(anew=False, attention="drawn")
     config = make_config({**SIZES, "max_words": 5, "repeat_block": 0, "figures": 2})
     output.mkdir()
-    assert write_captions(tiny, pictures, Source(unreadable="ag"), output, options, config) == 5
+    assert write_captions(tiny, images, Source(unreadable="ag"), output, options, config) == 5
     assert "".join(captions(output)) == "bcdef"
     assert headings(output / "index.html") == ["b.png"]
-    assert write_captions(tiny, pictures, Source(unreadable="g"), output, options, config) == 6
+    assert write_captions(tiny, images, Source(unreadable="g"), output, options, config) == 6
     assert headings(output / "index.html") == ["a.png", "b.png"]
 
 
-def test_if_no_picture_can_be_read_there_is_no_page(tiny, pictures, tmp_path, capsys):
-    caption(tiny, pictures, tmp_path / "out", Source(unreadable="abcdefg"))
+def test_if_no_image_can_be_read_there_is_no_page(tiny, images, tmp_path, capsys):
+    caption(tiny, images, tmp_path / "out", Source(unreadable="abcdefg"))
     assert records(tmp_path / "out") == [] and not (tmp_path / "out" / "index.html").exists()
     assert "no page of attention" in capsys.readouterr().out
 
@@ -386,17 +386,17 @@ def test_if_no_picture_can_be_read_there_is_no_page(tiny, pictures, tmp_path, ca
 @pytest.mark.parametrize(
     "name", [b"caf\xe9.png", b"b" * 250 + b".png", "犬".encode() * 80 + b".png", b"<img src=x onerror=alert(1)>.png"]
 )
-def test_any_name_of_a_picture_will_do(tiny, tmp_path, name):
-    (tmp_path / "pictures").mkdir()
-    path = tmp_path / "pictures" / os.fsdecode(name)
+def test_any_name_of_a_image_will_do(tiny, tmp_path, name):
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / os.fsdecode(name)
     try:
         Image.new("RGB", (60, 40)).save(path)
     except OSError:
         pytest.skip("the file system does not take such a name")
     output = tmp_path / "out"
     with contextlib.redirect_stdout(io.StringIO()):  # a terminal shows such names too, see run_script
-        assert len(caption(tiny, [Picture(path, str(path))], output)) == len(path.stem)
-        assert caption(tiny, [Picture(path, str(path))], output) == ""
+        assert len(caption(tiny, [ImageToCaption(path, str(path))], output)) == len(path.stem)
+        assert caption(tiny, [ImageToCaption(path, str(path))], output) == ""
     (record,) = records(output)
     assert record["image"] == str(path)
     (figure,) = (path.name for path in output.glob("*.png"))
@@ -413,49 +413,49 @@ def test_no_order_in_a_name_or_a_caption_reaches_the_terminal(tiny, tmp_path, mo
         Image.new("RGB", (60, 40)).save(path)
     except OSError:
         pytest.skip("the file system does not take such a name")
-    picture = Picture(path, str(path), references=["a \x1b[31m dog"])
+    image = ImageToCaption(path, str(path), references=["a \x1b[31m dog"])
     fail = lambda *_: (_ for _ in ()).throw(ValueError(f"{path}\x1b"))  # noqa: E731
     monkeypatch.setattr("captioning.inference.caption_images.plot_attention", fail)
-    caption(orders, [picture], tmp_path / "out\x1b[m")
+    caption(orders, [image], tmp_path / "out\x1b[m")
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) == 6 and all(line.isprintable() for line in printed.splitlines())
     assert r"a\x1b]0;title\x07\n\u202e.png" in printed and r"\x1b[31m dog" in printed
 
 
-def test_two_names_of_the_same_file_have_a_line_each(tiny, pictures, tmp_path):
-    other = pictures[0].path.with_name("b2.png")
+def test_two_names_of_the_same_file_have_a_line_each(tiny, images, tmp_path):
+    other = images[0].path.with_name("b2.png")
     try:
-        other.symlink_to(pictures[0].path)
+        other.symlink_to(images[0].path)
     except OSError:
         pytest.skip("the file system has no links")
-    twins = [pictures[0], Picture(other, str(other))]
+    twins = [images[0], ImageToCaption(other, str(other))]
     assert caption(tiny, twins, tmp_path / "out") == "ab2"
-    assert [record["image"] for record in records(tmp_path / "out")] == [picture.name for picture in twins]
+    assert [record["image"] for record in records(tmp_path / "out")] == [image.name for image in twins]
     assert caption(tiny, twins, tmp_path / "out") == ""
 
 
-def test_words_that_other_programs_would_take_for_orders_are_words(tiny, pictures, tmp_path, capsys):
+def test_words_that_other_programs_would_take_for_orders_are_words(tiny, images, tmp_path, capsys):
     """A $ is TeX for matplotlib, < is HTML for a browser."""
     hostile = dataclasses.replace(tiny, vocabulary=VOCABULARY[:4] + [f"<b>$\\x{i}$" for i in range(17)])
-    caption(hostile, pictures, tmp_path / "out")
+    caption(hostile, images, tmp_path / "out")
     assert "warning" not in capsys.readouterr().out
     assert figures(tmp_path / "out") == "ab"
     assert "<b>$" not in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_a_caption_without_words_is_a_caption(pictures, tmp_path, capsys):
+def test_a_caption_without_words_is_a_caption(images, tmp_path, capsys):
     silent = tiny_captioner(make_config(SIZES), FEATURES)
     silent.decoder.output_layer.bias.assign(100 * np.eye(len(VOCABULARY))[3])  # <end>
     output = tmp_path / "out"
-    assert caption(silent, pictures, output) == "abcdefg"
+    assert caption(silent, images, output) == "abcdefg"
     assert set(captions(output).values()) == {""} and len(records(output)) == 7
     assert figures(output) == "ab"
     assert headings(output / "index.html") == ["a.png", "b.png"]
-    assert caption(silent, pictures, output) == ""
+    assert caption(silent, images, output) == ""
 
 
 def write_instances(folder, image_ids):
-    """COCO instances in which `word9` is the left half of each picture."""
+    """COCO instances in which `word9` is the left half of each image."""
     (folder / "annotations").mkdir()
     instances = {
         "images": [{"id": i, "width": 60, "height": 40} for i in image_ids],
@@ -465,8 +465,8 @@ def write_instances(folder, image_ids):
     (folder / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
 
 
-def test_boxes_of_what_a_word_names_are_on_the_page_of_a_data_sets_pictures(tiny, pictures, tmp_path, capsys):
-    numbered = [dataclasses.replace(picture, image_id=number) for number, picture in enumerate(pictures, 1)]
+def test_boxes_of_what_a_word_names_are_on_the_page_of_a_data_sets_images(tiny, images, tmp_path, capsys):
+    numbered = [dataclasses.replace(image, image_id=number) for number, image in enumerate(images, 1)]
     coco = {"coco_dir": str(tmp_path), "figures": 7}
     caption(tiny, numbered, tmp_path / "without", **coco)
     assert "data-boxes" not in (tmp_path / "without" / "index.html").read_text()
@@ -477,7 +477,7 @@ def test_boxes_of_what_a_word_names_are_on_the_page_of_a_data_sets_pictures(tiny
     assert named and all('data-boxes="[[0.0, 0.0, 0.5, 1.0]]"' in button for button in named)
     assert sum("data-boxes" in button for button in buttons) == len(named)
 
-    caption(tiny, pictures, tmp_path / "own", **coco)  # whose picture nobody knows
+    caption(tiny, images, tmp_path / "own", **coco)  # whose image nobody knows
     assert "data-boxes" not in (tmp_path / "own" / "index.html").read_text()
     (tmp_path / "annotations" / "instances_train2014.json").write_text("[]")
     assert "note" not in capsys.readouterr().out

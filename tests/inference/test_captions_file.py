@@ -10,8 +10,9 @@ import pytest
 
 from captioning.decoder.predicted_caption import PredictedCaption
 from captioning.inference.captions_file import (
-    DECODING_SETTINGS,
+    _DECODING_SETTINGS,
     CaptionRecord,
+    _read_records,
     appending,
     begin_captions,
     describe_maker,
@@ -19,11 +20,10 @@ from captioning.inference.captions_file import (
     file_state,
     find_finished,
     find_records,
+    image_key,
     keep_latest,
     make_record,
-    picture_key,
     read_record,
-    read_records,
     restore_prediction,
     write_table,
 )
@@ -32,24 +32,24 @@ from conftest import full_disk
 from support.errors import UserError
 from support.files import read_json
 
-NOT_UTF8 = os.fsdecode(b"/pictures/caf\xe9.jpg")
+NOT_UTF8 = os.fsdecode(b"/images/caf\xe9.jpg")
 MAKER = describe_maker(Config(), "0123")
 
 
-class Picture(NamedTuple):
-    """What these functions need of a Picture."""
+class ImageToCaption(NamedTuple):
+    """What these functions need of a Image."""
 
     path: pathlib.Path
     name: str
     references: list[str] = ()
 
 
-def predict(picture, words=("a", "dog"), evidence=False):
+def predict(image, words=("a", "dog"), evidence=False):
     rng = np.random.default_rng(len(words))
     weights = rng.random((len(words), 64)).astype(np.float32)
     return PredictedCaption(
-        path=picture.path,
-        name=picture.name,
+        path=image.path,
+        name=image.name,
         words=list(words),
         log_probs=-rng.random(len(words) + 1),
         attention_weights=weights,
@@ -58,25 +58,25 @@ def predict(picture, words=("a", "dog"), evidence=False):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """Five files of different sizes; the captions are in the folder beside them."""
     (tmp_path / "out").mkdir()
     paths = [tmp_path / f"{name}.jpg" for name in "abcde"]
     for number, path in enumerate(paths):
         path.write_bytes(bytes(100 + number))
-    return [Picture(path, str(path)) for path in paths]
+    return [ImageToCaption(path, str(path)) for path in paths]
 
 
-def write_finished(pictures, folder, num_figures=2, all_attention=False, maker=MAKER):
-    """What a run leaves that captioned all pictures. Returns the path of its captions."""
+def write_finished(images, folder, num_figures=2, all_attention=False, maker=MAKER):
+    """What a run leaves that captioned all images. Returns the path of its captions."""
     path = folder / "captions.jsonl"
     begin_captions(path, maker)
     with appending(path) as add:
-        for number, picture in enumerate(pictures):
-            figure = figure_name(picture) if number < num_figures else ""
+        for number, image in enumerate(images):
+            figure = figure_name(image) if number < num_figures else ""
             if figure:
-                (folder / figure).write_text(picture.name)
-            add(record_of(predict(picture), figure, number < num_figures or all_attention))
+                (folder / figure).write_text(image.name)
+            add(record_of(predict(image), figure, number < num_figures or all_attention))
     return path
 
 
@@ -85,25 +85,25 @@ def record_of(prediction, figure="", keep_attention=True):
 
 
 def names(path):
-    """The pictures' names, without folder and ending, in the order of the lines."""
-    return "".join(pathlib.PurePath(record.image).stem for record in read_records(path))
+    """The images' names, without folder and ending, in the order of the lines."""
+    return "".join(pathlib.PurePath(record.image).stem for record in _read_records(path))
 
 
 def figures(folder):
-    """The figures' names without the digest of the picture."""
+    """The figures' names without the digest of the image."""
     return sorted(path.stem.rpartition("_")[0] for path in folder.glob("*.png"))
 
 
-def finished(path, pictures, num_figures=2, all_attention=False):
-    """The finished pictures' names, without folder and ending, in order."""
+def finished(path, images, num_figures=2, all_attention=False):
+    """The finished images' names, without folder and ending, in order."""
     return "".join(
-        sorted(pathlib.PurePath(key).stem for key in find_finished(path, pictures, num_figures, all_attention))
+        sorted(pathlib.PurePath(key).stem for key in find_finished(path, images, num_figures, all_attention))
     )
 
 
-def touch(picture, nanoseconds):
-    status = os.stat(picture.path)
-    os.utime(picture.path, ns=(status.st_atime_ns, status.st_mtime_ns + nanoseconds))
+def touch(image, nanoseconds):
+    status = os.stat(image.path)
+    os.utime(image.path, ns=(status.st_atime_ns, status.st_mtime_ns + nanoseconds))
 
 
 # --- Lines ------------------------------------------------------------------------------------------------------
@@ -113,11 +113,11 @@ def touch(picture, nanoseconds):
 @pytest.mark.parametrize("name", ["a.jpg", "http://a/b?c=%20&d", NOT_UTF8, "two\nlines\u2028 and \r a \x85.jpg"])
 @pytest.mark.parametrize("evidence", [False, True])
 def test_a_record_comes_back_from_its_line(tmp_path, words, name, evidence):
-    prediction = dataclasses.replace(predict(Picture(tmp_path / "a.jpg", name), words, evidence), image_id=7)
+    prediction = dataclasses.replace(predict(ImageToCaption(tmp_path / "a.jpg", name), words, evidence), image_id=7)
     record = record_of(prediction, "a.png")
     (tmp_path / "captions.jsonl").write_bytes(2 * record.line())
-    assert list(read_records(tmp_path / "captions.jsonl")) == [record, record]
-    again = restore_prediction(record, Picture(tmp_path / "a.jpg", name, ["a dog"]))
+    assert list(_read_records(tmp_path / "captions.jsonl")) == [record, record]
+    again = restore_prediction(record, ImageToCaption(tmp_path / "a.jpg", name, ["a dog"]))
     for field in ("path", "name", "words", "image_id", "caption"):
         assert getattr(again, field) == getattr(prediction, field)
     assert again.references == ["a dog"]
@@ -133,7 +133,7 @@ def test_a_line_is_json_in_plain_letters_with_what_there_is(tmp_path):
     path = tmp_path / "Köln.jpg"
     path.write_bytes(bytes(10))
     os.utime(path, ns=(5, 1_234_567_890_123_456_789))
-    record = record_of(predict(Picture(path, "Köln.jpg")), keep_attention=False)
+    record = record_of(predict(ImageToCaption(path, "Köln.jpg")), keep_attention=False)
     assert b"K\xc3\xb6ln" in record.line()
     assert json.loads(record.line()) == {
         "image": "Köln.jpg",
@@ -143,13 +143,13 @@ def test_a_line_is_json_in_plain_letters_with_what_there_is(tmp_path):
         "modified": 1_234_567_890_123_456_789,
         "file": str(path),
     }
-    assert "file" not in json.loads(record_of(predict(Picture(path, str(path)))).line())
+    assert "file" not in json.loads(record_of(predict(ImageToCaption(path, str(path)))).line())
 
 
 def test_a_line_without_attention_is_short(tmp_path):
-    name = "/photographs of everybody/Pictures/2024-07 Holiday in the mountains/IMG_20240713_183052.jpg"
+    name = "/photographs of everybody/Images/2024-07 Holiday in the mountains/IMG_20240713_183052.jpg"
     words = "a man in a red jacket is standing on top of a snow covered mountain".split()
-    prediction = predict(Picture(pathlib.Path(name), name), words)
+    prediction = predict(ImageToCaption(pathlib.Path(name), name), words)
     assert len(record_of(prediction, keep_attention=False).line()) < 300
     with_attention = record_of(prediction).line()
     assert len(with_attention) < 700 * len(words)
@@ -157,7 +157,7 @@ def test_a_line_without_attention_is_short(tmp_path):
 
 
 def test_a_name_that_is_not_utf8_is_json_all_the_same(tmp_path):
-    line = record_of(predict(Picture(tmp_path, NOT_UTF8)), keep_attention=False).line()
+    line = record_of(predict(ImageToCaption(tmp_path, NOT_UTF8)), keep_attention=False).line()
     assert line.isascii()
     assert json.loads(line.decode())["image"] == NOT_UTF8
 
@@ -189,7 +189,7 @@ def test_a_file_that_is_gone_has_a_state_that_no_file_has(tmp_path):
 def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
     good = CaptionRecord("good", "a dog", -1.5, 1, 2)
     (tmp_path / "captions.jsonl").write_bytes(good.line() + line + b"\n" + good.line() + line)
-    assert list(read_records(tmp_path / "captions.jsonl")) == [good, good]
+    assert list(_read_records(tmp_path / "captions.jsonl")) == [good, good]
 
 
 def test_single_records_are_found_among_many(tmp_path):
@@ -217,18 +217,21 @@ def test_single_records_are_found_among_many(tmp_path):
     ],
 )
 def test_a_figures_name_is_short_and_can_be_written(stem, name):
-    picture = Picture(pathlib.Path(f"/a/{stem}.jpg"), f"/a/{stem}.jpg")
-    assert figure_name(picture).rpartition("_")[0] == name
-    assert len(figure_name(picture)) == len(name) + len("_01234567.png")
+    image = ImageToCaption(pathlib.Path(f"/a/{stem}.jpg"), f"/a/{stem}.jpg")
+    assert figure_name(image).rpartition("_")[0] == name
+    assert len(figure_name(image)) == len(name) + len("_01234567.png")
 
 
-def test_no_two_pictures_have_one_figure_and_one_picture_has_one_however_it_is_named(tmp_path, monkeypatch):
+def test_no_two_images_have_one_figure_and_one_image_has_one_however_it_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named = [Picture(pathlib.Path(name), name) for name in ("a.jpg", "deep/a.jpg", "a.png", "./a.jpg", "deep/../a.jpg")]
-    named.append(Picture(tmp_path / "a.jpg", str(tmp_path / "a.jpg")))
-    web = [Picture(tmp_path / "downloads" / "a.jpg", f"http://{host}/a.jpg") for host in "ab"]
-    assert len({figure_name(picture) for picture in [*named, *web]}) == 5
-    assert {figure_name(named[0])} == {figure_name(picture) for picture in (named[0], *named[3:])}
+    named = [
+        ImageToCaption(pathlib.Path(name), name)
+        for name in ("a.jpg", "deep/a.jpg", "a.png", "./a.jpg", "deep/../a.jpg")
+    ]
+    named.append(ImageToCaption(tmp_path / "a.jpg", str(tmp_path / "a.jpg")))
+    web = [ImageToCaption(tmp_path / "downloads" / "a.jpg", f"http://{host}/a.jpg") for host in "ab"]
+    assert len({figure_name(image) for image in [*named, *web]}) == 5
+    assert {figure_name(named[0])} == {figure_name(image) for image in (named[0], *named[3:])}
 
 
 # --- What made the captions -------------------------------------------------------------------------------------
@@ -241,18 +244,18 @@ def test_a_new_file_is_empty_and_says_who_makes_its_lines(tmp_path):
     assert read_json(path.with_name("made_by.json"), "") == MAKER
 
 
-def test_the_same_maker_goes_on(tmp_path, pictures):
-    path = write_finished(pictures, tmp_path / "out")
+def test_the_same_maker_goes_on(tmp_path, images):
+    path = write_finished(images, tmp_path / "out")
     before = path.read_bytes()
     begin_captions(path, MAKER)
     assert path.read_bytes() == before and figures(path.parent) == ["a", "b"]
-    assert finished(path, pictures) == "abcde"
+    assert finished(path, images) == "abcde"
 
 
-@pytest.mark.parametrize("name", ["checkpoint", *DECODING_SETTINGS])
-def test_another_model_or_other_decoding_is_refused_and_costs_nothing(tmp_path, pictures, name):
-    assert MAKER.keys() == {"checkpoint", *DECODING_SETTINGS}
-    path = write_finished(pictures, tmp_path / "out")
+@pytest.mark.parametrize("name", ["checkpoint", *_DECODING_SETTINGS])
+def test_another_model_or_other_decoding_is_refused_and_costs_nothing(tmp_path, images, name):
+    assert MAKER.keys() == {"checkpoint", *_DECODING_SETTINGS}
+    path = write_finished(images, tmp_path / "out")
     before = path.read_bytes()
     with pytest.raises(UserError, match=f"made with {name} {MAKER[name]}, not 9: .*--output.* --anew, which deletes"):
         begin_captions(path, MAKER | {name: 9})
@@ -261,8 +264,8 @@ def test_another_model_or_other_decoding_is_refused_and_costs_nothing(tmp_path, 
 
 
 @pytest.mark.parametrize("damage", [None, "{", "[]", "{}", '{"checkpoint": "0123"}', "\0"])
-def test_a_note_that_is_gone_or_damaged_is_one_line_and_costs_nothing(tmp_path, pictures, damage):
-    path = write_finished(pictures, tmp_path / "out")
+def test_a_note_that_is_gone_or_damaged_is_one_line_and_costs_nothing(tmp_path, images, damage):
+    path = write_finished(images, tmp_path / "out")
     note, before = path.with_name("made_by.json"), path.read_bytes()
     note.unlink() if damage is None else note.write_text(damage)
     with pytest.raises(UserError, match="--output, or give --anew, which deletes the captions") as raised:
@@ -273,7 +276,7 @@ def test_a_note_that_is_gone_or_damaged_is_one_line_and_costs_nothing(tmp_path, 
     assert path.read_bytes() == b"" and figures(path.parent) == [] and json.loads(note.read_text()) == MAKER
 
 
-def test_without_a_line_nothing_is_lost_by_another_maker(tmp_path, pictures):
+def test_without_a_line_nothing_is_lost_by_another_maker(tmp_path, images):
     path = write_finished([], tmp_path / "out")
     path.write_bytes(b'{"image": "half a li')
     begin_captions(path, MAKER | {"checkpoint": "another"})
@@ -281,8 +284,8 @@ def test_without_a_line_nothing_is_lost_by_another_maker(tmp_path, pictures):
     assert read_json(path.with_name("made_by.json"), "")["checkpoint"] == "another"
 
 
-def test_anew_deletes_what_the_lines_name_and_nothing_else(tmp_path, pictures):
-    path = write_finished(pictures, tmp_path / "out")
+def test_anew_deletes_what_the_lines_name_and_nothing_else(tmp_path, images):
+    path = write_finished(images, tmp_path / "out")
     (path.parent / "mine_01234567.png").write_text("not of these captions")
     begin_captions(path, MAKER | {"checkpoint": "another"}, anew=True)
     assert path.read_bytes() == b"" and figures(path.parent) == ["mine"]
@@ -291,43 +294,43 @@ def test_anew_deletes_what_the_lines_name_and_nothing_else(tmp_path, pictures):
 # --- What an earlier run finished -------------------------------------------------------------------------------
 
 
-def test_half_a_line_at_the_end_is_cut_off(tmp_path, pictures):
-    path = write_finished(pictures, tmp_path / "out")
+def test_half_a_line_at_the_end_is_cut_off(tmp_path, images):
+    path = write_finished(images, tmp_path / "out")
     path.write_bytes(path.read_bytes()[:-30])
     begin_captions(path, MAKER)
-    assert finished(path, pictures) == "abcd"
+    assert finished(path, images) == "abcd"
     with appending(path) as add:
-        add(record_of(predict(pictures[-1]), keep_attention=False))
+        add(record_of(predict(images[-1]), keep_attention=False))
     assert names(path) == "abcde"
 
 
-def change_time(pictures):
-    touch(pictures[0], 1)
+def change_time(images):
+    touch(images[0], 1)
 
 
-def change_size(pictures):
-    status = os.stat(pictures[0].path)
-    pictures[0].path.write_bytes(b"other")
-    os.utime(pictures[0].path, ns=(status.st_atime_ns, status.st_mtime_ns))
+def change_size(images):
+    status = os.stat(images[0].path)
+    images[0].path.write_bytes(b"other")
+    os.utime(images[0].path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def delete(pictures):
-    pictures[0].path.unlink()
+def delete(images):
+    images[0].path.unlink()
 
 
 @pytest.mark.parametrize("change", [change_time, change_size, delete])
-def test_a_picture_that_has_changed_is_not_finished_and_its_line_stays_until_the_new_one_is_there(
-    tmp_path, pictures, change
+def test_a_image_that_has_changed_is_not_finished_and_its_line_stays_until_the_new_one_is_there(
+    tmp_path, images, change
 ):
-    path = write_finished(pictures, tmp_path / "out")
-    change(pictures)
+    path = write_finished(images, tmp_path / "out")
+    change(images)
     begin_captions(path, MAKER)
-    assert finished(path, pictures) == "bcde"
+    assert finished(path, images) == "bcde"
     assert names(path) == "abcde" and figures(path.parent) == ["a", "b"]
     with appending(path) as add:
-        add(record_of(predict(pictures[0], ("a", "cat")), keep_attention=False))
+        add(record_of(predict(images[0], ("a", "cat")), keep_attention=False))
     keep_latest(path)
-    assert names(path) == "bcdea" and list(read_records(path))[-1].caption == "a cat"
+    assert names(path) == "bcdea" and list(_read_records(path))[-1].caption == "a cat"
     assert figures(path.parent) == ["b"]  # a's showed what it was
 
 
@@ -341,50 +344,50 @@ def test_a_picture_that_has_changed_is_not_finished_and_its_line_stays_until_the
         ((1, True), (1, False), "abcde"),
     ],
 )
-def test_a_figure_or_attention_that_is_now_wanted_is_missing(tmp_path, pictures, had, wanted, expected):
-    path = write_finished(pictures, tmp_path / "out", *had)
-    assert finished(path, pictures, *wanted) == expected
+def test_a_figure_or_attention_that_is_now_wanted_is_missing(tmp_path, images, had, wanted, expected):
+    path = write_finished(images, tmp_path / "out", *had)
+    assert finished(path, images, *wanted) == expected
 
 
-def test_a_figure_that_is_gone_is_made_again(tmp_path, pictures):
-    path = write_finished(pictures, tmp_path / "out")
-    (path.parent / figure_name(pictures[1])).unlink()
-    assert finished(path, pictures) == "acde"
+def test_a_figure_that_is_gone_is_made_again(tmp_path, images):
+    path = write_finished(images, tmp_path / "out")
+    (path.parent / figure_name(images[1])).unlink()
+    assert finished(path, images) == "acde"
 
 
-def test_pictures_that_are_not_asked_for_stay_with_their_figures(tmp_path, pictures):
-    path = write_finished(pictures, tmp_path / "out")
+def test_images_that_are_not_asked_for_stay_with_their_figures(tmp_path, images):
+    path = write_finished(images, tmp_path / "out")
     begin_captions(path, MAKER)
-    assert finished(path, pictures[3:], 0) == "de"
+    assert finished(path, images[3:], 0) == "de"
     keep_latest(path)
     assert names(path) == "abcde" and figures(path.parent) == ["a", "b"]
 
 
-def test_a_picture_is_the_same_from_another_folder_and_another_one_of_its_name_is_not(tmp_path, pictures, monkeypatch):
-    path = write_finished(pictures[:1], tmp_path / "out", num_figures=0)
+def test_a_image_is_the_same_from_another_folder_and_another_one_of_its_name_is_not(tmp_path, images, monkeypatch):
+    path = write_finished(images[:1], tmp_path / "out", num_figures=0)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.jpg").write_bytes(bytes(100))
-    here = Picture(pathlib.Path("a.jpg"), "a.jpg")
+    here = ImageToCaption(pathlib.Path("a.jpg"), "a.jpg")
     monkeypatch.chdir(tmp_path)
-    assert find_finished(path, [here], 0, False) == {str(pictures[0].path)} == {picture_key(here.name, here.path)}
+    assert find_finished(path, [here], 0, False) == {str(images[0].path)} == {image_key(here.name, here.path)}
     monkeypatch.chdir(tmp_path / "deep")
     assert find_finished(path, [here], 0, False) == set()
     with appending(path) as add:
         add(record_of(predict(here), keep_attention=False))
     monkeypatch.chdir(tmp_path)
     keep_latest(path)
-    assert [record.key for record in read_records(path)] == [str(pictures[0].path), str(tmp_path / "deep" / "a.jpg")]
+    assert [record.key for record in _read_records(path)] == [str(images[0].path), str(tmp_path / "deep" / "a.jpg")]
 
 
-def test_a_picture_has_one_line_whatever_the_file_held(tmp_path, pictures):
-    path = write_finished(pictures, tmp_path / "out")
+def test_a_image_has_one_line_whatever_the_file_held(tmp_path, images):
+    path = write_finished(images, tmp_path / "out")
     path.write_bytes(2 * path.read_bytes())
     begin_captions(path, MAKER)
     assert names(path) == "abcde"
     assert figures(path.parent) == ["a", "b"]
 
 
-def test_no_figure_outside_of_the_folder_is_deleted(tmp_path, pictures):
+def test_no_figure_outside_of_the_folder_is_deleted(tmp_path, images):
     path = tmp_path / "out" / "captions.jsonl"
     target = tmp_path / "target.png"
     target.touch()
@@ -394,8 +397,8 @@ def test_no_figure_outside_of_the_folder_is_deleted(tmp_path, pictures):
     assert path.read_bytes() == b"" and target.exists()
 
 
-def test_a_full_disk_leaves_the_captions_as_they_were(tmp_path, pictures):
-    path = write_finished(pictures, tmp_path / "out")
+def test_a_full_disk_leaves_the_captions_as_they_were(tmp_path, images):
+    path = write_finished(images, tmp_path / "out")
     before = path.read_bytes()
     with full_disk(200), pytest.raises(UserError, match="cannot write .*captions.jsonl: .* MB free there"):
         begin_captions(path, MAKER)
@@ -406,23 +409,23 @@ def test_a_full_disk_leaves_the_captions_as_they_were(tmp_path, pictures):
 # --- Adding lines -----------------------------------------------------------------------------------------------
 
 
-def test_a_line_is_in_the_file_as_soon_as_it_is_added(tmp_path, pictures):
+def test_a_line_is_in_the_file_as_soon_as_it_is_added(tmp_path, images):
     path = tmp_path / "captions.jsonl"
     with appending(path) as add:
-        for count, picture in enumerate(pictures, 1):
-            add(record_of(predict(picture)))
-            assert len(list(read_records(path))) == count
+        for count, image in enumerate(images, 1):
+            add(record_of(predict(image)))
+            assert len(list(_read_records(path))) == count
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_lines_before(tmp_path, pictures):
+def test_a_full_disk_is_one_line_and_keeps_the_lines_before(tmp_path, images):
     path = tmp_path / "captions.jsonl"
-    line = record_of(predict(pictures[0]), keep_attention=False)
+    line = record_of(predict(images[0]), keep_attention=False)
     with full_disk(3 * len(line.line()) + 20), pytest.raises(UserError) as raised, appending(path) as add:
         for _ in range(9):
             add(line)
     assert str(raised.value).startswith(f"cannot write {path}: ") and "MB free there" in str(raised.value)
     assert len(path.read_bytes()) == 3 * len(line.line()) + 20
-    assert list(read_records(path)) == 3 * [line]
+    assert list(_read_records(path)) == 3 * [line]
 
 
 def test_a_folder_that_is_no_folder_is_one_line(tmp_path):
@@ -439,7 +442,7 @@ def test_an_error_that_is_not_the_files_stays_what_it_is(tmp_path):
 # --- The table --------------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_a_row_for_each_picture_whatever_its_name(tmp_path):
+def test_the_table_has_a_row_for_each_image_whatever_its_name(tmp_path):
     rows = [("a,b.jpg", "a dog"), ('"quoted".jpg', ""), ("two\nlines.jpg", "ein Hündchen"), (NOT_UTF8, "犬")]
     path = tmp_path / "captions.jsonl"
     path.write_bytes(b"".join(CaptionRecord(*row, -1.0, 1, 2).line() for row in rows))
@@ -447,7 +450,7 @@ def test_the_table_has_a_row_for_each_picture_whatever_its_name(tmp_path):
     with (tmp_path / "captions.csv").open(newline="", encoding="utf-8") as file:
         header, *written = csv.reader(file)
     assert header == ["image", "caption"]
-    assert [tuple(row) for row in written] == [*rows[:3], ("/pictures/caf?.jpg", "犬")]
+    assert [tuple(row) for row in written] == [*rows[:3], ("/images/caf?.jpg", "犬")]
 
 
 def test_no_cell_of_the_table_is_a_formula(tmp_path):

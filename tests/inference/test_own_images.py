@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from captioning.features.cache import Picture
-from captioning.inference import own_images as own_pictures
-from captioning.inference.own_images import describe_skipped, extract_batches, fetch_pictures, find_pictures
+from captioning.features.cache import ImageToCaption
+from captioning.inference import own_images as own_images
+from captioning.inference.own_images import describe_skipped, extract_batches, fetch_images, find_images
 from captioning.settings import make_config
 from support.errors import UserError
 
@@ -22,7 +22,7 @@ def red_network(pixels):
 
 
 def find(names, output):
-    return find_pictures(names, output, collections.Counter())
+    return find_images(names, output, collections.Counter())
 
 
 def set_up_heif():
@@ -31,15 +31,15 @@ def set_up_heif():
 
 
 def test_files_folders_and_addresses_are_found_each_once(tmp_path):
-    deep = tmp_path / "pictures" / "deep" / "deeper"
+    deep = tmp_path / "images" / "deep" / "deeper"
     deep.mkdir(parents=True)
     for path in (deep / "b.png", deep / "a.JPG", tmp_path / "c.webp"):
         Image.new("RGB", (8, 8)).save(path, "png")
-    (deep / "notes.txt").write_text("not a picture, and not taken for one")
+    (deep / "notes.txt").write_text("not an image, and not taken for one")
     address = "https://example.org/red.png"
-    names = [str(tmp_path / "c.webp"), address, str(tmp_path / "pictures"), str(deep / "a.JPG"), address, "gone.jpg"]
+    names = [str(tmp_path / "c.webp"), address, str(tmp_path / "images"), str(deep / "a.JPG"), address, "gone.jpg"]
     found = find(names, tmp_path)
-    assert [picture.name for picture in found] == [
+    assert [image.name for image in found] == [
         names[0],
         address,
         str(deep / "a.JPG"),
@@ -47,42 +47,42 @@ def test_files_folders_and_addresses_are_found_each_once(tmp_path):
         names[5],
     ]
     assert found[1].path.parent == tmp_path / "downloads"
-    assert all(picture.image_id is None and not picture.references for picture in found)
+    assert all(image.image_id is None and not image.references for image in found)
 
 
 def test_a_pipe_and_a_name_that_is_too_long_cost_a_line_each_and_nothing_else(tmp_path, capsys, soon):
     os.mkfifo(tmp_path / "pipe.jpg")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    pictures = find([str(tmp_path), "x" * 300 + ".jpg"], tmp_path / "out")
+    images = find([str(tmp_path), "x" * 300 + ".jpg"], tmp_path / "out")
     skipped = collections.Counter()
-    ((done, _),) = extract_batches(red_network, pictures, make_config(), skipped)
-    assert [picture.path.name for picture in done] == ["a.png"] and skipped == {"not readable": 2}
+    ((done, _),) = extract_batches(red_network, images, make_config(), skipped)
+    assert [image.path.name for image in done] == ["a.png"] and skipped == {"not readable": 2}
     pipe, long = capsys.readouterr().out.splitlines()
     assert pipe.startswith(f"{tmp_path / 'pipe.jpg'} cannot be read") and long.startswith("x" * 300)
 
 
 def test_no_order_in_an_address_reaches_the_terminal(tmp_path, capsys):
-    pictures = find(["http://\x1b[31m/a\nb.jpg"], tmp_path / "out")
-    assert fetch_pictures(pictures, 1, collections.Counter()) == []
+    images = find(["http://\x1b[31m/a\nb.jpg"], tmp_path / "out")
+    assert fetch_images(images, 1, collections.Counter()) == []
     printed = capsys.readouterr().out
     assert r"http://\x1b[31m/a\nb.jpg cannot be fetched" in printed
     assert all(line.isprintable() for line in printed.splitlines()) and "\nb.jpg" not in printed
 
 
-def test_a_folder_without_pictures_is_one_line(tmp_path):
+def test_a_folder_without_images_is_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match=r"no image file is in .* \(1 \*.txt\): .*--image"):
         find([str(tmp_path)], tmp_path / "out")
 
 
 def found_below(folder, output):
-    """The pictures found in a folder, as paths below it, and what was skipped in words."""
+    """The images found in a folder, as paths below it, and what was skipped in words."""
     skipped = collections.Counter()
-    found = find_pictures([str(folder)], output, skipped)
-    return [str(picture.path.relative_to(folder)) for picture in found], describe_skipped(skipped)
+    found = find_images([str(folder)], output, skipped)
+    return [str(image.path.relative_to(folder)) for image in found], describe_skipped(skipped)
 
 
-def test_what_is_no_picture_is_left_out_of_a_folder_and_counted_by_kind(tmp_path):
+def test_what_is_no_image_is_left_out_of_a_folder_and_counted_by_kind(tmp_path):
     """Pillow registers the endings of some of them."""
     names = "._a.jpg ._b.HEIC a.jpg paper.pdf film.mpg film.mp4 data.h5 data.hdf5 drawing.eps notes.txt more.txt Thumbs"
     (tmp_path / "deep").mkdir()
@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_read_is_counted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("output", ["out", "deep/out", "deep/../out"])
-def test_an_output_folder_among_the_pictures_is_left_out(tmp_path, monkeypatch, output):
+def test_an_output_folder_among_the_images_is_left_out(tmp_path, monkeypatch, output):
     (tmp_path / output).resolve().mkdir(parents=True)
     for name in ("a.png", "deep/b.png", "output.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -143,21 +143,21 @@ def test_an_output_folder_among_the_pictures_is_left_out(tmp_path, monkeypatch, 
     expected = ["a.png", "deep/b.png", "output.png"]
     assert found_below(tmp_path, tmp_path / output) == (expected, "")
     monkeypatch.chdir(tmp_path)  # and by another name of it
-    assert [str(picture.path) for picture in find(["."], tmp_path / output)] == expected
+    assert [str(image.path) for image in find(["."], tmp_path / output)] == expected
 
 
-def test_an_output_folder_that_holds_the_pictures_is_one_line(tmp_path):
-    """The next run would take this one's figures for pictures."""
+def test_an_output_folder_that_holds_the_images_is_one_line(tmp_path):
+    """The next run would take this one's figures for images."""
     (tmp_path / "a.png").touch()
-    with pytest.raises(UserError, match=f"{tmp_path} holds the pictures: give another folder by --output"):
+    with pytest.raises(UserError, match=f"{tmp_path} holds the images: give another folder by --output"):
         find([str(tmp_path)], tmp_path / "deep" / "..")
     assert len(find([str(tmp_path / "a.png")], tmp_path)) == 1  # a file is no folder
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.png").touch()
-    assert found_below(tmp_path / "deep", tmp_path) == (["b.png"], "")  # figures go where no picture is
+    assert found_below(tmp_path / "deep", tmp_path) == (["b.png"], "")  # figures go where no image is
 
 
-def test_photographs_of_phones_are_pictures(tmp_path):
+def test_photographs_of_phones_are_images(tmp_path):
     set_up_heif()
     for name in ("a.heic", "b.HEIC", "c.heif", "d.avif", "e.jp2", "f.MPO"):
         (tmp_path / name).touch()
@@ -169,22 +169,22 @@ def test_photographs_of_phones_are_pictures(tmp_path):
 def test_a_heic_photograph_becomes_features(tmp_path):
     set_up_heif()
     Image.new("RGB", (64, 64), (250, 0, 0)).save(tmp_path / "a.heic", "HEIF")
-    pictures = find([str(tmp_path)], tmp_path / "out")
-    ((done, features),) = extract_batches(red_network, pictures, make_config(), collections.Counter())
-    assert done == pictures
+    images = find([str(tmp_path)], tmp_path / "out")
+    ((done, features),) = extract_batches(red_network, images, make_config(), collections.Counter())
+    assert done == images
     np.testing.assert_allclose(features, 250, atol=8)
 
 
-def test_two_ways_to_write_a_path_are_one_picture_and_two_names_of_a_file_are_two(tmp_path, monkeypatch):
+def test_two_ways_to_write_a_path_are_one_image_and_two_names_of_a_file_are_two(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").touch()
     same = ["a.png", "./a.png", str(tmp_path / "a.png"), "deep/../a.png", "."]
-    assert [picture.name for picture in find(same, tmp_path / "out")] == ["a.png"]
+    assert [image.name for image in find(same, tmp_path / "out")] == ["a.png"]
     try:
         (tmp_path / "b.png").symlink_to("a.png")
     except OSError:
         pytest.skip("the file system has no links")
-    assert [picture.name for picture in find(["."], tmp_path / "out")] == ["a.png", "b.png"]
+    assert [image.name for image in find(["."], tmp_path / "out")] == ["a.png", "b.png"]
 
 
 def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
@@ -203,10 +203,10 @@ def test_a_name_that_is_not_utf8_is_found_and_read(tmp_path):
     except OSError:
         pytest.skip("the file system does not take such a name")
     Image.new("RGB", (8, 8), (7, 0, 0)).save(os.fsdecode(path))
-    (picture,) = find([str(tmp_path)], tmp_path / "out")
-    assert os.fsencode(picture.name) == path
-    ((done, features),) = extract_batches(red_network, [picture], make_config(), collections.Counter())
-    assert done == [picture] and (features == 7).all()
+    (image,) = find([str(tmp_path)], tmp_path / "out")
+    assert os.fsencode(image.name) == path
+    ((done, features),) = extract_batches(red_network, [image], make_config(), collections.Counter())
+    assert done == [image] and (features == 7).all()
 
 
 @pytest.mark.parametrize(
@@ -218,11 +218,11 @@ def test_no_address_leads_out_of_the_folder_or_to_anothers_file(tmp_path, addres
     assert re.fullmatch("[A-Za-z0-9_]{1,80}", first.name)
 
 
-def test_pictures_from_the_web_among_files_and_bad_ones(tmp_path, server, monkeypatch, capsys):
+def test_images_from_the_web_among_files_and_bad_ones(tmp_path, server, monkeypatch, capsys):
     Image.new("RGB", (80, 200), "red").save(server.folder / "red.png")
     Image.new("RGB", (80, 200), "blue").save(tmp_path / "blue.png")
     (server.folder / "huge.jpg").write_bytes(bytes(20_000))
-    monkeypatch.setattr(own_pictures, "LARGEST", 10_000)
+    monkeypatch.setattr(own_images, "_LARGEST", 10_000)
     (tmp_path / "secret").write_text("of this machine")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -235,11 +235,11 @@ def test_pictures_from_the_web_among_files_and_bad_ones(tmp_path, server, monkey
         f"file://{tmp_path / 'secret'}": "only http and https",
         "http://[half": "Invalid",
     }
-    pictures = find([red, *bad, red, str(tmp_path / "blue.png")], tmp_path)
+    images = find([red, *bad, red, str(tmp_path / "blue.png")], tmp_path)
     skipped = collections.Counter()
-    fetched = fetch_pictures(pictures, 4, skipped)
+    fetched = fetch_images(images, 4, skipped)
     assert skipped == {"not fetched": len(bad)}
-    assert [picture.name for picture in fetched] == [red, str(tmp_path / "blue.png")]
+    assert [image.name for image in fetched] == [red, str(tmp_path / "blue.png")]
     assert [path.name.rsplit("_", 1)[0] for path in (tmp_path / "downloads").iterdir()] == ["red_png"]
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(bad)
@@ -248,43 +248,43 @@ def test_pictures_from_the_web_among_files_and_bad_ones(tmp_path, server, monkey
         assert reason in line
 
 
-def test_a_picture_from_the_web_is_fetched_anew(tmp_path, server):
-    pictures = find([f"{server.url}/webcam.png"], tmp_path)
+def test_a_image_from_the_web_is_fetched_anew(tmp_path, server):
+    images = find([f"{server.url}/webcam.png"], tmp_path)
     for colour in ((255, 0, 0), (0, 0, 255)):
         Image.new("RGB", (30, 30), colour).save(server.folder / "webcam.png")
-        (fetched,) = fetch_pictures(pictures, 1, collections.Counter())
+        (fetched,) = fetch_images(images, 1, collections.Counter())
         with Image.open(fetched.path) as image:
             assert image.getpixel((0, 0)) == colour
 
 
 @pytest.mark.parametrize(("extract_batch", "sizes"), [(2, [4, 3, 4]), (8, [7, 4])])
-def test_each_picture_of_many_gets_its_own_features(tmp_path, monkeypatch, capsys, extract_batch, sizes):
+def test_each_image_of_many_gets_its_own_features(tmp_path, monkeypatch, capsys, extract_batch, sizes):
     """However the batches of extraction and of decoding lie."""
     for number in range(14):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02d}.png")
     (tmp_path / "05.png").write_bytes(b"broken")
     for number in (8, 9):  # a whole batch of extraction
         (tmp_path / f"{number:02d}.png").write_bytes(b"broken")
-    monkeypatch.setattr(own_pictures, "EXTRACTED", 10)
+    monkeypatch.setattr(own_images, "_EXTRACTED", 10)
     config = make_config({"extract_batch": extract_batch, "decode_batch": 4})
     skipped = collections.Counter()
     batches = list(extract_batches(red_network, find([str(tmp_path)], tmp_path / "out"), config, skipped))
-    assert [len(pictures) for pictures, _ in batches] == sizes
-    numbers = [[int(picture.path.stem) for picture in pictures] for pictures, _ in batches]
+    assert [len(images) for images, _ in batches] == sizes
+    numbers = [[int(image.path.stem) for image in images] for images, _ in batches]
     assert sum(numbers, []) == [0, 1, 2, 3, 4, 6, 7, 10, 11, 12, 13]
     assert numbers == [features[:, 0, 0].tolist() for _, features in batches]
     assert capsys.readouterr().out.count("cannot be read") == 3
     assert skipped == {"not readable": 3}
 
 
-def test_a_bad_picture_is_called_by_the_name_that_the_user_gave(tmp_path, capsys):
+def test_a_bad_image_is_called_by_the_name_that_the_user_gave(tmp_path, capsys):
     for name in ("bad", "local.jpg"):
-        (tmp_path / name).write_text("no picture")
-    pictures = [
-        Picture(tmp_path / "bad", "http://a/b.jpg"),
-        Picture(tmp_path / "local.jpg", str(tmp_path / "local.jpg")),
+        (tmp_path / name).write_text("no image")
+    images = [
+        ImageToCaption(tmp_path / "bad", "http://a/b.jpg"),
+        ImageToCaption(tmp_path / "local.jpg", str(tmp_path / "local.jpg")),
     ]
-    assert list(extract_batches(red_network, pictures, make_config(), collections.Counter())) == []
+    assert list(extract_batches(red_network, images, make_config(), collections.Counter())) == []
     web, other = capsys.readouterr().out.splitlines()
     assert web.startswith("http://a/b.jpg: ") and "cannot be read as an image" in web
     assert other.startswith(f"{tmp_path / 'local.jpg'} cannot be read as an image")
@@ -293,9 +293,9 @@ def test_a_bad_picture_is_called_by_the_name_that_the_user_gave(tmp_path, capsys
 def test_nothing_is_left_of_the_extractions_graphs(tmp_path):
     """Decoding, between batches, computes in float32."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    pictures = find([str(tmp_path / "a.png")], tmp_path)
+    images = find([str(tmp_path / "a.png")], tmp_path)
     config = make_config({"extract_precision": "bfloat16"})
-    for _, features in extract_batches(red_network, pictures, config, collections.Counter()):
+    for _, features in extract_batches(red_network, images, config, collections.Counter()):
         rewriting = tf.config.optimizer.get_experimental_options()
         assert not rewriting.get("auto_mixed_precision_onednn_bfloat16")
         assert features.dtype == np.float32

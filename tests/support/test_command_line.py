@@ -9,17 +9,17 @@ import pytest
 from config import PRESETS, Config
 from support.command_line import (
     SettingType,
+    _describe_type,
+    _read_annotation,
+    _setting_comments,
+    _setting_types,
     check_value,
-    describe_type,
     make_settings,
     parse_command_line,
-    read_annotation,
-    setting_comments,
-    setting_types,
 )
 from support.errors import UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def test_every_preset_is_valid(dataset):
 
 
 def test_every_setting_says_what_it_is():
-    assert list(setting_comments(Config)) == [field.name for field in dataclasses.fields(Config)]
+    assert list(_setting_comments(Config)) == [field.name for field in dataclasses.fields(Config)]
 
 
 def test_help_shows_each_setting_with_type_comment_and_default(capsys):
@@ -121,7 +121,7 @@ WRONG_KIND = {
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
 def test_no_field_takes_another_type_or_a_value_out_of_range(name):
-    setting = read_annotation(setting_types(Config)[name])
+    setting = _read_annotation(_setting_types(Config)[name])
     wrong = [*WRONG_KIND[setting.kind], *([] if setting.optional else [None]), *(["x"] if setting.choices else [])]
     wrong += ([] if setting.low is None else [setting.low - 1]) + ([] if setting.high is None else [setting.high + 1])
     for value in wrong:
@@ -143,14 +143,14 @@ def test_no_field_takes_another_type_or_a_value_out_of_range(name):
     ],
 )
 def test_annotations_are_read_and_described(annotation, setting, text):
-    assert read_annotation(annotation) == setting
-    assert describe_type(annotation) == text
+    assert _read_annotation(annotation) == setting
+    assert _describe_type(annotation) == text
 
 
 @pytest.mark.parametrize("annotation", [bool, list[int], int | str, int | str | None])
 def test_a_type_that_the_command_line_cannot_express_is_the_programmers_error(annotation):
     with pytest.raises(TypeError):
-        read_annotation(annotation)
+        _read_annotation(annotation)
 
 
 def test_bounds_and_optional_values_are_taken():

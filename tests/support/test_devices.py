@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from support import devices
-from support.devices import describe_devices, has_fast_bfloat16, has_idle_gpu, set_up_devices, usable_cores
+from support.devices import _has_idle_gpu, describe_devices, has_fast_bfloat16, set_up_devices, usable_cores
 
 
 class Gpu:
@@ -54,18 +54,16 @@ def test_a_single_gpu_is_one(monkeypatch):
     assert describe_devices() == "computing on 1 GPU: NVIDIA A100"
 
 
-@pytest.mark.parametrize(("bfloat16", "more"), [(True, ", with bfloat16"), (False, "")])
-def test_a_cpu_is_named_with_its_cores(monkeypatch, bfloat16, more):
+def test_a_cpu_is_named_with_its_cores(monkeypatch):
     pretend_gpus(monkeypatch)
     monkeypatch.setattr(devices, "usable_cores", lambda: 3)
-    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda: bfloat16)
-    monkeypatch.setattr(devices, "has_idle_gpu", lambda: False)
-    assert describe_devices() == f"computing on the CPU, 3 cores{more}"
+    monkeypatch.setattr(devices, "_has_idle_gpu", lambda: False)
+    assert describe_devices() == "computing on the CPU, 3 cores"
 
 
 def test_a_gpu_that_tensorflow_cannot_use_is_named_with_the_line_that_mends_it(monkeypatch):
     pretend_gpus(monkeypatch)
-    monkeypatch.setattr(devices, "has_idle_gpu", lambda: True)
+    monkeypatch.setattr(devices, "_has_idle_gpu", lambda: True)
     line = describe_devices()
     assert line.startswith("computing on the CPU") and "\n" not in line
     assert "pip install 'tensorflow[and-cuda]'" in line
@@ -88,24 +86,26 @@ def test_a_gpu_is_idle_if_the_machine_has_one_that_nobody_hid(monkeypatch, folde
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert has_idle_gpu() == idle
+    assert _has_idle_gpu() == idle
 
 
 @pytest.mark.parametrize(
-    ("gpus", "flags", "fast"),
+    ("gpus", "flags", "seconds", "fast"),
     [
-        ([A100], "", True),
-        ([V100], "amx_bf16", False),  # the GPU computes, whatever the CPU can do
-        ([], "fpu avx512f amx_bf16 sse", True),
-        ([], "fpu avx512_bf16", True),
-        ([], "fpu avx512f", False),
-        ([], None, False),  # not Linux
+        ([A100], "", 1.0, True),
+        ([V100], "amx_bf16", 0.1, False),  # the GPU computes, whatever the CPU can do
+        ([], "fpu avx512f amx_bf16 sse", 0.3, True),
+        ([], "fpu avx512_bf16", 0.5, True),
+        ([], "fpu avx512_bf16", 1.8, False),  # it has the instructions, and they are slow
+        ([], "fpu avx512f", 0.1, False),
+        ([], None, 0.1, False),  # not Linux
     ],
 )
-def test_bfloat16_is_fast_where_the_device_has_it(monkeypatch, gpus, flags, fast):
+def test_bfloat16_is_fast_where_the_device_multiplies_it_faster(monkeypatch, gpus, flags, seconds, fast):
+    monkeypatch.setattr(devices, "_time_product", lambda dtype: seconds if dtype == tf.bfloat16 else 1.0)
     pretend_gpus(monkeypatch, *gpus)
     pretend_files(monkeypatch, proc_cpuinfo=flags if flags is None else f"processor : 0\nflags : {flags}\n")
-    assert has_fast_bfloat16() == fast
+    assert has_fast_bfloat16.__wrapped__() == fast
 
 
 @pytest.mark.parametrize(

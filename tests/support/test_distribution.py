@@ -17,17 +17,16 @@ import data_utils
 import train_image_caption_model as training
 from captioning.data.captioned_images import CaptionedImage
 from captioning.data.prepared_data import Prepared
-from captioning.decoder.compiled_recurrence import compiles_loops
 from captioning.settings import make_config
 from captioning.training.checkpoints import list_checkpoints
+from captioning.training.workers import check_same_training
 from captioning.vocabulary import END, START
 from conftest import options, rows, weights, write_coco, write_features
 from support import distribution
 from support.distribution import (
+    _open_strategy,
     check_same_everywhere,
-    check_same_training,
     is_chief,
-    open_strategy,
     replica_rows,
     replicas,
     run_replicas,
@@ -38,7 +37,7 @@ from support.distribution import (
 )
 from support.errors import UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 # 95 captions in batches of 15: neither 2 nor 4 replicas get as many rows each, and the last batch has 5 captions.
 SETTINGS = ["--batch_size", "15", "--precision", "float32"]
@@ -134,9 +133,9 @@ def test_2_and_4_devices_take_the_steps_of_one(alone, tmp_path):
 
 @pytest.mark.slow
 def test_2_and_4_devices_take_the_self_critical_steps_of_one(alone, tmp_path):
-    """19 pictures in batches of 6: the same captions are drawn, and rewarded, whatever replica says them."""
-    phase = ["--epochs", "2", "--self_critical_epochs", "2", "--pictures_per_step", "6", "--dropout", "0"]
-    phase += ["--self_critical_rate", "0.01", "--compile", "off"]
+    """19 images in batches of 6: the same captions are drawn, and rewarded, whatever replica says them."""
+    phase = ["--epochs", "2", "--self_critical_epochs", "2", "--images_per_step", "6", "--dropout", "0"]
+    phase += ["--self_critical_rate", "0.01"]
     processes = []
     for count in ("1", "2", "4"):
         shutil.copytree(alone / "run", tmp_path / count / "run")
@@ -154,7 +153,7 @@ def test_2_and_4_devices_take_the_self_critical_steps_of_one(alone, tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_raise_the_cider_of_samples_together(alone, tmp_path):
-    phase = ["--epochs", "2", "--self_critical_epochs", "1", "--pictures_per_step", "6", "--dropout", "0"]
+    phase = ["--epochs", "2", "--self_critical_epochs", "1", "--images_per_step", "6", "--dropout", "0"]
     ends = {}
     for name in ("one", "two"):
         shutil.copytree(alone / "run", tmp_path / name / "run")
@@ -162,7 +161,7 @@ def test_two_workers_raise_the_cider_of_samples_together(alone, tmp_path):
         if name == "two":
             finish(start_workers(argv, argv))
         else:
-            training.main([*argv, "--compile", "off"])
+            training.main([*argv])
         ends[name] = weights(tmp_path / name)
     mine, theirs = (rows(tmp_path / name)[2]["sampled_cider"] for name in ends)
     assert float(mine) == pytest.approx(float(theirs), abs=1e-5) and float(mine) > 0
@@ -293,10 +292,10 @@ def test_what_must_be_the_same_on_every_worker_and_what_need_not_be(changes, set
     cluster = {"chief": ["h:1"], "worker": ["h:2", "h:3"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "chief", "index": 0}}))
     sent = []
-    monkeypatch.setattr(distribution, "gather_texts", lambda text: sent.append(text) or [text])
+    monkeypatch.setattr(distribution, "_gather_texts", lambda text: sent.append(text) or [text])
     config = make_config({"strategy": "multiworker"})
     check_same_training(dataclasses.replace(DATA, **changes), dataclasses.replace(config, **settings))
-    monkeypatch.setattr(distribution, "gather_texts", lambda text: [text, text, sent.pop(0)])
+    monkeypatch.setattr(distribution, "_gather_texts", lambda text: [text, text, sent.pop(0)])
     if message:
         with pytest.raises(UserError, match=message):
             check_same_training(DATA, config)
@@ -311,7 +310,7 @@ def test_a_tf_config_that_does_not_say_which_worker_this_is_is_refused(text, mon
     if text is not None:
         monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UserError, match="TF_CONFIG.*set it on every worker"):
-        open_strategy(make_config({"strategy": "multiworker"}))
+        _open_strategy(make_config({"strategy": "multiworker"}))
 
 
 @pytest.mark.parametrize("job, index", [("worker", 1), ("worker", -1), ("ps", 0), ("chief", 0)])
@@ -319,12 +318,12 @@ def test_a_worker_that_tf_config_does_not_list_is_refused(job, index, monkeypatc
     cluster = {"worker": ["127.0.0.1:1"], "ps": ["127.0.0.1:2"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": job, "index": index}}))
     with pytest.raises(UserError, match="does not list the workers"):
-        open_strategy(make_config({"strategy": "multiworker"}))
+        _open_strategy(make_config({"strategy": "multiworker"}))
 
 
 def test_mirrored_without_several_gpus_is_refused():
     with pytest.raises(UserError, match="TensorFlow finds 1 here: run the same command with --strategy auto"):
-        open_strategy(make_config({"strategy": "mirrored"}), ["CPU:0"])
+        _open_strategy(make_config({"strategy": "mirrored"}), ["CPU:0"])
 
 
 class Cluster:
@@ -409,7 +408,6 @@ def test_a_stray_tf_config_changes_nothing(text, monkeypatch, capsys):
         check_same_everywhere({"a number": 3.0}, "give another")
         print("the chief prints")
     assert capsys.readouterr().out == "the chief prints\n"
-    assert compiles_loops(config) == (not tf.config.list_physical_devices("GPU"))
 
 
 def test_outside_of_a_strategy_there_is_one_replica_that_has_all_rows():
@@ -424,7 +422,7 @@ def test_outside_of_a_strategy_there_is_one_replica_that_has_all_rows():
 
 
 def test_a_single_process_sums_and_gives_what_it_has():
-    assert distribution.gather_texts('{"é": 1}') == ['{"é": 1}']
+    assert distribution._gather_texts('{"é": 1}') == ['{"é": 1}']
     assert sum_processes(2.5) == 2.5
     assert value_of_chief(lambda: 0.1) == 0.1
 

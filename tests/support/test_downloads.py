@@ -25,7 +25,7 @@ from conftest import full_disk
 from support import downloads
 from support.errors import UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 DATA = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
@@ -354,8 +354,8 @@ def test_no_file_is_without_a_limit(server, tmp_path, monkeypatch):
 
 def limited_defaults(limit):
     """The defaults of `download` with another limit than LARGEST, which takes a while to fetch."""
-    assert downloads.LARGEST in downloads.download.__defaults__
-    return tuple(limit if value == downloads.LARGEST else value for value in downloads.download.__defaults__)
+    assert downloads._LARGEST in downloads.download.__defaults__
+    return tuple(limit if value == downloads._LARGEST else value for value in downloads.download.__defaults__)
 
 
 def test_file_of_known_size_may_be_larger_than_the_limit(server, tmp_path):
@@ -512,7 +512,7 @@ def test_redirect_in_a_circle_or_to_no_address_is_refused(server, tmp_path, plac
         ("0.0.0.0", True),
         ("2130706433", True),  # 127.0.0.1 as one number
         ("8.8.8.8", False),
-        ("pictures.invalid", False),
+        ("images.invalid", False),
     ],
 )
 def test_redirect_from_a_public_address_into_the_own_network_is_refused(server, tmp_path, monkeypatch, host, refused):
@@ -570,8 +570,8 @@ def test_requests_name_the_program(server, tmp_path):
 
 def test_proxy_of_the_environment_is_used(server, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url)
-    server.answers["http://pictures.invalid/a"] = [plain(DATA)]
-    downloads.download("http://pictures.invalid/a", tmp_path / "a", **QUICK)
+    server.answers["http://images.invalid/a"] = [plain(DATA)]
+    downloads.download("http://images.invalid/a", tmp_path / "a", **QUICK)
     assert (tmp_path / "a").read_bytes() == DATA
 
 

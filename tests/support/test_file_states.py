@@ -14,7 +14,7 @@ def renew(path, state):
 def recorded(tmp_path):
     """A file and its state."""
     path = tmp_path / "a.jpg"
-    path.write_bytes(b"a picture")
+    path.write_bytes(b"an image")
     return path, read_state(path)
 
 
@@ -33,7 +33,7 @@ def test_a_file_of_another_time_is_read_and_its_new_time_returned(recorded, tmp_
     assert f"other times than recorded: 1, such as {copy}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [b"a picturE", b"a longer picture", b""])
+@pytest.mark.parametrize("content", [b"a picturE", b"a longer image", b""])
 def test_another_content_is_a_change(recorded, content):
     path, state = recorded
     path.write_bytes(content)
@@ -43,7 +43,7 @@ def test_another_content_is_a_change(recorded, content):
 
 def test_another_size_is_a_change_even_at_the_same_time(recorded, monkeypatch):
     path, state = recorded
-    path.write_bytes(b"a longer picture")
+    path.write_bytes(b"a longer image")
     os.utime(path, ns=(state.mtime_ns, state.mtime_ns))
     monkeypatch.setattr("support.file_states.read_state", None)  # the size tells
     assert renew(path, state) is None

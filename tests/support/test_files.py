@@ -13,7 +13,7 @@ from conftest import full_disk, options
 from support import files
 from support.errors import UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_what_is_written_is_read(tmp_path):
     folder = tmp_path / "new" / "folder"
     files.write_json(folder / "a.json", {"é": [1, 2.5, None]})
     assert files.read_json(folder / "a.json", "") == {"é": [1, 2.5, None]}
-    files.write_npy(folder / "a.npy", np.arange(6, dtype=np.float16).reshape(2, 3))
+    files._write_npy(folder / "a.npy", np.arange(6, dtype=np.float16).reshape(2, 3))
     assert np.load(folder / "a.npy").tolist() == [[0, 1, 2], [3, 4, 5]]
     files.write_csv(folder / "a.csv", [{"epoch": 1, "note": "a,\nb"}, {"epoch": 2, "note": ""}])
     with open(folder / "a.csv", newline="") as file:
@@ -203,7 +203,7 @@ def test_a_lock_on_a_full_disk_says_make_room(tmp_path):
 
 def test_a_holder_that_cannot_be_read_is_another_process(tmp_path):
     with open(tmp_path / "a", "wb") as file:
-        assert files.lock_holder(file) == "another process"
+        assert files._lock_holder(file) == "another process"
 
 
 # Scripts

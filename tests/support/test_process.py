@@ -11,7 +11,7 @@ import pytest
 from support.errors import UserError
 from support.process import end_process, interrupts_held_back, modules_left_out, silenced_stderr
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def run(code, *arguments):

@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from captioning.training import checkpoints
 from captioning.training.checkpoints import (
+    _checkpoint_number,
     captioner_checkpoint,
-    checkpoint_number,
     list_checkpoints,
     restore_newest,
     save_checkpoint,
@@ -182,10 +182,10 @@ def test_files_of_the_user_are_no_checkpoints_and_stay(tmp_path):
     own += ["ckpt-2", "ckpt-3.old/ckpt-3.index"]  # folders
     for name in own[-2:]:
         (tmp_path / name).mkdir(parents=True)
-    assert [checkpoint_number(path) for path in list_checkpoints(tmp_path)] == [3]
+    assert [_checkpoint_number(path) for path in list_checkpoints(tmp_path)] == [3]
     save(tmp_path, 4, 5)
     assert not (tmp_path / "ckpt-3.index").exists()
-    assert [checkpoint_number(path) for path in list_checkpoints(tmp_path)] == [5, 4]
+    assert [_checkpoint_number(path) for path in list_checkpoints(tmp_path)] == [5, 4]
     assert all((tmp_path / name).exists() for name in own)
 
 

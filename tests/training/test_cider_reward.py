@@ -22,7 +22,7 @@ def encode(text, padding=0):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """References of 40 pictures, 1 to 5 of each, and 3 captions of each picture."""
+    """References of 40 images, 1 to 5 of each, and 3 captions of each image."""
     rng = np.random.default_rng(0)
     references = [draw_texts(rng, rng.integers(1, 6), 12) for _ in range(40)]
     captions = [draw_texts(rng, 3, 14) for _ in references]
@@ -52,7 +52,7 @@ def test_without_end_it_is_the_cider_of_validation(drawn):
         assert scores[:, sample].mean() == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_picture_is_scored_by_its_position_whatever_else_is_scored(drawn):
+def test_a_image_is_scored_by_its_position_whatever_else_is_scored(drawn):
     references, captions = drawn
     reward = CiderReward(references, VOCABULARY)
     encoded = [[encode(text) for text in group] for group in captions]
@@ -78,7 +78,7 @@ def test_a_caption_that_does_not_end_is_worth_less():
     assert reward.score([0], [[[PAD]]]) == [[0]]
 
 
-def test_words_that_all_pictures_share_are_worth_nothing():
+def test_words_that_all_images_share_are_worth_nothing():
     reward = CiderReward([["a dog"], ["a cat"]], VOCABULARY)
     ((score,),) = reward.score([0], [[encode("a")]])
     # Only "<end>" and "a" are shared, and both are in all references; so are neither of the longer n-grams.

@@ -181,7 +181,7 @@ def begin_with(config, network):
     begin_run(prepared(network), config)
 
 
-def test_features_made_elsewhere_leave_new_pictures_without_a_network(config):
+def test_features_made_elsewhere_leave_new_images_without_a_network(config):
     begin_with(config, MADE_ELSEWHERE)
     with pytest.raises(UserError, match="made by another program.*python data_utils.py"):
         run_network(config)

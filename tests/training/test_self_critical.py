@@ -8,28 +8,27 @@ import tensorflow as tf
 
 import train_image_caption_model as training
 from captioning.captioner import caption_batch
-from captioning.data.prepared_data import load_prepared
-from captioning.decoder.rules import BANNED_WORDS
+from captioning.decoder.rules import _BANNED_WORDS
 from captioning.evaluation.metrics import quick_score
-from captioning.features.cache import Picture, feature_path
+from captioning.features.cache import ImageToCaption, feature_path, load_data
 from captioning.settings import make_config, read_settings
 from captioning.training import self_critical
-from captioning.training.batches import picture_batches
+from captioning.training.batches import image_batches
 from captioning.training.checkpoints import list_checkpoints
 from captioning.training.cider_reward import CiderReward
 from captioning.training.epochs import begin_epoch
 from captioning.training.optimizer import self_critical_rate
 from captioning.training.run_folder import load_captioner
-from captioning.training.sampling import draw_words, sample_captions
+from captioning.training.sampling import _draw_words, sample_captions
 from captioning.training.saving import return_to_best
 from captioning.training.self_critical import (
-    PictureSet,
-    add_references,
-    collect_pictures,
-    compare_samples,
-    policy_gradient_loss,
-    score_samples,
-    validation_cider,
+    ImageSet,
+    _add_references,
+    _collect_images,
+    _compare_samples,
+    _policy_gradient_loss,
+    _score_samples,
+    _validation_cider,
 )
 from captioning.training.state import Progress
 from captioning.vocabulary import END, PAD, SPECIAL_WORDS, START, UNK
@@ -39,7 +38,7 @@ from support.errors import UserError
 from tiny_captioner import SIZES, tiny_captioner
 
 SAMPLES = 5
-PICTURES = 19  # of the tiny data set's training split
+IMAGES = 19  # of the tiny data set's training split
 
 
 class State:
@@ -70,7 +69,7 @@ def sample(sampled, positions=range(6), step=0, seed=42):
 
 def test_a_word_is_drawn_where_the_probabilities_pass_the_chance():
     probabilities = tf.constant([[0.0, 0.25, 0.0, 0.5, 0.25]] * 6)  # (N, V)
-    words = draw_words(probabilities, tf.constant([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24]))
+    words = _draw_words(probabilities, tf.constant([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24]))
     assert words.numpy().tolist() == [1, 1, 3, 3, 4, 4]
     assert words.shape == (6,)
 
@@ -78,7 +77,7 @@ def test_a_word_is_drawn_where_the_probabilities_pass_the_chance():
 def test_words_are_drawn_as_often_as_their_probability():
     chances = tf.constant((np.arange(10_000) + 0.5) / 10_000, tf.float32)
     probabilities = np.random.default_rng(1).dirichlet(np.ones(30)).astype(np.float32)
-    words = draw_words(tf.constant([probabilities] * 10_000), chances)
+    words = _draw_words(tf.constant([probabilities] * 10_000), chances)
     np.testing.assert_allclose(np.bincount(words, minlength=30) / 10_000, probabilities, atol=2e-4)
 
 
@@ -88,7 +87,7 @@ def test_samples_are_captions_of_words_that_may_be_said(sampled):
     assert (captions[:, 0] == START).all()
     for row in captions[:, 1:].tolist():
         ended = row.index(END) if END in row else len(row)
-        assert not set(row[:ended]) & {*BANNED_WORDS}
+        assert not set(row[:ended]) & {*_BANNED_WORDS}
         assert set(row[ended + 1 :]) <= {PAD}
     assert len({tuple(row) for row in captions.tolist()}) > 10
 
@@ -100,15 +99,15 @@ def test_the_same_seed_and_step_draw_the_same_and_others_do_not(sampled):
         assert other.shape != captions.shape or (other != captions).any()
 
 
-def test_samples_of_no_picture_are_empty(sampled):
+def test_samples_of_no_image_are_empty(sampled):
     captions = sample(sampled, positions=[0, 1, 2, 3, -1, -1])
     by_sample = captions.reshape(SAMPLES, 6, -1)  # (S, b, T)
     assert (by_sample[:, 4:] == PAD).all()
     np.testing.assert_array_equal(by_sample[:, :4], sample(sampled).reshape(SAMPLES, 6, -1)[:, :4])
 
 
-def test_a_picture_without_doubt_is_sampled_as_it_is_decoded(sampled):
-    """Where the probabilities leave no choice, every sample of a picture is that picture's greedy caption."""
+def test_a_image_without_doubt_is_sampled_as_it_is_decoded(sampled):
+    """Where the probabilities leave no choice, every sample of an image is that image's greedy caption."""
     config, state, features = sampled
     kernel = state.decoder.output_layer.kernel
     before = kernel.numpy()
@@ -132,46 +131,46 @@ def said(word):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_scores_are_of_each_samples_own_picture(replicas, monkeypatch):
+def test_scores_are_of_each_samples_own_image(replicas, monkeypatch):
     monkeypatch.setattr(self_critical, "local_replica_ids", lambda: list(range(replicas)))
     positions = np.array([2, 0, 1, -1])
     names = np.array(["boat", "dog", "cat", "dog"])
-    right = np.array([[1, 0, 1, 1], [0, 1, 1, 1]], bool)  # (S, B): which of the samples name their picture
+    right = np.array([[1, 0, 1, 1], [0, 1, 1, 1]], bool)  # (S, B): which of the samples name their image
     wrong = np.array(["cat", "boat", "dog", "cat"])
     by_sample = np.where(right, names, wrong)  # (S, B)
     parts = np.split(by_sample, replicas, axis=1)  # of each replica (S, b)
     captions = np.array([said(word) for part in parts for word in part.ravel()])
-    scores = score_samples(PictureSet(None, REWARD, []), positions, captions, 2)
+    scores = _score_samples(ImageSet(None, REWARD, []), positions, captions, 2)
     assert scores.shape == (2 * replicas, 4 // replicas)
     together = np.concatenate(np.split(scores, replicas), axis=1)  # (S, B)
-    np.testing.assert_array_equal(together[:, :3] == 5, right[:, :3])  # all of a picture's 1- and 2-grams, of 4
+    np.testing.assert_array_equal(together[:, :3] == 5, right[:, :3])  # all of an image's 1- and 2-grams, of 4
     assert (together[:, 3] == 0).all()
 
 
-def test_a_process_that_has_no_picture_of_a_batch_scores_none():
-    scores = score_samples(PictureSet(None, REWARD, []), np.array([-1, -1]), np.full((4, 3), PAD), 2)
+def test_a_process_that_has_no_image_of_a_batch_scores_none():
+    scores = _score_samples(ImageSet(None, REWARD, []), np.array([-1, -1]), np.full((4, 3), PAD), 2)
     np.testing.assert_array_equal(scores, np.zeros((2, 2)))
 
 
 def test_an_advantage_is_the_distance_from_the_mean_of_the_others():
     scores = np.array([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]])  # (S, b) of one replica
-    advantages = compare_samples(scores, 3)
+    advantages = _compare_samples(scores, 3)
     np.testing.assert_allclose(advantages, [1 - 4, 0 - 1.5, 2 - 3.5, 0 - 1.5, 6 - 1.5, 3 - 0])
     assert advantages.dtype == np.float32
-    both = compare_samples(np.concatenate((scores, 2 * scores)), 3)
+    both = _compare_samples(np.concatenate((scores, 2 * scores)), 3)
     np.testing.assert_allclose(both, np.concatenate((advantages, 2 * advantages)))
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_a_reference_of_each_picture_stands_behind_its_replicas_samples(replicas, monkeypatch):
+def test_a_reference_of_each_image_stands_behind_its_replicas_samples(replicas, monkeypatch):
     monkeypatch.setattr(self_critical, "local_replica_ids", lambda: list(range(replicas)))
     long = [START, *range(4, 40), END]
-    pictures = PictureSet(None, None, [[[START, 7, END], [START, 8, END]], [long], [[START, 9, END]] * 3])
+    images = ImageSet(None, None, [[[START, 7, END], [START, 8, END]], [long], [[START, 9, END]] * 3])
     positions = np.array([2, 1, 0, -1])
-    captions = np.arange(100, 124).reshape(8, 3)  # (R b S, T), two samples of each picture
+    captions = np.arange(100, 124).reshape(8, 3)  # (R b S, T), two samples of each image
     advantages = np.arange(8, dtype=np.float32)
     config = make_config({"reference_weight": 0.25})
-    joined, weights = add_references(pictures, positions, captions, advantages, 3, config)
+    joined, weights = _add_references(images, positions, captions, advantages, 3, config)
     assert joined.shape == (12, 21) and weights.dtype == np.float32
     order = (
         [0, 1, 2, 3, 4, 5, 6, 7, "r", "r", "r", "r"] if replicas == 1 else [0, 1, 2, 3, "r", "r", 4, 5, 6, 7, "r", "r"]
@@ -185,7 +184,7 @@ def test_a_reference_of_each_picture_stands_behind_its_replicas_samples(replicas
     assert references[1] == long[:21]  # cut where the longest sample ends
     assert references[2] == [START, 8, END] + [PAD] * 18  # the second of two
     assert references[3] == [PAD] * 21
-    same = add_references(pictures, positions, captions, advantages, 3, make_config({"reference_weight": 0}))
+    same = _add_references(images, positions, captions, advantages, 3, make_config({"reference_weight": 0}))
     assert same[0] is captions and same[1] is advantages
 
 
@@ -195,8 +194,8 @@ def test_the_loss_is_reinforce_with_the_banned_words_barred():
     logits = tf.Variable(rng.standard_normal((5, 7)), dtype=tf.float32)  # (N, V), words 5 6 4 END END
     advantages = np.array([2.0, -0.5])
     with tf.GradientTape() as tape:
-        loss = policy_gradient_loss(captions, logits, tf.constant(advantages, tf.float32))
-    open_words = np.delete(np.arange(7), BANNED_WORDS)
+        loss = _policy_gradient_loss(captions, logits, tf.constant(advantages, tf.float32))
+    open_words = np.delete(np.arange(7), _BANNED_WORDS)
     exponents = np.exp(logits.numpy()[:, open_words])
     probabilities = np.zeros((5, 7))
     probabilities[:, open_words] = exponents / exponents.sum(1, keepdims=True)
@@ -215,9 +214,9 @@ def test_an_unknown_word_of_a_reference_teaches_nothing():
     advantages = tf.constant([2.0, 0.5])
     known = [0, 1, 4, 3]  # of 5, 6, <unk>, the second <end> and the first, in the order of the captions without <unk>
     with tf.GradientTape(persistent=True) as tape:
-        loss = policy_gradient_loss(tf.constant([[START, 5, UNK, END], [START, 6, END, PAD]]), logits, advantages)
+        loss = _policy_gradient_loss(tf.constant([[START, 5, UNK, END], [START, 6, END, PAD]]), logits, advantages)
         kept = tf.gather(logits, known)
-        expected = policy_gradient_loss(tf.constant([[START, 5, END], [START, 6, END]]), kept, advantages[:2])
+        expected = _policy_gradient_loss(tf.constant([[START, 5, END], [START, 6, END]]), kept, advantages[:2])
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     gradient = tape.gradient(loss, logits).numpy()
     assert not gradient[2].any()
@@ -234,17 +233,17 @@ def test_a_replicas_share_of_the_words_is_of_those_that_are_learned(monkeypatch)
 
 def test_the_loss_of_no_caption_is_0():
     captions = tf.fill((2, 3), PAD)
-    assert float(policy_gradient_loss(captions, tf.zeros((0, 7)), tf.zeros(2))) == 0
+    assert float(_policy_gradient_loss(captions, tf.zeros((0, 7)), tf.zeros(2))) == 0
 
 
 # --- Batches ------------------------------------------------------------------------------------------------------
 
 
-def test_batches_hold_each_pictures_features_and_position(trained):
-    config = settings_of(trained, trained / "run", "--pictures_per_step", "4")
-    images = load_prepared(config).train[:6]
+def test_batches_hold_each_images_features_and_position(trained):
+    config = settings_of(trained, trained / "run", "--images_per_step", "4")
+    images = load_data(config).train[:6]
     paths = tf.constant([str(feature_path(image, config)) for image in images])
-    batches = [(features.numpy(), positions.numpy()) for features, positions in picture_batches(paths, ORDER, config)]
+    batches = [(features.numpy(), positions.numpy()) for features, positions in image_batches(paths, ORDER, config)]
     assert [positions.tolist() for _, positions in batches] == [[5, 0, 3, 1], [2, 4, -1, -1]]
     for features, positions in batches:
         assert features.shape == (4, 64, 2048)
@@ -256,7 +255,7 @@ ORDER = np.array([5, 0, 3, 1, 2, 4])
 
 # --- The phase ----------------------------------------------------------------------------------------------------
 
-QUICK = ["--pictures_per_step", "8", "--self_critical_rate", "0.01", "--schedule", "constant", "--compile", "off"]
+QUICK = ["--images_per_step", "8", "--self_critical_rate", "0.01", "--schedule", "constant"]
 QUICK += ["--dropout", "0", "--doubly_stochastic", "0"]
 EPOCHS = 10
 PHASE = ["--self_critical_epochs", str(EPOCHS)]
@@ -289,26 +288,26 @@ def test_the_captions_that_are_sampled_get_better(taught):
 def test_the_cider_of_samples_is_on_the_scale_of_validation(trained, monkeypatch):
     """The captions that were drawn in an epoch, scored as validation scores them, give the number in history.csv."""
     config = settings_of(trained, trained / "run", *QUICK, *PHASE)
-    prepared, drawn = load_prepared(config), {}
+    prepared, drawn = load_data(config), {}
     state = training.build_state(prepared, "float32", config)
     state.progress.cross_entropy_epochs = 0
 
     def record(state, features, positions, config):
         captions = sample_captions(state, features, positions, config)
-        by_sample = captions.reshape(config.samples_per_picture, len(positions), -1)  # (S, b, T)
+        by_sample = captions.reshape(config.samples_per_image, len(positions), -1)  # (S, b, T)
         drawn.update({position: by_sample[:, b] for b, position in enumerate(positions) if position >= 0})
         return captions
 
     monkeypatch.setattr(training, "sample_captions", record)
-    pictures = collect_pictures(prepared.train, prepared.vocabulary, config)
-    row = training.self_critical_epoch(state, pictures, 0, config)
+    images = _collect_images(prepared.train, prepared.vocabulary, config)
+    row = training.self_critical_epoch(state, images, 0, config)
     references = {position: prepared.train[position].references for position in drawn}
     write = lambda words: " ".join(prepared.vocabulary[i] for i in words if i not in (PAD, START, END))  # noqa: E731
     ciders = [
         quick_score({position: write(captions[number]) for position, captions in drawn.items()}, references)["CIDEr"]
-        for number in range(config.samples_per_picture)
+        for number in range(config.samples_per_image)
     ]
-    assert len(drawn) == PICTURES and np.mean(ciders) > 0
+    assert len(drawn) == IMAGES and np.mean(ciders) > 0
     assert row.sampled_cider == pytest.approx(np.mean(ciders), rel=1e-6)
 
 
@@ -335,9 +334,9 @@ def test_the_best_checkpoint_is_that_of_the_highest_cider(taught, trained):
     config = settings_of(trained, taught / "run")
     captioner = load_captioner(config)
     assert captioner.checkpoint == f"best/ckpt-{chosen['epoch']}"
-    prepared = load_prepared(config)
-    pictures = training.dataset_pictures(prepared.validation, config)
-    cider = validation_cider(captioner, pictures, prepared.vocabulary, config)
+    prepared = load_data(config)
+    images = training.dataset_images(prepared.validation, config)
+    cider = _validation_cider(captioner, images, prepared.vocabulary, config)
     assert cider == pytest.approx(float(chosen["validation_cider"]), abs=1e-6)
 
 
@@ -358,7 +357,7 @@ def test_a_run_stopped_in_this_phase_goes_on_and_ends_as_if_nothing_had_been(tau
 
 
 def interrupt_at(monkeypatch, batch):
-    real, read = training.picture_batches, []
+    real, read = training.image_batches, []
 
     def batches(*args):
         for item in real(*args):
@@ -367,7 +366,7 @@ def interrupt_at(monkeypatch, batch):
                 signal.raise_signal(signal.SIGINT)
             yield item
 
-    monkeypatch.setattr(training, "picture_batches", batches)
+    monkeypatch.setattr(training, "image_batches", batches)
 
 
 def test_more_epochs_of_cross_entropy_come_too_late(taught, trained, tmp_path, capsys):
@@ -397,7 +396,7 @@ def test_captions_that_break_down_take_the_run_back_to_its_best(trained, tmp_pat
 def test_the_phase_begins_with_the_best_weights_of_cross_entropy(trained, tmp_path, capsys):
     shutil.copytree(trained / "run", tmp_path / "run")
     config = settings_of(trained, tmp_path / "run", "--self_critical_epochs", "4")
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     state = training.open_run(prepared, config)
     progress = state.progress
     for weight in state.trainable_variables:
@@ -430,7 +429,7 @@ def test_references_are_learned_beside_the_samples(trained, tmp_path):
 
 def test_the_best_weights_are_what_the_guard_brings_back(taught, trained):
     config = settings_of(trained, taught / "run", "--self_critical_epochs", "4")
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     state = training.open_run(prepared, config)
     for weight in state.trainable_variables:
         weight.assign(weight + 1)
@@ -450,18 +449,18 @@ def test_the_rate_falls_over_the_epochs_of_this_phase():
 
 
 def test_fewer_than_two_samples_cannot_be_compared():
-    with pytest.raises(UserError, match="samples_per_picture"):
-        make_config({"samples_per_picture": 1})
+    with pytest.raises(UserError, match="samples_per_image"):
+        make_config({"samples_per_image": 1})
 
 
-def test_pictures_are_known_by_their_position(trained):
+def test_images_are_known_by_their_position(trained):
     config = settings_of(trained, trained / "run")
-    prepared = load_prepared(config)
-    pictures = collect_pictures(prepared.train, prepared.vocabulary, config)
-    assert len(pictures.feature_paths) == PICTURES == len(pictures.reward.references)
+    prepared = load_data(config)
+    images = _collect_images(prepared.train, prepared.vocabulary, config)
+    assert len(images.feature_paths) == IMAGES == len(images.reward.references)
     third = prepared.train[2]
-    assert pictures.feature_paths[2].numpy().decode() == str(feature_path(third, config))
-    assert len(pictures.reward.references[2]) == len(third.references)
+    assert images.feature_paths[2].numpy().decode() == str(feature_path(third, config))
+    assert len(images.reward.references[2]) == len(third.references)
 
 
 @pytest.mark.parametrize("other", [(2, [0, 1, 2], 5), (1, [0, 2, 1], 5), (1, [0, 1, 2], 4)])
@@ -476,22 +475,22 @@ def test_an_epoch_in_another_order_or_with_other_samples_begins_anew(other):
     assert (progress.captions_done, progress.ciders) == (0, 0)
 
 
-def test_each_sample_is_taught_with_its_own_picture(taught, trained):
+def test_each_sample_is_taught_with_its_own_image(taught, trained):
     """The loss of a step is that of captions whose features are put together by hand."""
-    more = ["--dropout", "0", "--precision", "float32", "--compile", "off", "--samples_per_picture", "3"]
+    more = ["--dropout", "0", "--precision", "float32", "--samples_per_image", "3"]
     config = settings_of(trained, taught / "run", *more)
-    prepared = load_prepared(config)
+    prepared = load_data(config)
     state = training.open_run(prepared, config)
     paths = [feature_path(image, config) for image in prepared.train[:2]]
     features = np.stack([np.load(path) for path in paths])  # (B, P, F)
     captions = np.array([[START, 5 + i, 6 + i, END] for i in range(6)])  # (B S, T)
     advantages = np.array([1, -2, 3, -4, 5, -6], np.float32)
-    pictures = collect_pictures(prepared.train, prepared.vocabulary, config)
-    captions, advantages = add_references(pictures, np.arange(2), captions, advantages, 0, config)
+    images = _collect_images(prepared.train, prepared.vocabulary, config)
+    captions, advantages = _add_references(images, np.arange(2), captions, advantages, 0, config)
     assert captions[6:, 1:].any(axis=1).all() and (advantages[6:] == np.float32(0.3)).all()
     by_caption = tf.constant(features[[0, 1] * 4])  # first samples, second samples, third samples, references
     logits, _ = state.decoder.teacher_forcing(tf.constant(captions), state.encoder(by_caption))
-    expected = float(policy_gradient_loss(tf.constant(captions), logits, tf.constant(advantages)))
+    expected = float(_policy_gradient_loss(tf.constant(captions), logits, tf.constant(advantages)))
     loss = training.train_step(state, tf.constant(features), tf.constant(captions), config, tf.constant(advantages))
     assert float(loss) == pytest.approx(expected, rel=1e-4)
 
@@ -499,21 +498,21 @@ def test_each_sample_is_taught_with_its_own_picture(taught, trained):
 def test_validation_cider_is_of_greedy_captions_against_every_reference(sampled, tmp_path):
     config, state, features = sampled
     captioner = tiny_captioner(config, features.numpy())
-    pictures = []
+    images = []
     for number, feature in enumerate(features.numpy()):
         np.save(tmp_path / f"{number}.npy", feature)
         path = tmp_path / f"{number}.jpg"
-        pictures.append(Picture(path, path.name, number, feature_path=tmp_path / f"{number}.npy"))
-    said = {caption.image_id: caption.caption for caption in caption_batch(captioner, pictures, features, config)}
+        images.append(ImageToCaption(path, path.name, number, feature_path=tmp_path / f"{number}.npy"))
+    said = {caption.image_id: caption.caption for caption in caption_batch(captioner, images, features, config)}
     assert len({*said.values()}) > 2
     others = ["of another thing", "not like that at all", "nothing of this is there"]
     for place in (0, 1, 2):
         told = [
-            dataclasses.replace(picture, references=[*others[:place], said[picture.image_id], *others[place:]])
-            for picture in pictures
+            dataclasses.replace(image, references=[*others[:place], said[image.image_id], *others[place:]])
+            for image in images
         ]
         beams = dataclasses.replace(config, beam_width=3, decode_batch=4)
-        references = {picture.image_id: picture.references for picture in told}
+        references = {image.image_id: image.references for image in told}
         expected = quick_score(said, references)["CIDEr"]
         assert expected > 1
-        assert validation_cider(captioner, told, captioner.vocabulary, beams) == pytest.approx(expected, rel=1e-6)
+        assert _validation_cider(captioner, told, captioner.vocabulary, beams) == pytest.approx(expected, rel=1e-6)

@@ -12,7 +12,7 @@ from captioning.training.tensorboard import log_epoch, tensorboard_log
 from support.errors import UserError
 
 PREDICTIONS = [
-    PredictedCaption(pathlib.Path(f"/pictures/{name}.jpg"), name, ["a", name], np.zeros(2), np.ones((2, 64)))
+    PredictedCaption(pathlib.Path(f"/images/{name}.jpg"), name, ["a", name], np.zeros(2), np.ones((2, 64)))
     for name in ("dog", "tüür")
 ]
 

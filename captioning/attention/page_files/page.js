@@ -4,8 +4,8 @@
 const WORDS_PER_SECOND = 2.5; // while a caption is played: reading pace
 const CALM_WORDS_PER_SECOND = 1; // for readers who asked their system for less motion
 const FADE = 180; // milliseconds from one word's light to the next
-const OVERLAY_SIDE = 240; // pixels of an overlay's longer side; the browser scales it to the picture
-const HEAT_OPACITY = 0.75; // of the heat map at the slider's end: the picture stays visible below it
+const OVERLAY_SIDE = 240; // pixels of an overlay's longer side; the browser scales it to the image
+const HEAT_OPACITY = 0.75; // of the heat map at the slider's end: the image stays visible below it
 
 // matplotlib's "inferno" at 0, 1/8, ..., 1. It is perceptually ordered: more attention is always brighter.
 const INFERNO = [
@@ -20,7 +20,7 @@ const overlays = new WeakMap(); // frame element -> Overlay
 
 let hovered = null; // the word below the mouse
 let selected = null; // the word that was clicked, touched, reached with a key, or is played
-let shown = null; // the word whose light is on the picture
+let shown = null; // the word whose light is on the image
 let playing = null; // {button, words, next, timer} while a caption is played
 
 // The mathematics of an attention map
@@ -44,7 +44,7 @@ function bicubicTaps(size, cells) {
   });
 }
 
-// A word's 64 weights, 0 to 255, as smooth light over the picture, 0 to 1. As in the PNG figures.
+// A word's 64 weights, 0 to 255, as smooth light over the image, 0 to 1. As in the PNG figures.
 function upsample(weights, width, height) {
   const cells = Math.sqrt(weights.length);
   const across = bicubicTaps(width, cells);
@@ -75,13 +75,13 @@ const heatColours = Array.from({ length: 256 }, (_, level) => {
   return INFERNO[below].map((colour, i) => colour + (place - below) * (INFERNO[below + 1][i] - colour));
 });
 
-// The light on a picture
+// The light on an image
 
 function showsHeat() {
   return form.elements.show.value === "heat";
 }
 
-// A canvas over one picture. It fades from what it shows to what it is to show.
+// A canvas over one image. It fades from what it shows to what it is to show.
 class Overlay {
   constructor(frame) {
     const [width, height] = sizeOf(frame.querySelector("img"));
@@ -93,7 +93,7 @@ class Overlay {
     this.canvas.setAttribute("aria-hidden", "true");
     this.context = this.canvas.getContext("2d");
     this.pixels = this.context.createImageData(this.canvas.width, this.canvas.height);
-    this.now = { light: null, strength: 0 }; // strength: 0 shows the bare picture, 1 the light
+    this.now = { light: null, strength: 0 }; // strength: 0 shows the bare image, 1 the light
     this.animation = 0;
     frame.append(this.canvas);
   }
@@ -161,7 +161,7 @@ function sizeOf(image) {
 
 function overlayOf(word) {
   const frame = word.closest("article").querySelector(".frame");
-  if (!frame.querySelector("img")) return null; // the picture could not be read
+  if (!frame.querySelector("img")) return null; // the image could not be read
   if (!overlays.has(frame)) overlays.set(frame, new Overlay(frame));
   return overlays.get(frame);
 }
@@ -271,7 +271,7 @@ document.addEventListener("focusin", (event) => {
   selected = word;
   refresh();
   if (word.matches(":focus-visible")) {
-    // Reached with a key: the word is to be seen, and as much of the picture as there is room for.
+    // Reached with a key: the word is to be seen, and as much of the image as there is room for.
     word.closest("article").querySelector(".frame").scrollIntoView({ block: "nearest" });
     word.scrollIntoView({ block: "nearest" });
   }

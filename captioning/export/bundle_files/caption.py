@@ -1,4 +1,4 @@
-"""Caption pictures with the models of this folder.
+"""Caption images with the models of this folder.
 
 python caption.py photo.jpg more_photos/ [--beam_width 3] [--figure attention.png]
 """
@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 PAD, UNK, START, END = range(4)  # the first words of the vocabulary
-MOST_PIXELS, MOST_FILE_PIXELS = 100_000_000, 250_000_000  # of a picture as it is decoded, and of any file
-# Of what Pillow reads: kinds of picture files, which are looked for in folders
+MOST_PIXELS, MOST_FILE_PIXELS = 100_000_000, 250_000_000  # of an image as it is decoded, and of any file
+# Of what Pillow reads: kinds of image files, which are looked for in folders
 FORMATS = "AVIF BMP DIB GIF HEIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
 WIDTH, GAP, COLUMNS, LINE = 224, 4, 5, 26  # of a figure: pixels of a column and between two, columns, pixels of text
 
@@ -27,17 +27,17 @@ def main(argv):
     files = FOLDER / "captioner.json", FOLDER / "vocabulary.json"
     settings, vocabulary = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="+", help="picture files, and folders of them at any depth")
+    parser.add_argument("images", nargs="+", help="image files, and folders of them at any depth")
     for name, value in settings["decoding"].items():
         parser.add_argument(f"--{name}", type=type(value), default=value, metavar=str(value))
-    parser.add_argument("--figure", metavar="PNG", help="draw where the model looked, for one picture")
+    parser.add_argument("--figure", metavar="PNG", help="draw where the model looked, for one image")
     options = parser.parse_args(argv)
     with contextlib.suppress(ImportError):
         __import__("pillow_heif").register_heif_opener()
     Image.MAX_IMAGE_PIXELS = MOST_FILE_PIXELS // 2  # Pillow refuses twice as many
-    paths = find_pictures(options.pictures)
+    paths = find_images(options.images)
     if min(options.beam_width, options.max_words, len(paths)) < 1 or (options.figure and len(paths) > 1):
-        parser.error("--beam_width and --max_words are 1 or more; a picture is needed, and only one with --figure")
+        parser.error("--beam_width and --max_words are 1 or more; an image is needed, and only one with --figure")
     encode, decode = (load_model(name, settings["format"]) for name in ("encoder", "decoder"))
     failed = 0
     for path in paths:
@@ -55,13 +55,13 @@ def main(argv):
     return 1 if failed else 0
 
 
-def find_pictures(names):
-    """The files that are named, and the picture files in the folders that are named. list of str -> list of paths"""
+def find_images(names):
+    """The files that are named, and the image files in the folders that are named. list of str -> list of paths"""
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = {}
     for name in names:
         paths = [pathlib.Path(place, file) for place, _, files in os.walk(name) for file in files]
-        # Files that begin with ._ hold what macOS notes beside pictures.
+        # Files that begin with ._ hold what macOS notes beside images.
         paths = sorted(path for path in paths if path.suffix.lower() in known and not path.name.startswith("._"))
         for path in paths if os.path.isdir(name) else [pathlib.Path(name)]:
             found.setdefault(os.path.abspath(path), path)
@@ -88,11 +88,11 @@ def load_model(name, runtime):
 
 
 def read_pixels(path, side):
-    return np.asarray(open_picture(path, side).resize((side, side), Image.Resampling.BILINEAR))  # (side, side, 3)
+    return np.asarray(open_image(path, side).resize((side, side), Image.Resampling.BILINEAR))  # (side, side, 3)
 
 
-def open_picture(path, smallest):
-    """A picture of any kind, upright, in RGB, on white. A large JPEG file comes smaller, which saves time."""
+def open_image(path, smallest):
+    """An image of any kind, upright, in RGB, on white. A large JPEG file comes smaller, which saves time."""
     if not os.path.isfile(path):
         raise OSError("there is no such file")  # a named pipe would be waited for
     with Image.open(path) as image:
@@ -109,12 +109,12 @@ def open_picture(path, smallest):
 
 def beam_search(encoded, decode, options):
     """The likeliest caption of those that `beam_width` beams (K) keep in view: words (L,), and log-probability."""
-    picture, width = {name: encoded[name] for name in ("encoded_features", "keys")}, options.beam_width
+    image, width = {name: encoded[name] for name in ("encoded_features", "keys")}, options.beam_width
     hidden = np.repeat(encoded["hidden"], width, 0)  # (K, units)
     scores = np.float32([0] + [-1e6] * (width - 1))  # (K,); all beams are alike, so only one begins
     words, ended = np.full((width, 1), START, np.int32), np.zeros((width, 1), bool)  # (K, t + 1), (K, 1)
     while not ended.all() and words.shape[1] <= options.max_words:
-        step = decode(words=words[:, -1:], hidden=hidden, **picture)
+        step = decode(words=words[:, -1:], hidden=hidden, **image)
         for row, said in zip(step["log_probs"], words, strict=True):
             row[find_repeats(said, options.repeat_block)] = -1e9
         candidates = scores[:, np.newaxis] + np.where(ended, np.float32(0), step["log_probs"])  # (K, V)
@@ -172,8 +172,8 @@ def find_missing(font, text):
 
 
 def draw_attention(path, words, maps):
-    """The picture, and for each word the picture lit where its map is high, as a Pillow image."""
-    image = ImageOps.contain(open_picture(path, WIDTH), (WIDTH - GAP, 3 * WIDTH))
+    """The image, and for each word the image lit where its map is high, as a Pillow image."""
+    image = ImageOps.contain(open_image(path, WIDTH), (WIDTH - GAP, 3 * WIDTH))
     pixels, side, height = np.asarray(image, np.float32), round(maps.shape[1] ** 0.5), image.height + LINE + GAP
     figure = Image.new("RGB", (COLUMNS * WIDTH, (len(words) // COLUMNS + 1) * height), "white")
     pen, font = ImageDraw.Draw(figure), find_font("".join(words))
