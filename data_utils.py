@@ -33,13 +33,13 @@ def main(argv):
         splits = read_splits(config)
         images = sources.all_images(splits)
         missing = find_missing(images, config)
-        prepared_data.retract_prepared(config)
+        prepared_data.retract_prepared(config.data_dir)
         skipped = fetch_images(missing, config, total=len(images))
         readable = [image for image in missing if image.name not in skipped]
         skipped |= extraction.cache_features(readable, extraction.calibration_paths(splits, config), config)
-        splits = prepared_data.leave_out(splits, skipped, config)
-        measured = cache.measure_features(splits["train"], config)
-        prepared_data.save_prepared(splits, skipped, *measured, cache.read_network(config), config)
+        splits = prepared_data.leave_out(splits, skipped, config.max_words)
+        measured = cache.measure_features(splits["train"], features_dir)
+        prepared_data.save_prepared(splits, skipped, *measured, cache.cached_network(features_dir), config)
 
 
 def read_splits(config, shard=None):
@@ -91,8 +91,9 @@ def extract_shard(number, count, config):
 
 def check_calibration(calibration, config):
     """Raise UserError if random weights need images that are missing. Two hosts must not download the same file."""
+    statistics = cache.random_statistics(cache.features_folder(config))
     absent = [path for path in calibration if not pathlib.Path(path).is_file()]
-    if config.inception_weights == "random" and absent and not cache.random_statistics(config).exists():
+    if config.inception_weights == "random" and absent and not statistics.exists():
         raise UserError(f"{absent[0]} is missing, and random weights need it in every shard: run without --shard")
 
 

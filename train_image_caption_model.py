@@ -17,7 +17,7 @@ import tensorflow as tf
 from captioning import settings
 from captioning.data import prepared_data
 from captioning.decoder.word_detector import detection_loss
-from captioning.features.cache import load_data
+from captioning.features.cache import features_folder, load_data
 from captioning.features.feature_files import reading_features
 from captioning.training import batches, checkpoints, epochs, optimizer, run_folder, saving, self_critical, workers
 from captioning.training.samples import Samples, choose_samples, save_and_show
@@ -39,7 +39,7 @@ def main(argv):
     saved = prepared_data.read_prepared_settings(data_dir)
     config = settings.adopt_settings(given, saved, settings.DATA_SETTINGS, data_dir)
     devices.set_up_devices()
-    with distribution.replicas(config):
+    with distribution.replicas(config.strategy):
         train_captioner(config)
 
 
@@ -47,15 +47,16 @@ def train_captioner(config):
     """Train as the settings say, or continue to; all processes of a run that has several call this."""
     prepared = load_data(config)
     workers.check_same_training(prepared, config)
-    train = batches.collect_captions(prepared.train, config)
-    validation = batches.collect_captions(prepared.validation, config)
+    features_dir = features_folder(config)
+    train = batches.collect_captions(prepared.train, features_dir)
+    validation = batches.collect_captions(prepared.validation, features_dir)
     with locked(config.run_dir) if distribution.is_chief() else contextlib.nullcontext():
         state = open_run(prepared, config)
         progress = state.progress
         try:
             with (
                 interrupts_held_back() as stop_if_asked,
-                reading_features(settings.prepare_command(config)),
+                reading_features(settings.prepare_command(config.dataset)),
                 tensorboard_log(config) as writer,
             ):
                 samples = Samples(choose_samples(prepared.validation, config), prepared.vocabulary, writer)
@@ -64,10 +65,10 @@ def train_captioner(config):
                     measure_loss = lambda: validate(state, validation, config, stop_if_asked)  # noqa: E731
                     self_critical.train_epochs(state, prepared, measure_loss, samples, stop_if_asked, config)
         except KeyboardInterrupt:
-            saving.save_last(state, config)
+            saving.save_last(state, config.run_dir)
             print(f"stopped in epoch {progress.epoch + 1}, after {progress.captions_done} captions: saved")
             raise
-    announce_end(progress, config)
+    announce_end(progress, config.run_dir)
 
 
 # --- The run folder ---------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def open_run(prepared, config):
     if precision == "auto":
         precision = "mixed_bfloat16" if devices.has_fast_bfloat16() else "float32"
     state = build_state(prepared, precision, config)
-    restored = checkpoints.restore_newest(state, [folder / "last"], run_folder.other_folder(config))
+    restored = checkpoints.restore_newest(state, [folder / "last"], run_folder.other_folder(config.dataset))
     if precision == "mixed_float16":  # after restoring: a checkpoint of another precision has no loss scale
         state.loss_scale = keras.optimizers.LossScaleOptimizer(state.optimizer)
         state.loss_scale.build(state.trainable_variables)
@@ -183,7 +184,7 @@ def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):
             bar.update(done)
 
             if now - saved > 60 * config.checkpoint_minutes:
-                saving.save_last(state, config)
+                saving.save_last(state, config.run_dir)
                 saved = now
     rate = round(len(order) / progress.seconds, 1)
     return EpochRow(epoch + 1, train_loss=progress.nats / progress.words, captions_per_second=rate)

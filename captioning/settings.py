@@ -128,14 +128,14 @@ def differing_settings(config, saved, names):
     return [(name, saved[name], values[name]) for name in names if name in saved and saved[name] != values[name]]
 
 
-def dataset_option(config):
+def dataset_option(dataset):
     """The option that chooses the data set, for messages that name a command; empty for COCO."""
-    return "" if config.dataset == "coco" else f"--dataset {config.dataset}"
+    return "" if dataset == "coco" else f"--dataset {dataset}"
 
 
-def prepare_command(config):
+def prepare_command(dataset):
     """What makes the prepared data anew, for messages: `run python data_utils.py` and the data set's option."""
-    return f"run python data_utils.py {dataset_option(config)}".rstrip()
+    return f"run python data_utils.py {dataset_option(dataset)}".rstrip()
 
 
 def quote(value):

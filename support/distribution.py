@@ -31,21 +31,22 @@ _WORKER_LOST = (
 
 
 @contextlib.contextmanager
-def replicas(config, devices=None):
-    """Compute on what `config.strategy` says; only the chief prints. TensorFlow must not have computed anything before.
+def replicas(strategy, devices=None):
+    """Compute where `strategy` says; only the chief prints. TensorFlow must not have computed anything before.
 
     Args:
+      strategy: str, the setting.
       devices: list of str, what to compute on; the GPUs of this machine if not given.
 
     Raises:
       UserError: what open_strategy raises, or another worker stopped.
     """
-    strategy = _open_strategy(config, devices)
+    opened = _open_strategy(strategy, devices)
     try:
-        with strategy.scope(), contextlib.redirect_stdout(sys.stdout if is_chief() else None):
+        with opened.scope(), contextlib.redirect_stdout(sys.stdout if is_chief() else None):
             yield
     except _WORKER_LOST as error:
-        if config.strategy != "multiworker":
+        if strategy != "multiworker":
             raise
         reason = re.search(r"aborted by: (.*)", error.message) or re.search("(.*)", error.message)
         raise UserError(
@@ -54,13 +55,13 @@ def replicas(config, devices=None):
         ) from error
 
 
-def _open_strategy(config, devices=None):
-    """The tf.distribute.Strategy of `config.strategy`; arguments as in `replicas`.
+def _open_strategy(name, devices=None):
+    """The tf.distribute.Strategy that the setting `strategy` names; arguments as in `replicas`.
 
     Raises:
       UserError: `mirrored` without several GPUs, or `multiworker` without a TF_CONFIG that can be used.
     """
-    if config.strategy == "multiworker":
+    if name == "multiworker":
         _check_tf_config()
         print("waiting for all workers of TF_CONFIG")
         try:
@@ -73,7 +74,7 @@ def _open_strategy(config, devices=None):
     devices = devices or [device.name for device in tf.config.list_logical_devices("GPU")]
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy(devices)
-    if config.strategy == "mirrored":
+    if name == "mirrored":
         raise UserError(
             f"--strategy mirrored is for several GPUs, and TensorFlow finds {len(devices)} here: "
             "run the same command with --strategy auto"

@@ -68,7 +68,7 @@ def check_usable(images, config):
         assert all(1 <= num_words <= MAX_WORDS for num_words in count_words(image.captions))
         assert min(count_words(image.references)) > 0
         json.dumps(dataclasses.asdict(image), ensure_ascii=False).encode()  # as prepared files hold it
-        for path in (feature_path(image, config), image_path(image, config)):
+        for path in (feature_path(image, features_folder(config)), image_path(image, config)):
             assert not path.is_file()
             write_bytes(path, b"x")
     assert len(list(features_folder(config).iterdir())) == len(images)

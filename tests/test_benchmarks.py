@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import model
+from captioning.features.cache import features_folder
 from captioning.settings import make_config
 
 SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32, "vocab_size": 200, "batch_size": 8}
@@ -83,7 +84,9 @@ def test_a_wrong_attention_does_not_pass_as_the_usual_ways(tmp_path, monkeypatch
     config = make_config({**SIZES, "features_dir": str(tmp_path), "precision": "float32"})
     prepared = drawn_data.draw_prepared(tmp_path, 20, config)
     states = train_speed.open_runs(prepared, tmp_path, config)
-    usual = iter(train_speed.usual_batches(train_speed.collect_captions(prepared.train, config), config))
+    usual = iter(
+        train_speed.usual_batches(train_speed.collect_captions(prepared.train, features_folder(config)), config)
+    )
     train_speed.check_same_gradients(*states, usual, config)
 
     right = model.compiled_unroll

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import data_utils
 from captioning.features import extraction
-from captioning.features.cache import feature_path, load_data
+from captioning.features.cache import feature_path, features_folder, load_data
 from captioning.features.image_files import load_image
 from captioning.features.inception import extraction_graphs, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
@@ -302,7 +302,7 @@ def test_inception_end_to_end_with_random_weights(coco):
     assert first.shape == (64, 2048)
     assert first.dtype == np.float16
     assert 0.05 < first.astype(float).std() < 20  # the activations neither vanish nor explode
-    sample = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(float)
+    sample = np.stack([np.load(feature_path(image, features_folder(config))) for image in prepared.train]).astype(float)
     np.testing.assert_allclose(prepared.feature_mean, sample.mean((0, 1)), atol=1e-3)
     assert prepared.feature_std == pytest.approx(np.std(sample - sample.mean((0, 1))), rel=1e-3)
     assert prepared.network == network_identity(config, features / "random_statistics.npz")
@@ -310,7 +310,7 @@ def test_inception_end_to_end_with_random_weights(coco):
     statistics = (features / "random_statistics.npz").rename(coco / "kept.npz")
     network = feature_network(config, statistics, expected_identity=prepared.network)
     pixels = load_image(coco / "coco" / "train2014" / f"{paths[0].stem}.jpg")
-    with extraction_graphs(config):
+    with extraction_graphs(config.extract_precision):
         again = network(tf.constant(pixels[np.newaxis]))[0].numpy()
     assert np.abs(again - first).mean() < 0.05 * first.astype(float).std()
 

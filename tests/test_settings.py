@@ -111,7 +111,7 @@ def test_differing_settings_are_those_of_the_names_that_are_saved():
 
 @pytest.mark.parametrize(("dataset", "option"), [("coco", ""), ("demo", "--dataset demo")])
 def test_commands_in_messages_name_the_data_set(dataset, option):
-    assert dataset_option(make_config({"dataset": dataset})) == option
+    assert dataset_option(dataset) == option
 
 
 @pytest.mark.parametrize(("value", "text"), [(7, "7"), (None, "None"), ("my photos", "'my photos'"), ("", "''")])

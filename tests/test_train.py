@@ -17,7 +17,7 @@ from PIL import Image
 import data_utils
 import train_image_caption_model as training
 from captioning import captioner
-from captioning.features.cache import feature_path, load_data
+from captioning.features.cache import feature_path, features_folder, load_data
 from captioning.settings import read_settings
 from captioning.training import epochs as epoch_batches
 from captioning.training import saving as training_records
@@ -69,7 +69,7 @@ def test_the_captioner_learns_the_same_with_the_detector_and_without(trained, mo
     """Where gradients are clipped too."""
     config = settings_of(trained, trained / "run", "--clip_norm", "0.1")
     prepared = load_data(config)
-    captions, ends = collect_captions(prepared.train, config), []
+    captions, ends = collect_captions(prepared.train, features_folder(config)), []
     for loss in (training.detection_loss, lambda *args: 0.0):
         monkeypatch.setattr(training, "detection_loss", loss)
         state = training.build_state(prepared, "float32", config)
@@ -162,7 +162,7 @@ def test_the_checkpoint_holds_the_history(trained):
 def test_training_starts_at_the_frequencies_of_words(trained, tmp_path):
     config = settings_of(trained, tmp_path)
     prepared = load_data(config)
-    captions = collect_captions(prepared.train, config)
+    captions = collect_captions(prepared.train, features_folder(config))
     counts = np.zeros(len(prepared.vocabulary))
     for image in prepared.train:
         for words in image.encoded_captions:
@@ -285,7 +285,7 @@ def test_a_first_epoch_that_is_killed_between_best_and_last_can_be_continued(tra
     prepared = load_data(config)
     state = training.open_run(prepared, config)
     state.progress.captions_done = CAPTIONS
-    monkeypatch.setattr(training_records, "save_last", lambda state, config: cut_power())
+    monkeypatch.setattr(training_records, "save_last", lambda state, run_dir: cut_power())
     with pytest.raises(PowerCut):
         training.save_epoch(state, dataclasses.replace(ROW, epoch=1), config)
     assert list_checkpoints(tmp_path / "run" / "best")
@@ -378,7 +378,7 @@ def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path, continue
     state.decoder.embedding.embeddings.assign(
         tf.tensor_scatter_nd_update(state.decoder.embedding.embeddings, [[1, 0]], [bad])
     )
-    for save in (lambda: training.save_epoch(state, ROW, config), lambda: training.save_last(state, config)):
+    for save in (lambda: training.save_epoch(state, ROW, config), lambda: training.save_last(state, config.run_dir)):
         with pytest.raises(UserError, match="no longer finite numbers: lower --learning_rate"):
             save()
     check_nothing_was_saved(trained, tmp_path)
@@ -536,7 +536,7 @@ def test_a_feature_that_is_damaged_in_mid_training_is_one_line(trained, tmp_path
     config = settings_of(trained, tmp_path / "run", "--epochs", "1")
     prepared = load_data(config)
     there = dataclasses.replace(config, features_dir=str(tmp_path / "features"))
-    path = feature_path(prepared.train[0], there)
+    path = feature_path(prepared.train[0], features_folder(there))
     path.write_bytes(path.read_bytes()[:1000])
     monkeypatch.setattr(training, "load_data", lambda config: prepared)
     with pytest.raises(UserError, match=f"{path} is damaged: run python data_utils.py") as raised:
@@ -670,7 +670,7 @@ def first_batch(trained, *more):
     config = settings_of(trained, trained / "nowhere", "--precision", "float32", *more)
     prepared = load_data(config)
     state = training.build_state(prepared, "float32", config)
-    captions = collect_captions(prepared.train, config)
+    captions = collect_captions(prepared.train, features_folder(config))
     features, words = next(iter(training.caption_batches(captions, np.arange(0, 80, 5) + np.arange(16) % 5, config)))
     return state, tf.cast(features, tf.float32), words, config
 
@@ -753,12 +753,12 @@ def test_the_validation_loss_is_the_mean_over_words_without_dropout(trained):
     state.decoder.output_layer.kernel.assign(5 * state.decoder.output_layer.kernel)
     losses = []
     for image in prepared.validation:
-        features = np.load(feature_path(image, config))[None].astype(np.float32)
+        features = np.load(feature_path(image, features_folder(config)))[None].astype(np.float32)
         for caption in image.encoded_captions:
             losses.append(word_losses(state, features, tf.constant([caption]))[0].numpy())
     assert len({len(each) for each in losses}) > 2
     expected = np.concatenate(losses).mean()
-    found = training.validate(state, collect_captions(prepared.validation, config), config)
+    found = training.validate(state, collect_captions(prepared.validation, features_folder(config)), config)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -768,7 +768,7 @@ def test_what_history_calls_validation_is_the_loss_of_the_validation_split(train
     state = training.build_state(prepared, "float32", config)
     assert training.restore_newest(state, [trained / "run" / "last"], "")
     loss, of_training = (
-        training.validate(state, collect_captions(images, config), config)
+        training.validate(state, collect_captions(images, features_folder(config)), config)
         for images in (prepared.validation, prepared.train)
     )
     written = losses(trained)[-1][2]
@@ -779,7 +779,7 @@ def test_what_history_calls_validation_is_the_loss_of_the_validation_split(train
 def epoch_of_stubs(trained, monkeypatch, epoch, seed=42):
     """Train an epoch whose steps cost nothing. Returns (EpochRow, (loss, captions (B, T)) of each step)."""
     config = settings_of(trained, trained / "nowhere", "--seed", str(seed))
-    captions = collect_captions(load_data(dataclasses.replace(config, seed=42)).train, config)
+    captions = collect_captions(load_data(dataclasses.replace(config, seed=42)).train, features_folder(config))
     steps = []
 
     def step(state, features, words, *rest):
@@ -812,7 +812,9 @@ def test_the_encoder_has_the_statistics_of_the_training_features(trained):
     config = settings_of(trained, trained / "nowhere")
     prepared = load_data(config)
     encoder = training.build_state(prepared, "float32", config).encoder
-    features = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(np.float32)
+    features = np.stack([np.load(feature_path(image, features_folder(config))) for image in prepared.train]).astype(
+        np.float32
+    )
     np.testing.assert_allclose(encoder.feature_mean, features.mean((0, 1)), atol=1e-4)
     assert float(encoder.feature_std) == pytest.approx((features - features.mean((0, 1))).std(), rel=1e-3)
 

@@ -49,12 +49,12 @@ class Prepared:
 # --- Writing ----------------------------------------------------------------------------------------------------
 
 
-def retract_prepared(config):
+def retract_prepared(data_dir):
     """Withdraw what was prepared before, because what it depends on is about to change."""
-    pathlib.Path(config.data_dir, "settings.json").unlink(missing_ok=True)
+    pathlib.Path(data_dir, "settings.json").unlink(missing_ok=True)
 
 
-def leave_out(splits, skipped, config):
+def leave_out(splits, skipped, max_words):
     """The splits without the images that cannot be used.
 
     Args:
@@ -68,7 +68,7 @@ def leave_out(splits, skipped, config):
     for name, images in splits.items():
         if not images:
             raise UserError(f"no readable {name} images are left ({len(skipped)} skipped): check the image folder")
-    check_validation(splits["validation"], config.max_words)
+    check_validation(splits["validation"], max_words)
     return splits
 
 
@@ -146,7 +146,7 @@ def load_prepared(config):
       UserError: nothing is prepared, it was prepared with other settings, or a file is missing or damaged.
     """
     folder = pathlib.Path(config.data_dir)
-    remedy = prepare_command(config)
+    remedy = prepare_command(config.dataset)
     saved = _read_settings_file(folder, remedy)
     for name in DATA_SETTINGS:
         _check_setting(folder, name, saved[name], getattr(config, name))

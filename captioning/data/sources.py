@@ -92,7 +92,7 @@ def _read_tables(config):
 def _prepare_demo(config, shard):
     """Draw the demo's scenes. Scenes of another seed or number make way, but not for a shard."""
     if shard is None:
-        retract_prepared(config)
+        retract_prepared(config.data_dir)
     with locked(config.coco_dir, "download", shared=shard is not None):
         draw_demo(config.coco_dir, config.demo_images, config.seed, replace=shard is None)
 

@@ -28,9 +28,9 @@ def features_folder(config):
     return pathlib.Path(config.features_dir or pathlib.Path(config.data_dir, "features"))
 
 
-def feature_path(image, config):
-    """Where an image's features are. CaptionedImage, Config -> pathlib.Path."""
-    return features_folder(config) / f"{feature_stem(image)}.npy"
+def feature_path(image, features_dir):
+    """Where an image's features are. CaptionedImage, path -> pathlib.Path."""
+    return pathlib.Path(features_dir, f"{feature_stem(image)}.npy")
 
 
 def feature_stem(image):
@@ -51,20 +51,20 @@ def features_on_disk(images, folder):
     return found
 
 
-def random_statistics(config):
-    """Where the batch-norm statistics of random weights are. Config -> pathlib.Path."""
-    return features_folder(config) / "random_statistics.npz"
+def random_statistics(features_dir):
+    """Where the batch-norm statistics of random weights are. path -> pathlib.Path."""
+    return pathlib.Path(features_dir, "random_statistics.npz")
 
 
 # --- Features of prepared images ----------------------------------------------------------------------------------
 
 
-def read_network(config):
-    """The identity of the network that made the cached features, MADE_ELSEWHERE, or None. Config -> str or None."""
-    return read_manifest(features_folder(config), {}).network
+def cached_network(features_dir):
+    """The identity of the network that made the cached features, MADE_ELSEWHERE, or None. path -> str or None."""
+    return read_manifest(features_dir, {}).network
 
 
-def _check_features(images, config, network, remedy):
+def _check_features(images, features_dir, network, remedy):
     """Check that the features of prepared images are there, unchanged, and of the network that they were prepared with.
 
     Args:
@@ -75,22 +75,21 @@ def _check_features(images, config, network, remedy):
     Raises:
       UserError: a feature is missing, damaged or changed, or is another network's.
     """
-    folder = features_folder(config)
-    files = scan_features(folder)
-    manifest = read_live_manifest(folder, files)
+    files = scan_features(features_dir)
+    manifest = read_live_manifest(features_dir, files)
     problems = collections.defaultdict(list)
     for image in images:
         stem = feature_stem(image)
         if stem not in files:
-            problems["missing from the feature cache"].append(feature_path(image, config))
+            problems["missing from the feature cache"].append(feature_path(image, features_dir))
         elif stem not in manifest.entries:
-            problems["damaged, or changed since it was prepared"].append(feature_path(image, config))
+            problems["damaged, or changed since it was prepared"].append(feature_path(image, features_dir))
     for problem, paths in problems.items():
         others = f", and {len(paths) - 1} others are too" if len(paths) > 1 else ""
         raise UserError(f"{paths[0]} is {problem}{others}: {remedy}")
     if manifest.network != network:
         raise UserError(
-            f"the features in {folder} are another network's ({manifest.network}) than those that were prepared "
+            f"the features in {features_dir} are another network's ({manifest.network}) than those that were prepared "
             f"({network}): {remedy}"
         )
 
@@ -102,17 +101,17 @@ def load_data(config):
       UserError: as `load_prepared` and `_check_features` do.
     """
     prepared = load_prepared(config)
-    _check_features(prepared.images(), config, prepared.network, prepare_command(config))
+    _check_features(prepared.images(), features_folder(config), prepared.network, prepare_command(config.dataset))
     return prepared
 
 
-def measure_features(images, config):
+def measure_features(images, features_dir):
     """Measure the features of the first MEASURED_IMAGES of a list of CaptionedImage.
 
     Returns:
       (float32 (F,), each channel's mean over images and locations; float, standard deviation from these means)
     """
-    sample = np.stack([np.load(feature_path(image, config)) for image in images[:_MEASURED_IMAGES]])  # (N, P, F)
+    sample = np.stack([np.load(feature_path(image, features_dir)) for image in images[:_MEASURED_IMAGES]])  # (N, P, F)
     mean = sample.mean((0, 1), dtype=np.float32)  # (F,)
     squares = sum(float(np.square(features - mean).mean(dtype=np.float32)) for features in sample)
     return mean, max((squares / len(sample)) ** 0.5, _LEAST_STD)
@@ -141,9 +140,9 @@ class ImageToCaption:
 
 def dataset_images(images, config):
     """A data set's images with their cached features. list of CaptionedImage -> list of ImageToCaption."""
-    paths = [image_path(image, config) for image in images]
+    paths, features_dir = [image_path(image, config) for image in images], features_folder(config)
     return [
-        ImageToCaption(path, str(path), image.image_id, image.references, feature_path(image, config))
+        ImageToCaption(path, str(path), image.image_id, image.references, feature_path(image, features_dir))
         for path, image in zip(paths, images, strict=True)
     ]
 
@@ -167,6 +166,6 @@ def cached_batches(images, config):
     # Rounded as in training, where features made elsewhere have more digits than the settings name.
     read = lambda path: tf.cast(read_feature(path, config.feature_dtype), tf.float32)  # noqa: E731
     dataset = parallel_map(read, paths).batch(size).prefetch(1)
-    with reading_features(prepare_command(config)):
+    with reading_features(prepare_command(config.dataset)):
         for number, batch in enumerate(dataset):
             yield images[number * size : (number + 1) * size], batch  # (B, P, F)

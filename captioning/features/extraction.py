@@ -44,9 +44,9 @@ def cache_features(images, calibration, config, shared=False):
     if not images:
         return {}
     folder, skipped, image_states = features_folder(config), {}, {}
-    statistics = random_statistics(config)
+    statistics = random_statistics(folder)
     names = {image_path(image, config): image.name for image in images}
-    targets = {image_path(image, config): feature_path(image, config) for image in images}
+    targets = {image_path(image, config): feature_path(image, folder) for image in images}
 
     def load_and_note(path):
         image_states[path] = read_state(path)  # before the pixels: a change in between shows in the next run
@@ -54,7 +54,10 @@ def cache_features(images, calibration, config, shared=False):
 
     network = feature_network(config, statistics, calibration)
     with open_journal(folder, network_identity(config, statistics)) as journal:
-        with extraction_graphs(config), tqdm(total=len(targets), desc="extracting features", unit=" images") as bar:
+        with (
+            extraction_graphs(config.extract_precision),
+            tqdm(total=len(targets), desc="extracting features", unit=" images") as bar,
+        ):
             for paths, features, failed in extract_features(
                 network, list(targets), config.extract_batch, load_and_note
             ):

@@ -71,7 +71,7 @@ def _describe_network(config, statistics):
     here = pathlib.Path(__file__)
     return {
         "network": network_identity(config, statistics),
-        "precision": extraction_precision(config),
+        "precision": extraction_precision(config.extract_precision),
         "code": _digest(b"".join(here.with_name(name).read_bytes() for name in _SOURCES)),
         "libraries": f"TensorFlow {tf.version.VERSION}, Keras {keras.version()}",
         "machine": f"{platform.machine()}, fast bfloat16: {has_fast_bfloat16()}",

@@ -86,7 +86,7 @@ def feature_graph(config, statistics=None, calibration_paths=None, expected_iden
     """
     is_random = config.inception_weights == "random"
     check_identity(config, statistics, expected_identity)
-    precision = extraction_precision(config)
+    precision = extraction_precision(config.extract_precision)
     inception = load_inception(config.inception_weights, precision)
     if is_random:
         set_random_weights(inception, config.seed)
@@ -157,10 +157,10 @@ def check_identity(config, statistics, expected):
 # --- Number types -----------------------------------------------------------------------------------------------
 
 
-def extraction_precision(config):
+def extraction_precision(precision):
     """The number type that InceptionV3 computes in: "float32", "bfloat16" or "float16". "auto" is the fastest here."""
-    if config.extract_precision != "auto":
-        return config.extract_precision
+    if precision != "auto":
+        return precision
     if has_fast_bfloat16():
         return "bfloat16"
     gpus = tf.config.list_physical_devices("GPU")
@@ -172,7 +172,7 @@ def _compute_capability(gpu):
 
 
 @contextlib.contextmanager
-def extraction_graphs(config):
+def extraction_graphs(precision):
     """Let TensorFlow rewrite the graphs of this block so that extraction is fast.
 
     On a CPU this brings bfloat16 into the graph, where `extraction_precision` chooses it. A GPU's number type is part
@@ -181,7 +181,7 @@ def extraction_graphs(config):
     """
     on_cpu = not tf.config.list_physical_devices("GPU")
     # The arithmetic optimizer moves ReLU behind pooling and concatenation, where no convolution can absorb it.
-    _set_rewriting(bfloat16=on_cpu and extraction_precision(config) == "bfloat16", arithmetic=False)
+    _set_rewriting(bfloat16=on_cpu and extraction_precision(precision) == "bfloat16", arithmetic=False)
     try:
         yield
     finally:

@@ -49,17 +49,17 @@ def find_missing(images, config, shared=False):
     recorded = read_manifest(folder, files)
     manifest = keep_live(folder, files, recorded)
     if files and manifest.network in (None, MADE_ELSEWHERE):
-        complete = _check_made_elsewhere(images, manifest, files, config)
+        complete = _check_made_elsewhere(images, manifest, files, folder, config.feature_dtype)
         if not shared:
             write_manifest(folder, complete)
         print(f"features: {len(images)} of {len(images)} are in {folder} already, made elsewhere")
         return []
 
     _check_replaced(images, recorded, manifest, files, config)
-    unknown = [feature_path(image, config) for image in _files_without_line(images, recorded, files)]
+    unknown = [feature_path(image, folder) for image in _files_without_line(images, recorded, files)]
     manifest, changed = _check_images(images, manifest, config)
     usable = manifest.entries.keys() - changed
-    begun, statistics = network_identity(config), random_statistics(config)
+    begun, statistics = network_identity(config), random_statistics(folder)
     identity = network_identity(config, statistics) if statistics.exists() else begun
     is_same = f"{manifest.network} ".startswith(f"{begun} ")  # but for the calibration
     if usable and is_same and config.inception_weights == "random" and not statistics.exists():
@@ -73,7 +73,7 @@ def find_missing(images, config, shared=False):
             f"({identity}): {ways_out(folder)}"
         )
     if not shared:
-        manifest = _settle(manifest, usable, begun, config)
+        manifest = _settle(manifest, usable, begun, folder)
     missing = [image for image in images if feature_stem(image) not in usable]
     print(f"features: {len(images) - len(missing)} of {len(images)} are in {folder} already")
     if unknown:
@@ -83,7 +83,7 @@ def find_missing(images, config, shared=False):
     return missing
 
 
-def _check_made_elsewhere(images, manifest, files, config):
+def _check_made_elsewhere(images, manifest, files, features_dir, dtype):
     """Check features that another program made. New and changed ones are read.
 
     Args:
@@ -99,8 +99,8 @@ def _check_made_elsewhere(images, manifest, files, config):
     new = _files_without_line(images, manifest, files)
     entries = dict(manifest.entries)
     with cancelling_pool(usable_cores()) as pool:
-        check = functools.partial(check_feature_file, dtype=config.feature_dtype)
-        states = pool.map(check, [feature_path(image, config) for image in new])
+        check = functools.partial(check_feature_file, dtype=dtype)
+        states = pool.map(check, [feature_path(image, features_dir) for image in new])
         states = tqdm(states, "checking features made elsewhere", total=len(new), unit=" files", disable=not new)
         for image, state in zip(new, states, strict=True):
             if state:
@@ -109,7 +109,7 @@ def _check_made_elsewhere(images, manifest, files, config):
     if gaps:
         raise UserError(
             f"{len(gaps)} of {len(images)} features are missing, damaged or too large for --feature_dtype "
-            f"{config.feature_dtype}, such as {feature_path(gaps[0], config)}. "
+            f"{dtype}, such as {feature_path(gaps[0], features_dir)}. "
             "The features in this folder were made elsewhere, and another network does not fill their gaps: "
             "make these with the program that made the others, or name another --features_dir"
         )
@@ -127,14 +127,15 @@ def _check_replaced(images, recorded, live, files, config):
     """
     suspects = [image for image in _files_without_line(images, live, files) if feature_stem(image) in recorded.entries]
     _, changed = _check_images(suspects, recorded, config)
-    paths = [feature_path(image, config) for image in suspects if feature_stem(image) not in changed]
+    folder = features_folder(config)
+    paths = [feature_path(image, folder) for image in suspects if feature_stem(image) not in changed]
     with cancelling_pool(usable_cores()) as pool:
         foreign = [path for path, state in zip(paths, pool.map(check_feature_file, paths), strict=True) if state]
     if foreign:
         raise UserError(
             f"{foreign[0]} is not the feature file that python data_utils.py wrote there ({recorded.network}), nor are "
             f"{len(foreign) - 1} others what it wrote. Features made elsewhere need a --features_dir of their own: "
-            f"{ways_out(features_folder(config))}"
+            f"{ways_out(folder)}"
         )
 
 
@@ -163,7 +164,7 @@ def _check_images(images, manifest, config):
     return Manifest(manifest.network, entries, manifest.journals), changed
 
 
-def _settle(manifest, usable, identity, config):
+def _settle(manifest, usable, identity, features_dir):
     """Bring the manifest up to date. If none of the features is usable, the cache begins anew with this network.
 
     No other process may be writing features.
@@ -176,12 +177,11 @@ def _settle(manifest, usable, identity, config):
     Returns:
       Manifest
     """
-    folder = features_folder(config)
     if not usable:
         # The features first: whatever is left if this is interrupted, the next run comes here again.
         for stem in manifest.entries:
-            pathlib.Path(folder, f"{stem}.npy").unlink(missing_ok=True)
-        random_statistics(config).unlink(missing_ok=True)
+            pathlib.Path(features_dir, f"{stem}.npy").unlink(missing_ok=True)
+        random_statistics(features_dir).unlink(missing_ok=True)
         manifest = Manifest(identity, {}, manifest.journals)
-    write_manifest(folder, manifest)
+    write_manifest(features_dir, manifest)
     return manifest

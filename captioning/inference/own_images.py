@@ -156,7 +156,7 @@ def extract_batches(network, images, config, skipped):
     for start in range(0, len(images), _EXTRACTED):
         by_path = {image.path: image for image in images[start : start + _EXTRACTED]}
         # Decoding, whose captions are to be float32's, stays outside of the block.
-        with extraction_graphs(config):
+        with extraction_graphs(config.extract_precision):
             extracted = list(extract_features(network, list(by_path), config.extract_batch))
         for i in range(0, len(extracted), together):
             done, features, failed = zip(*extracted[i : i + together], strict=True)

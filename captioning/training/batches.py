@@ -31,10 +31,10 @@ class CaptionSet:
     lengths: np.ndarray
 
 
-def collect_captions(images, config):
+def collect_captions(images, features_dir):
     """The CaptionSet of a list of prepared images."""
     encoded = [caption for image in images for caption in image.encoded_captions]
-    paths = [str(feature_path(image, config)) for image in images for _ in image.encoded_captions]
+    paths = [str(feature_path(image, features_dir)) for image in images for _ in image.encoded_captions]
     lengths = np.array([len(caption) for caption in encoded])
     return CaptionSet(
         feature_paths=tf.constant([*paths, paths[-1]]),
@@ -79,13 +79,15 @@ def caption_batches(captions, order, config):
     """
 
     def read(positions, longest):
-        features = _read_features(tf.gather(captions.feature_paths, positions), config)  # (B, P, F)
+        features = _read_features(tf.gather(captions.feature_paths, positions), config.feature_dtype)  # (B, P, F)
         words = tf.gather(captions.words, positions).to_tensor(PAD, shape=tf.stack((-1, longest)))  # (B, T)
         return features, words
 
     positions = share_batches(order, config.batch_size) % len(captions.feature_paths)  # -1 is the last, the empty one
-    longest = _padded_length(np.maximum.reduceat(captions.lengths[order], batch_starts(order, config)))
-    return parallel_map(read, (positions, longest), _parallel_batches(config)).prefetch(2)
+    longest = _padded_length(np.maximum.reduceat(captions.lengths[order], batch_starts(len(order), config.batch_size)))
+    return parallel_map(
+        read, (positions, longest), _parallel_batches(config.batch_size, config.feature_dtype)
+    ).prefetch(2)
 
 
 def image_batches(feature_paths, order, config):
@@ -99,30 +101,32 @@ def image_batches(feature_paths, order, config):
     """
 
     def read(positions):
-        return _read_features(tf.gather(feature_paths, positions % len(feature_paths)), config), positions
+        paths = tf.gather(feature_paths, positions % len(feature_paths))  # (B,)
+        return _read_features(paths, config.feature_dtype), positions
 
-    return parallel_map(read, share_batches(order, config.images_per_step), _parallel_batches(config)).prefetch(2)
+    workers = _parallel_batches(config.images_per_step, config.feature_dtype)
+    return parallel_map(read, share_batches(order, config.images_per_step), workers).prefetch(2)
 
 
-def _read_features(paths, config):
-    """Read cached features. string (B,) -> (B, P, F) in the cache's number type."""
-    dtype = tf.as_dtype(config.feature_dtype)
+def _read_features(paths, dtype):
+    """Read cached features as numbers of a type. string (B,), str -> (B, P, F)."""
+    dtype = tf.as_dtype(dtype)
     return tf.map_fn(lambda path: read_feature(path, dtype), paths, fn_output_signature=dtype)  # (B, P, F)
 
 
-def _parallel_batches(config):
+def _parallel_batches(batch_size, dtype):
     """How many batches are read at a time: one on each core, but no more than READ_AHEAD bytes hold."""
-    batch_bytes = config.batch_size * LOCATIONS * CHANNELS * tf.as_dtype(config.feature_dtype).size
+    batch_bytes = batch_size * LOCATIONS * CHANNELS * tf.as_dtype(dtype).size
     return max(1, min(usable_cores(), _READ_AHEAD // batch_bytes))
 
 
-def batch_starts(order, config):
-    return np.arange(0, len(order), config.batch_size)
+def batch_starts(count, batch_size):
+    return np.arange(0, count, batch_size)
 
 
-def _count_tokens(captions, order, config):
+def _count_tokens(captions, order, batch_size):
     """The words to be said in each batch, <end> among them. Returns float (number of batches,)."""
-    return np.add.reduceat(captions.lengths[order] - 1.0, batch_starts(order, config))
+    return np.add.reduceat(captions.lengths[order] - 1.0, batch_starts(len(order), batch_size))
 
 
 def _padded_length(length):
@@ -133,8 +137,8 @@ def _padded_length(length):
 def counted_batches(captions, order, config):
     """`caption_batches` with the words to be said in each: (features (B, P, F), captions (B, T), float)."""
     if len(order):
-        counted = zip(caption_batches(captions, order, config), _count_tokens(captions, order, config), strict=True)
-        for (features, words), num_tokens in counted:
+        counts = _count_tokens(captions, order, config.batch_size)
+        for (features, words), num_tokens in zip(caption_batches(captions, order, config), counts, strict=True):
             yield features, words, float(num_tokens)
 
 

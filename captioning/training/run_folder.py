@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from captioning.captioner import Captioner
 from captioning.data.prepared_data import read_prepared_settings
-from captioning.features.cache import random_statistics
+from captioning.features.cache import features_folder, random_statistics
 from captioning.features.cnn import CHANNELS
 from captioning.features.frozen_graph import kept_network
 from captioning.features.inception import feature_network
@@ -42,30 +42,30 @@ from support.files import read_json, replacing, write_json
 _NETWORK, _STATISTICS = "network.json", "random_statistics.npz"
 
 
-def _train_command(config):
-    return f"python train_image_caption_model.py {dataset_option(config)}".strip()
+def _train_command(dataset):
+    return f"python train_image_caption_model.py {dataset_option(dataset)}".strip()
 
 
-def other_folder(config):
+def other_folder(dataset):
     """What the user can do about a run folder that does not fit or is damaged. Nothing in it is lost that way."""
-    return f"give another --run_dir, or move that folder away, and run {_train_command(config)}"
+    return f"give another --run_dir, or move that folder away, and run {_train_command(dataset)}"
 
 
 def _nothing_trained(config):
-    return f"no trained model is in {config.run_dir}: run {_train_command(config)} first, or give its --run_dir"
+    return f"no trained model is in {config.run_dir}: run {_train_command(config.dataset)} first, or give its --run_dir"
 
 
 def begin_run(prepared, config):
     """Write what captioning needs beside the checkpoints; for a run that is continued, say what differs."""
     folder = pathlib.Path(config.run_dir)
     if (folder / "config.json").exists():
-        saved = read_json(folder / "config.json", other_folder(config), dict)
+        saved = read_json(folder / "config.json", other_folder(config.dataset), dict)
         for name, before, now in differing_settings(config, saved, TRAINING_SETTINGS):
             print(f"continuing with --{name} {quote(now)}; the run had {quote(before)} before")
     write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
     write_json(folder / "vocabulary.json", prepared.vocabulary)
     write_json(folder / _NETWORK, prepared.network, indent=1)
-    statistics = random_statistics(config)
+    statistics = random_statistics(features_folder(config))
     if config.inception_weights == "random" and statistics.exists():
         with replacing(folder / _STATISTICS) as temporary:
             shutil.copyfile(statistics, temporary)
@@ -77,7 +77,7 @@ def check_new_run(folder, config):
     The weights in `best` would soon be deleted, and until then lie beside another vocabulary. They are no beginning
     either: how far that training came and what its best loss was is in `last` alone.
     """
-    folder, remedy = pathlib.Path(folder), other_folder(config)
+    folder, remedy = pathlib.Path(folder), other_folder(config.dataset)
     for path in list_checkpoints(folder / "best"):
         raise UserError(f"{folder} holds best/{path.name} and no checkpoint in last/ to continue from: {remedy}")
     if (folder / "settings.json").exists() and folder.resolve() != pathlib.Path(config.data_dir).resolve():
@@ -92,7 +92,7 @@ def check_run_fits(folder, config, prepared):
       prepared: Prepared, the data to train on or to caption.
     """
     check_model_settings(folder, config)
-    remedy = other_folder(config)
+    remedy = other_folder(config.dataset)
     known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), remedy)
     if known != prepared.vocabulary:
         raise UserError(
@@ -105,7 +105,7 @@ def check_run_fits(folder, config, prepared):
 def check_other_data(folder, config, prepared):
     """For captioning, which needs the run's own words only: check the network, and say where the data are others."""
     _check_network(folder, config, prepared)
-    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), other_folder(config))
+    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), other_folder(config.dataset))
     if known != prepared.vocabulary:
         print(
             f"note: {folder} was not trained on {config.data_dir} (the vocabularies differ): "
@@ -115,7 +115,7 @@ def check_other_data(folder, config, prepared):
 
 def _check_network(folder, config, prepared):
     """Raise UserError where the run in `folder` was trained on features of another network."""
-    remedy = other_folder(config)
+    remedy = other_folder(config.dataset)
     network = _read_network(folder, remedy)
     if network != prepared.network:
         raise UserError(
@@ -126,7 +126,7 @@ def _check_network(folder, config, prepared):
 
 def check_model_settings(folder, config):
     """Raise UserError where the run in `folder` has other sizes than `config`."""
-    remedy = other_folder(config)
+    remedy = other_folder(config.dataset)
     path = pathlib.Path(folder, "config.json")
     saved = read_json(path, remedy, dict)
     for name in MODEL_SETTINGS:
@@ -162,7 +162,7 @@ def run_network(config, keep=False):
       UserError: another program made those features, or the settings name another network than the run's.
     """
     folder, weights = pathlib.Path(config.run_dir), config.inception_weights
-    known = _read_network(folder, other_folder(config))
+    known = _read_network(folder, other_folder(config.dataset))
     if known != MADE_ELSEWHERE and weights not in ("imagenet", "random") and not pathlib.Path(weights).is_file():
         raise UserError(
             f"{weights} is not here, and {folder} needs the network whose features it was trained on ({known}): "
@@ -189,7 +189,7 @@ def run_settings(given, run_dir):
     config = make_config(given, {"run_dir": run_dir})
     if not path.exists():
         raise UserError(_nothing_trained(config))
-    saved = read_json(path, other_folder(config), dict)
+    saved = read_json(path, other_folder(config.dataset), dict)
     if given.get("data_dir", saved.get("data_dir")) != saved.get("data_dir"):
         saved |= read_prepared_settings(given["data_dir"])
     names = (*DATA_SETTINGS, "data_dir", *MODEL_SETTINGS)
@@ -204,12 +204,12 @@ def load_captioner(config):
     """
     folder = pathlib.Path(config.run_dir)
     check_model_settings(folder, config)
-    vocabulary = read_vocabulary(folder / "vocabulary.json", other_folder(config))
+    vocabulary = read_vocabulary(folder / "vocabulary.json", other_folder(config.dataset))
     encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(CHANNELS, np.float32))
     folders = [folder / "best", folder / "last"]
-    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, other_folder(config))
+    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, other_folder(config.dataset))
     if checkpoint is None:
         raise UserError(_nothing_trained(config))
     name = f"{checkpoint.parent.name}/{checkpoint.name}"
-    network = _read_network(folder, other_folder(config))
+    network = _read_network(folder, other_folder(config.dataset))
     return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint), network)

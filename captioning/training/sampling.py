@@ -31,7 +31,7 @@ def sample_captions(state, features, positions, config):
     step = _sample_step.get_concrete_function(state, tf.TensorSpec((None, *features.shape[1:]), features.dtype), config)
     parts = [part.numpy() for part in step(state, features, config)]
     # Always of one length: for each length the step that learns from them would be made anew, and not alike by workers.
-    longest = 1 + longest_sample(config)  # T
+    longest = 1 + longest_sample(config.max_words)  # T
     captions = np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])  # (R b S, T)
     absent = np.tile(positions.reshape(len(parts), 1, -1) < 0, (1, config.samples_per_image, 1))  # (R, S, b)
     return np.where(absent.reshape(-1, 1), PAD, captions)
@@ -66,13 +66,13 @@ def _sample_replica(state, features, config):
         one_word,
         (tf.fill((tf.shape(hidden)[0], 1), START), hidden),
         shape_invariants=(tf.TensorShape((None, None)), hidden.shape),
-        maximum_iterations=longest_sample(config),
+        maximum_iterations=longest_sample(config.max_words),
     )
     return words
 
 
-def longest_sample(config):
-    return min(_LONGEST_SAMPLE, config.max_words)
+def longest_sample(max_words):
+    return min(_LONGEST_SAMPLE, max_words)
 
 
 def _draw_chances(images, step, config):
@@ -84,9 +84,10 @@ def _draw_chances(images, step, config):
     replica, samples = tf.distribute.get_replica_context(), config.samples_per_image
     count = replica.num_replicas_in_sync
     seed = tf.stack((tf.constant(config.seed, tf.int64), tf.cast(step, tf.int64)))  # (2,)
-    chances = tf.random.stateless_uniform((images * count, samples, longest_sample(config)), seed)
+    longest = longest_sample(config.max_words)
+    chances = tf.random.stateless_uniform((images * count, samples, longest), seed)
     chances = tf.transpose(chances[replica.replica_id_in_sync_group :: count], (2, 1, 0))  # (T-1, S, b)
-    return tf.reshape(chances, (longest_sample(config), -1))  # (T-1, b S)
+    return tf.reshape(chances, (longest, -1))  # (T-1, b S)
 
 
 def _draw_words(probabilities, chances):

@@ -39,15 +39,15 @@ def save_epoch(state, row, config):
     if row.best_by:
         progress.best_epoch = row.epoch
         save_checkpoint(state.captioner(), folder / "best", row.epoch)
-    save_last(state, config)
+    save_last(state, folder)
     write_history(progress.history, folder)
 
 
-def save_last(state, config):
+def save_last(state, run_dir):
     """Write the checkpoint that the same command continues from."""
     check_finite(state, LOWER_RATE)
     state.progress.saves += 1
-    save_checkpoint(state, pathlib.Path(config.run_dir, "last"), state.progress.saves)
+    save_checkpoint(state, pathlib.Path(run_dir, "last"), state.progress.saves)
 
 
 def return_to_best(state, cider, config):
@@ -72,9 +72,9 @@ def restore_best(state, config):
     """
     wait_for_chief()  # it may still be writing this checkpoint
     folder = pathlib.Path(config.run_dir, "best")
-    restored = restore_newest(state.captioner(), [folder], other_folder(config))
+    restored = restore_newest(state.captioner(), [folder], other_folder(config.dataset))
     if restored is None:
-        raise UserError(f"{folder} holds no checkpoint: {other_folder(config)}")
+        raise UserError(f"{folder} holds no checkpoint: {other_folder(config.dataset)}")
     return restored
 
 

@@ -20,7 +20,7 @@ from captioning.captioner import Captioner, caption_batch
 from captioning.decoder.basic_layers import softmax_cross_entropy
 from captioning.decoder.rules import ban_words
 from captioning.evaluation.metrics import quick_score
-from captioning.features.cache import cached_batches, dataset_images, feature_path
+from captioning.features.cache import cached_batches, dataset_images, feature_path, features_folder
 from captioning.training.batches import image_batches, shares_of_batch
 from captioning.training.cider_reward import CiderReward
 from captioning.training.epochs import begin_epoch, check_loss, epoch_bar
@@ -51,9 +51,9 @@ class ImageSet:
     captions: list
 
 
-def _collect_images(images, vocabulary, config):
+def _collect_images(images, vocabulary, features_dir):
     """The ImageSet of a list of prepared images."""
-    paths = tf.constant([str(feature_path(image, config)) for image in images])
+    paths = tf.constant([str(feature_path(image, features_dir)) for image in images])
     reward = CiderReward([image.references for image in images], vocabulary)
     return ImageSet(paths, reward, [image.encoded_captions for image in images])
 
@@ -72,7 +72,7 @@ def train_epochs(state, prepared, measure_loss, samples, stop_if_asked, config):
       stop_if_asked: function called before each batch, as interrupts_held_back gives.
     """
     progress = state.progress
-    images = _collect_images(prepared.train, prepared.vocabulary, config)
+    images = _collect_images(prepared.train, prepared.vocabulary, features_folder(config))
     shown = dataset_images(prepared.validation, config)
     measure_cider = lambda: _validation_cider(state, shown, prepared.vocabulary, config, stop_if_asked)  # noqa: E731
     if progress.cross_entropy_epochs < 0:
@@ -135,7 +135,7 @@ def _train_epoch(state, images, epoch, config, stop_if_asked=lambda: None):
             bar.update(done)
 
             if now - saved > 60 * config.checkpoint_minutes:
-                save_last(state, config)
+                save_last(state, config.run_dir)
                 saved = now
     rate = round(total / progress.seconds, 1)
     return EpochRow(epoch + 1, SELF_CRITICAL, sampled_cider=progress.ciders / total, captions_per_second=rate)
@@ -243,7 +243,7 @@ def _add_references(images, positions, captions, advantages, epoch, config):
     if not config.reference_weight:
         return captions, advantages
     choices = [images.captions[position] if position >= 0 else [[]] for position in positions]
-    references = [choice[epoch % len(choice)][: 1 + longest_sample(config)] for choice in choices]
+    references = [choice[epoch % len(choice)][: 1 + longest_sample(config.max_words)] for choice in choices]
     padded = [words + [PAD] * (captions.shape[1] - len(words)) for words in references]
     references = np.array(padded, captions.dtype)  # (R b, T)
     weights = np.full(len(references), config.reference_weight, np.float32)  # (R b,)

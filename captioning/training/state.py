@@ -165,10 +165,10 @@ def announce_start(state, restored, config):
         print(f"training begins; {rate}")
 
 
-def announce_end(progress, config):
+def announce_end(progress, run_dir):
     best = progress.history[progress.best_epoch - 1] if progress.best_epoch else {}
     score = f"{progress.best_loss:.3f} nats per word"
     if best.get("validation_cider") is not None:
         score = f"validation CIDEr {best['validation_cider']:.3f}"
     print(f"trained {progress.epoch} epochs; the best is {progress.best_epoch}, {score}")
-    print(f"checkpoints, history.csv, loss.png and samples.html are in {config.run_dir}")
+    print(f"checkpoints, history.csv, loss.png and samples.html are in {run_dir}")

@@ -49,12 +49,12 @@ def main(argv):
             raise UserError(f"no .jpg file is in {options.folder}: give another --folder")
         statistics = folder / "random_statistics.npz"
         exact = dataclasses.replace(config, extract_precision="float32")
-        with extraction_graphs(exact):
+        with extraction_graphs(exact.extract_precision):
             network = feature_network(exact, statistics, paths[:64])
             inception = usual_network(config, statistics)
             similarity = compare(network, inception, paths[:32])
             assert similarity > 0.9999, similarity
-        with extraction_graphs(config):  # a rewriting of graphs, which leaves eager calls as they are
+        with extraction_graphs(config.extract_precision):  # a rewriting of graphs, which leaves eager calls as they are
             network = feature_network(config, statistics)
             similarity = compare(network, inception, paths[:32])
             # Random weights, unlike trained ones, make errors of rounding grow from layer to layer.

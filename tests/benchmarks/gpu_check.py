@@ -24,6 +24,7 @@ import train_image_caption_model as training
 from drawn_data import describe_machine, draw_photographs, draw_prepared
 from train_speed import our_gradients
 
+from captioning.features.cache import features_folder
 from captioning.captioner import decode_captions
 from captioning.decoder.beam_search import beam_search
 from captioning.features.extraction import extract_features
@@ -127,7 +128,7 @@ def compute(config, options):
     folder, mirrored = options.folder, config.strategy == "mirrored"
     prepared = draw_prepared(folder / "features", options.count, config)
     results = {} if mirrored else {"features": compute_features(folder, options, config)}
-    with replicas(config):
+    with replicas(config.strategy):
         state = training.open_run(prepared, config)
         results |= {"losses": train(state, prepared, options, config)}
     if not mirrored:
@@ -143,14 +144,14 @@ def compute_features(folder, options, config):
         draw_photographs(photographs, options.count)
     paths = sorted(photographs.iterdir())
     network = feature_network(config, folder / "random_statistics.npz", paths)
-    with extraction_graphs(config):
+    with extraction_graphs(config.extract_precision):
         return np.concatenate([features for _, features, _ in extract_features(network, paths, config.extract_batch)])
 
 
 def train(state, prepared, options, config):
     """Take the training steps from the reference's first weights. Returns the steps' losses, float (steps,)."""
     take_weights(state, options.folder / "first.npz")
-    captions = collect_captions(prepared.train, config)
+    captions = collect_captions(prepared.train, features_folder(config))
     order = np.arange(options.steps * config.batch_size) % len(captions.lengths)
     losses = []
     for features, words in caption_batches(captions, order, config):
@@ -171,7 +172,7 @@ def take_weights(state, path):
 
 def compute_at_trained(state, prepared, folder, config):
     """Loss and gradients of one batch, and captions, at the weights that the reference has trained."""
-    captions = collect_captions(prepared.train, config)
+    captions = collect_captions(prepared.train, features_folder(config))
     features, words = next(iter(caption_batches(captions, np.arange(config.batch_size), config)))
     loss, gradients = our_gradients(state, features, words)
     results = {f"gradient {i}": np.ravel(tf.convert_to_tensor(gradient)) for i, gradient in enumerate(gradients)}

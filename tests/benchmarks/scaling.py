@@ -23,7 +23,7 @@ from drawn_data import describe_machine, draw_images
 
 from captioning.data.prepared_data import save_prepared
 from captioning.features.cnn import CHANNELS
-from captioning.features.cache import measure_features, read_network
+from captioning.features.cache import measure_features, cached_network, features_folder
 from captioning.features.missing import find_missing
 from captioning.settings import read_settings
 from model import build_captioner
@@ -57,8 +57,8 @@ def prepare(folder, count, config):
     """Write what data_utils.py would leave for training. Returns the training images, list of CaptionedImage."""
     images = draw_images(folder / "features", count, config.vocab_size)
     find_missing(images, config)  # writes down that the features were made elsewhere
-    splits, measured = {"train": images, "validation": images[:20]}, measure_features(images, config)
-    save_prepared(splits, {}, *measured, read_network(config), config)
+    splits, measured = {"train": images, "validation": images[:20]}, measure_features(images, features_folder(config))
+    save_prepared(splits, {}, *measured, cached_network(features_folder(config)), config)
     return images
 
 

@@ -24,7 +24,7 @@ import train_image_caption_model as training
 from drawn_data import describe_machine, draw_prepared, print_table
 
 from captioning.data.prepared_data import read_prepared_settings
-from captioning.features.cache import load_data
+from captioning.features.cache import load_data, features_folder
 from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.settings import DATA_SETTINGS, adopt_settings, make_config
 from captioning.training.batches import batch_starts, collect_captions
@@ -65,11 +65,11 @@ def main(argv):
             config = dataclasses.replace(config, features_dir=name)
             prepared = draw_prepared(folder, options.count, config)
         usual_state, state = open_runs(prepared, folder, config)
-        captions = collect_captions(prepared.train, config)
+        captions = collect_captions(prepared.train, features_folder(config))
         usual = iter(usual_batches(captions, config))
         check_same_gradients(usual_state, state, usual, config)
         if options.losses:
-            validation = collect_captions(prepared.validation, config)
+            validation = collect_captions(prepared.validation, features_folder(config))
             compare_losses(usual_state, state, usual, captions, validation, options.losses, config)
         else:
             compare_speed(usual_state, state, usual, captions, options.rounds, config)
@@ -106,7 +106,7 @@ def compare_losses(usual_state, state, usual, captions, validation, epochs, conf
     print("| epoch | usual: training | validation | ours: training | validation |")
     print("|---|---|---|---|---|")
     for epoch in range(epochs):
-        batches = len(batch_starts(captions.lengths, config))
+        batches = len(batch_starts(len(captions.lengths), config.batch_size))
         losses = [np.mean([float(usual_step(usual_state, *next(usual))) for _ in range(batches)])]
         losses.append(training.validate(usual_state, validation, config))
         losses.append(training.train_epoch(state, captions, epoch, config).train_loss)

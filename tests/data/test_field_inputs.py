@@ -99,7 +99,7 @@ def make_features(argv):
     features_folder(config).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for image in images:
-        np.save(feature_path(image, config), rng.random((64, 2048), np.float32).astype(np.float16))
+        np.save(feature_path(image, features_folder(config)), rng.random((64, 2048), np.float32).astype(np.float16))
     assert len(list(features_folder(config).iterdir())) == len(images)
     return config
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from captioning.data.coco import read_coco_captions
 from captioning.data.prepared_data import leave_out, read_prepared_settings, retract_prepared, save_prepared
 from captioning.data.splits import _draw_examples, _split_by_image
-from captioning.features.cache import feature_path, load_data, measure_features, read_network
+from captioning.features.cache import cached_network, feature_path, features_folder, load_data, measure_features
 from captioning.features.cnn import CHANNELS
 from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE
 from captioning.features.missing import find_missing
@@ -34,9 +34,9 @@ def prepare(config, skipped=None):
     train, validation = _split_by_image(images, config.val_fraction, config.seed)
     assert find_missing(images, config) == []
     splits = {"train": train, "validation": validation}
-    kept = leave_out(splits, skipped or {}, config)
-    measured = measure_features(kept["train"], config)
-    save_prepared(kept, skipped or {}, *measured, read_network(config), config)
+    kept = leave_out(splits, skipped or {}, config.max_words)
+    measured = measure_features(kept["train"], features_folder(config))
+    save_prepared(kept, skipped or {}, *measured, cached_network(features_folder(config)), config)
     return splits
 
 
@@ -92,7 +92,7 @@ def test_one_line_says_that_characters_are_the_words(copied, capsys):
 def test_the_statistics_are_those_of_the_training_features(root):
     config = make(root)
     prepared = load_data(config)
-    sample = np.stack([np.load(feature_path(image, config)) for image in prepared.train]).astype(float)
+    sample = np.stack([np.load(feature_path(image, features_folder(config))) for image in prepared.train]).astype(float)
     np.testing.assert_allclose(prepared.feature_mean, sample.mean((0, 1)), atol=1e-3)
     assert prepared.feature_std == pytest.approx(np.std(sample - sample.mean((0, 1))), rel=1e-3)
 
@@ -170,8 +170,8 @@ def test_the_settings_of_prepared_data_make_their_config(root):
 
 
 def test_what_is_retracted_is_not_loaded(copied):
-    retract_prepared(copied)
-    retract_prepared(copied)
+    retract_prepared(copied.data_dir)
+    retract_prepared(copied.data_dir)
     with pytest.raises(UserError, match="settings.json is missing: run python data_utils.py"):
         load_data(copied)
 
@@ -186,7 +186,7 @@ def test_prepared_features_are_not_read(root, monkeypatch):
 
 def test_features_that_another_program_replaced_after_preparing_are_one_line(copied):
     image = load_data(copied).validation[0]
-    path = feature_path(image, copied)
+    path = feature_path(image, features_folder(copied))
     np.save(path, np.load(path) + np.float16(1))
     with pytest.raises(UserError, match=rf"{path} is damaged, or changed since it was prepared: run python data_utils"):
         load_data(copied)

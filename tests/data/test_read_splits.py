@@ -8,7 +8,7 @@ import pytest
 import data_utils
 from captioning.data.captioned_images import image_path
 from captioning.data.sources import all_images
-from captioning.features.cache import feature_path, load_data
+from captioning.features.cache import feature_path, features_folder, load_data
 from captioning.settings import read_settings
 from conftest import IMAGES, options, write_coco, write_features
 from support.errors import UserError
@@ -114,9 +114,11 @@ def test_one_file_of_coco_is_trained_on_and_another_scored(tmp_path):
     assert {split: len(images) for split, images in splits.items()} == {"train": IMAGES, "validation": 5, "test": 5}
     assert all(image_path(image, config).is_file() for images in splits.values() for image in images)
     assert image_path(splits["validation"][0], config).parent == root / "coco" / "val2014"
-    stems = {feature_path(image, config) for image in all_images(splits)}
+    stems = {feature_path(image, features_folder(config)) for image in all_images(splits)}
     assert len(stems) == IMAGES + 5
-    assert feature_path(splits["train"][-1], config).stem == splits["train"][-1].file_name.removesuffix(".jpg")
+    assert feature_path(splits["train"][-1], features_folder(config)).stem == splits["train"][
+        -1
+    ].file_name.removesuffix(".jpg")
 
 
 def test_a_file_of_coco_by_another_name_has_its_images_in_the_same_folder(coco):

@@ -227,7 +227,7 @@ def test_the_best_the_middle_and_the_worst_are_chosen_by_the_first_runs_score(co
         "beam 3": Evaluated(captions, [], {number: float(number) for number in range(count)}, {}),
     }
     shuffled = [images[i] for i in np.random.default_rng(0).permutation(count)]
-    shown = [image.heading.removesuffix(".jpg").split(": ") for image in _score_pages(runs, shuffled, make_config())]
+    shown = [image.heading.removesuffix(".jpg").split(": ") for image in _score_pages(runs, shuffled, "evidence")]
     by_group = {}
     for group, number in shown:
         by_group.setdefault(group, []).append(int(number))
@@ -246,7 +246,7 @@ def test_the_page_shows_the_map_that_is_wanted_and_says_which(tiny, images, tmp_
     ]
     runs = {"greedy": Evaluated(captions, [], {None: 0.0}, {})}
     image = ImageToCaption(captions[0].path, "a")
-    (shown,) = _score_pages(runs, [image], make_config({"attention_map": attention_map}))
+    (shown,) = _score_pages(runs, [image], attention_map)
     assert shown.captions[0].predicted.shown_maps().argmax() == (9 if attention_map == "evidence" else 0)
 
 

@@ -100,7 +100,7 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
     assert len({caption.caption for caption in expected}) > len(paths) / 2
     assert len({len(caption.words) for caption in expected}) > 2
 
-    with extraction_graphs(config):  # this process's, not the model's
+    with extraction_graphs(config.extract_precision):  # this process's, not the model's
         export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
     assert sorted(os.listdir(tmp_path / "deep")) == [".exported.export.lock", "exported"]
 

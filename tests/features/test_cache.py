@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import strategies  # noqa: F401  draws the same examples in every run
 from captioning.data.captioned_images import CaptionedImage
 from captioning.features import cache as feature_cache
-from captioning.features.cache import _check_features, feature_path, features_folder, random_statistics, read_network
+from captioning.features.cache import _check_features, cached_network, feature_path, features_folder, random_statistics
 from captioning.features.feature_files import (
     check_feature_file,
     parallel_map,
@@ -44,8 +44,8 @@ def save_version(path, array, version):
 def test_files_are_named_after_images(tmp_path):
     image = CaptionedImage(1, "a.b.jpg", folder="val2014")
     config = make_config({"data_dir": "data"})
-    assert feature_path(image, config) == pathlib.Path("data/features/a.b.npy")
-    assert random_statistics(config) == pathlib.Path("data/features/random_statistics.npz")
+    assert feature_path(image, features_folder(config)) == pathlib.Path("data/features/a.b.npy")
+    assert random_statistics(features_folder(config)) == pathlib.Path("data/features/random_statistics.npz")
     config = dataclasses.replace(config, features_dir=str(tmp_path))
     assert features_folder(config) == tmp_path
 
@@ -264,14 +264,20 @@ def config(tmp_path):
     """The Config of a cache with the features of IMAGES."""
     config = make_config({"features_dir": str(tmp_path)})
     with open_journal(tmp_path, "a network") as journal:
-        write_features([feature_path(image, config) for image in IMAGES], noise(3), "float16", journal, [IMAGE] * 3)
+        write_features(
+            [feature_path(image, features_folder(config)) for image in IMAGES],
+            noise(3),
+            "float16",
+            journal,
+            [IMAGE] * 3,
+        )
     return config
 
 
 def test_prepared_features_are_checked_without_reading_them(config, monkeypatch):
     monkeypatch.setattr("support.file_states.read_state", None)
-    _check_features(IMAGES, config, "a network", "do this")
-    assert read_network(config) == "a network"
+    _check_features(IMAGES, features_folder(config), "a network", "do this")
+    assert cached_network(features_folder(config)) == "a network"
 
 
 @pytest.mark.parametrize(
@@ -284,15 +290,15 @@ def test_prepared_features_are_checked_without_reading_them(config, monkeypatch)
     ],
 )
 def test_features_that_are_missing_or_changed_are_one_line(config, damage, problem):
-    damage(feature_path(IMAGES[1], config))
-    with pytest.raises(UserError, match=rf"{feature_path(IMAGES[1], config)} {problem}: do this$"):
-        _check_features(IMAGES, config, "a network", "do this")
-    damage(feature_path(IMAGES[2], config))
+    damage(feature_path(IMAGES[1], features_folder(config)))
+    with pytest.raises(UserError, match=rf"{feature_path(IMAGES[1], features_folder(config))} {problem}: do this$"):
+        _check_features(IMAGES, features_folder(config), "a network", "do this")
+    damage(feature_path(IMAGES[2], features_folder(config)))
     with pytest.raises(UserError, match=rf"{problem}, and 1 others are too: do this$"):
-        _check_features(IMAGES, config, "a network", "do this")
-    _check_features(IMAGES[:1], config, "a network", "do this")
+        _check_features(IMAGES, features_folder(config), "a network", "do this")
+    _check_features(IMAGES[:1], features_folder(config), "a network", "do this")
 
 
 def test_features_of_another_network_are_one_line(config):
     with pytest.raises(UserError, match=r"another network's \(a network\) than those .* \(another\): do this$"):
-        _check_features(IMAGES, config, "another", "do this")
+        _check_features(IMAGES, features_folder(config), "another", "do this")

@@ -77,7 +77,7 @@ def manifest(config):
 
 
 def brightness_of(image, config):
-    features = np.load(feature_path(image, config))
+    features = np.load(feature_path(image, features_folder(config)))
     assert features.min() == features.max()
     return features[0, 0]
 
@@ -161,7 +161,7 @@ def test_a_image_that_changes_while_it_is_read_is_extracted_again(config, images
 
 def test_damaged_and_missing_features_are_made_again_and_no_other(config, images, network, monkeypatch):
     run(images, config)
-    paths = [feature_path(image, config) for image in images]
+    paths = [feature_path(image, features_folder(config)) for image in images]
     paths[0].write_bytes(b"")
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
     paths[2].write_bytes(paths[2].read_bytes().replace(b"(64, 2048)", b"(32, 4096)"))
@@ -189,7 +189,11 @@ def forget(image, config):
     """Take the line of an image's feature out of the manifest, as a power cut may."""
     path = features_folder(config) / _MANIFEST
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if not line.startswith(json.dumps([feature_path(image, config).stem])[:-1].encode())]
+    kept = [
+        line
+        for line in lines
+        if not line.startswith(json.dumps([feature_path(image, features_folder(config)).stem])[:-1].encode())
+    ]
     assert len(kept) == len(lines) - 1
     path.write_bytes(b"".join(kept))
 
@@ -202,7 +206,7 @@ def test_features_whose_lines_are_missing_are_extracted_again(config, images, ne
     network.clear()
     assert run(images, config, shared) == 2
     assert sorted(network) == [2, 3]
-    path = feature_path(images[2], config)
+    path = feature_path(images[2], features_folder(config))
     assert f"features without a line in the manifest: 2, such as {path}; extracted again" in capsys.readouterr().out
     assert run(images, config) == 0
     for image in images:
@@ -254,7 +258,7 @@ def test_a_calibration_is_a_part_of_the_network(config, images, network):
     """Statistics measured on other images, in the same place."""
     config = dataclasses.replace(config, inception_weights="random")
     run(images[:4], config)
-    random_statistics(config).write_bytes(b"of other images")
+    random_statistics(features_folder(config)).write_bytes(b"of other images")
     for shared in (False, True):
         with pytest.raises(UserError, match="made by another network"):
             find_missing(images, config, shared)
@@ -270,7 +274,7 @@ def test_a_run_that_began_anew_and_was_stopped_before_it_calibrated_is_continued
     assert len(find_missing(images, after)) == COUNT  # and no more
     assert run(images[:3], after, shared=True) == 3
     assert run(images, after) == 3
-    assert manifest(config).network == network_identity(after, random_statistics(config))
+    assert manifest(config).network == network_identity(after, random_statistics(features_folder(config)))
 
 
 @pytest.mark.parametrize("ignores", [False, True])
@@ -324,8 +328,8 @@ def test_a_cache_of_which_no_feature_fits_its_image_begins_anew(config, images, 
         find_missing(images, after, shared=True)
     assert run(images, after) == COUNT
     assert [brightness_of(image, config) for image in images] == [100, 101, 102, 103, 104, 105]
-    assert manifest(config).network == network_identity(after, random_statistics(config))
-    assert random_statistics(config).read_bytes() == b"of seed 1"
+    assert manifest(config).network == network_identity(after, random_statistics(features_folder(config)))
+    assert random_statistics(features_folder(config)).read_bytes() == b"of seed 1"
 
 
 def test_features_of_other_images_keep_a_cache_from_beginning_anew(config, images, network):
@@ -340,7 +344,7 @@ def test_features_of_other_images_keep_a_cache_from_beginning_anew(config, image
 def test_random_weights_without_their_statistics_are_one_line(config, images, network):
     config = dataclasses.replace(config, inception_weights="random")
     run(images[:3], config)
-    random_statistics(config).unlink()
+    random_statistics(features_folder(config)).unlink()
     with pytest.raises(UserError, match="random_statistics.npz is missing, .* name another --features_dir, or delete"):
         find_missing(images, config)
 
@@ -359,7 +363,7 @@ def test_the_cache_is_claimed_before_the_first_feature(config, images, network, 
 
 def test_whole_features_that_this_program_did_not_write_are_refused(config, images, network):
     run(images, config)
-    path = feature_path(images[4], config)
+    path = feature_path(images[4], features_folder(config))
     np.save(path, np.ones((64, 2048), np.float16))
     with pytest.raises(UserError, match=rf"{path} is not the feature file that python data_utils.py wrote there"):
         find_missing(images, config)
@@ -375,8 +379,8 @@ def elsewhere(config, images):
     """Every image's features, as another program leaves them."""
     features_folder(config).mkdir(parents=True)
     for image in images:
-        np.save(feature_path(image, config), np.full((64, 2048), 50 + image.image_id, np.float16))
-    return [feature_path(image, config) for image in images]
+        np.save(feature_path(image, features_folder(config)), np.full((64, 2048), 50 + image.image_id, np.float16))
+    return [feature_path(image, features_folder(config)) for image in images]
 
 
 def test_features_made_elsewhere_are_used_as_a_whole_and_read_once(config, images, elsewhere, monkeypatch, capsys):

@@ -63,7 +63,7 @@ def tiny(monkeypatch):
 
 def compute(config, pixels, *args, **kwargs):
     network = feature_network(config, *args, **kwargs)
-    with extraction_graphs(config):
+    with extraction_graphs(config.extract_precision):
         return network(tf.constant(pixels)).numpy()
 
 
@@ -231,7 +231,7 @@ def rewriting():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_extraction_leaves_the_rewriting_of_other_graphs_as_it_was(precision):
     config = make_config({"extract_precision": precision})
-    with pytest.raises(KeyboardInterrupt), extraction_graphs(config):
+    with pytest.raises(KeyboardInterrupt), extraction_graphs(config.extract_precision):
         assert rewriting() == (precision == "bfloat16", False)
         raise KeyboardInterrupt
     assert rewriting() == (False, True)
@@ -260,19 +260,19 @@ def gpu(monkeypatch):
 def test_a_gpu_computes_in_the_type_that_is_fast_there(gpu, tiny, capability, expected):
     gpu(capability)
     config = make_config()
-    assert extraction_precision(config) == expected
-    assert extraction_precision(make_config({"extract_precision": "float32"})) == "float32"
+    assert extraction_precision(config.extract_precision) == expected
+    assert extraction_precision("float32") == "float32"
     feature_network(config)
     assert tiny.policies == ["float32" if expected == "float32" else f"mixed_{expected}"]
     assert keras.config.dtype_policy().name == "float32"
-    with extraction_graphs(config):
+    with extraction_graphs(config.extract_precision):
         assert rewriting() == (False, False)  # which is for CPUs
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_computes_in_the_type_that_is_fast_there(tiny, monkeypatch, fast):
     monkeypatch.setattr(inception, "has_fast_bfloat16", lambda: fast)
-    assert extraction_precision(make_config()) == ("bfloat16" if fast else "float32")
+    assert extraction_precision("auto") == ("bfloat16" if fast else "float32")
     feature_network(make_config())
     assert tiny.policies == ["float32"]  # TensorFlow rewrites the graph
 

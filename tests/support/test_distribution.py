@@ -53,7 +53,7 @@ count = int(sys.argv[1])
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
 config, _ = read_settings(sys.argv[2:], "")
-with replicas(config, [f"CPU:{number}" for number in range(count)]):
+with replicas(config.strategy, [f"CPU:{number}" for number in range(count)]):
     assert tf.distribute.get_strategy().num_replicas_in_sync == count
     train_captioner(config)
 """
@@ -310,7 +310,7 @@ def test_a_tf_config_that_does_not_say_which_worker_this_is_is_refused(text, mon
     if text is not None:
         monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UserError, match="TF_CONFIG.*set it on every worker"):
-        _open_strategy(make_config({"strategy": "multiworker"}))
+        _open_strategy("multiworker")
 
 
 @pytest.mark.parametrize("job, index", [("worker", 1), ("worker", -1), ("ps", 0), ("chief", 0)])
@@ -318,12 +318,12 @@ def test_a_worker_that_tf_config_does_not_list_is_refused(job, index, monkeypatc
     cluster = {"worker": ["127.0.0.1:1"], "ps": ["127.0.0.1:2"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": job, "index": index}}))
     with pytest.raises(UserError, match="does not list the workers"):
-        _open_strategy(make_config({"strategy": "multiworker"}))
+        _open_strategy("multiworker")
 
 
 def test_mirrored_without_several_gpus_is_refused():
     with pytest.raises(UserError, match="TensorFlow finds 1 here: run the same command with --strategy auto"):
-        _open_strategy(make_config({"strategy": "mirrored"}), ["CPU:0"])
+        _open_strategy("mirrored", ["CPU:0"])
 
 
 class Cluster:
@@ -402,7 +402,7 @@ def test_a_stray_tf_config_changes_nothing(text, monkeypatch, capsys):
         text = json.dumps({"cluster": text, "task": {"type": "worker", "index": 1}})
     monkeypatch.setenv("TF_CONFIG", text)
     config = make_config()
-    with replicas(config):
+    with replicas(config.strategy):
         assert tf.distribute.get_strategy().num_replicas_in_sync == 1
         assert is_chief()
         check_same_everywhere({"a number": 3.0}, "give another")
@@ -428,5 +428,5 @@ def test_a_single_process_sums_and_gives_what_it_has():
 
 
 def test_errors_that_are_not_a_lost_workers_stay_what_they_are():
-    with pytest.raises(tf.errors.InternalError), replicas(make_config()):
+    with pytest.raises(tf.errors.InternalError), replicas("auto"):
         raise tf.errors.InternalError(None, None, "a fault of the program")

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from captioning.data.captioned_images import CaptionedImage
-from captioning.features.cache import feature_path
+from captioning.features.cache import feature_path, features_folder
 from captioning.settings import make_config
 from captioning.training import batches
 from captioning.training.batches import (
@@ -38,7 +38,7 @@ def config(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
     config = make_config({"features_dir": str(folder), "feature_dtype": request.param, "batch_size": 16})
     for image in make_images():
-        np.save(feature_path(image, config), np.full((64, 2048), image.image_id, request.param))
+        np.save(feature_path(image, features_folder(config)), np.full((64, 2048), image.image_id, request.param))
     return config
 
 
@@ -65,7 +65,7 @@ def test_fewer_captions_than_a_batch_are_one():
 
 def test_batches_hold_each_captions_own_features_and_words(config):
     images = make_images()
-    captions = collect_captions(images, config)
+    captions = collect_captions(images, features_folder(config))
     order = bucket_by_length(captions.lengths, 16, np.random.default_rng(0))
     expected = [(image.image_id, caption) for image in images for caption in image.encoded_captions]
     pipeline = caption_batches(captions, order, config)
@@ -87,15 +87,15 @@ def test_batches_hold_each_captions_own_features_and_words(config):
 
 
 def test_words_to_be_said_are_counted_by_batch(config):
-    captions = collect_captions(make_images(), config)
+    captions = collect_captions(make_images(), features_folder(config))
     order = bucket_by_length(captions.lengths, 16, np.random.default_rng(0))
     counts = [np.count_nonzero(words[:, 1:]) for _, words in caption_batches(captions, order, config)]
-    assert _count_tokens(captions, order, config).tolist() == counts
+    assert _count_tokens(captions, order, config.batch_size).tolist() == counts
     assert len(counts) == math.ceil(IMAGES * 5 / 16)
 
 
 def test_what_is_left_of_an_epoch_has_the_batches_it_would_have_had(config):
-    captions = collect_captions(make_images(), config)
+    captions = collect_captions(make_images(), features_folder(config))
     order = bucket_by_length(captions.lengths, 16, np.random.default_rng(0))
     whole = [words.numpy().tolist() for _, words in caption_batches(captions, order, config)]
     rest = [words.numpy().tolist() for _, words in caption_batches(captions, order[48:], config)]
@@ -118,7 +118,7 @@ def test_what_is_left_of_an_epoch_has_the_batches_it_would_have_had(config):
 def test_batches_read_ahead_are_bounded_by_cores_and_by_memory(monkeypatch, cores, batch_size, dtype, parallel):
     monkeypatch.setattr(batches, "usable_cores", lambda: cores)
     config = make_config({"batch_size": batch_size, "feature_dtype": dtype})
-    assert _parallel_batches(config) == parallel
+    assert _parallel_batches(config.batch_size, config.feature_dtype) == parallel
     assert parallel == 1 or parallel * batch_size * 64 * 2048 * np.dtype(dtype).itemsize <= batches._READ_AHEAD
 
 
@@ -135,7 +135,7 @@ def test_no_more_than_that_is_read_before_it_is_needed(config, monkeypatch):
     monkeypatch.setattr(batches, "_READ_AHEAD", 4 * 2 * 64 * 2048 * np.dtype(config.feature_dtype).itemsize)
     monkeypatch.setattr(batches, "read_feature", counted)
     small = make_config({"features_dir": config.features_dir, "feature_dtype": config.feature_dtype, "batch_size": 2})
-    captions = collect_captions(make_images(), small)
+    captions = collect_captions(make_images(), features_folder(small))
     pipeline = iter(caption_batches(captions, np.arange(IMAGES * 5), small))
     next(pipeline)
     for _ in range(20):  # until nothing more is read

@@ -10,7 +10,7 @@ import train_image_caption_model as training
 from captioning.captioner import caption_batch
 from captioning.decoder.rules import _BANNED_WORDS
 from captioning.evaluation.metrics import quick_score
-from captioning.features.cache import ImageToCaption, feature_path, load_data
+from captioning.features.cache import ImageToCaption, feature_path, features_folder, load_data
 from captioning.settings import make_config, read_settings
 from captioning.training import self_critical
 from captioning.training.batches import image_batches
@@ -242,13 +242,13 @@ def test_the_loss_of_no_caption_is_0():
 def test_batches_hold_each_images_features_and_position(trained):
     config = settings_of(trained, trained / "run", "--images_per_step", "4")
     images = load_data(config).train[:6]
-    paths = tf.constant([str(feature_path(image, config)) for image in images])
+    paths = tf.constant([str(feature_path(image, features_folder(config))) for image in images])
     batches = [(features.numpy(), positions.numpy()) for features, positions in image_batches(paths, ORDER, config)]
     assert [positions.tolist() for _, positions in batches] == [[5, 0, 3, 1], [2, 4, -1, -1]]
     for features, positions in batches:
         assert features.shape == (4, 64, 2048)
         for feature, position in zip(features, positions, strict=True):
-            np.testing.assert_array_equal(feature, np.load(feature_path(images[position], config)))
+            np.testing.assert_array_equal(feature, np.load(feature_path(images[position], features_folder(config))))
 
 
 ORDER = np.array([5, 0, 3, 1, 2, 4])
@@ -299,7 +299,7 @@ def test_the_cider_of_samples_is_on_the_scale_of_validation(trained, monkeypatch
         return captions
 
     monkeypatch.setattr(training, "sample_captions", record)
-    images = _collect_images(prepared.train, prepared.vocabulary, config)
+    images = _collect_images(prepared.train, prepared.vocabulary, features_folder(config))
     row = training.self_critical_epoch(state, images, 0, config)
     references = {position: prepared.train[position].references for position in drawn}
     write = lambda words: " ".join(prepared.vocabulary[i] for i in words if i not in (PAD, START, END))  # noqa: E731
@@ -456,10 +456,10 @@ def test_fewer_than_two_samples_cannot_be_compared():
 def test_images_are_known_by_their_position(trained):
     config = settings_of(trained, trained / "run")
     prepared = load_data(config)
-    images = _collect_images(prepared.train, prepared.vocabulary, config)
+    images = _collect_images(prepared.train, prepared.vocabulary, features_folder(config))
     assert len(images.feature_paths) == IMAGES == len(images.reward.references)
     third = prepared.train[2]
-    assert images.feature_paths[2].numpy().decode() == str(feature_path(third, config))
+    assert images.feature_paths[2].numpy().decode() == str(feature_path(third, features_folder(config)))
     assert len(images.reward.references[2]) == len(third.references)
 
 
@@ -481,11 +481,11 @@ def test_each_sample_is_taught_with_its_own_image(taught, trained):
     config = settings_of(trained, taught / "run", *more)
     prepared = load_data(config)
     state = training.open_run(prepared, config)
-    paths = [feature_path(image, config) for image in prepared.train[:2]]
+    paths = [feature_path(image, features_folder(config)) for image in prepared.train[:2]]
     features = np.stack([np.load(path) for path in paths])  # (B, P, F)
     captions = np.array([[START, 5 + i, 6 + i, END] for i in range(6)])  # (B S, T)
     advantages = np.array([1, -2, 3, -4, 5, -6], np.float32)
-    images = _collect_images(prepared.train, prepared.vocabulary, config)
+    images = _collect_images(prepared.train, prepared.vocabulary, features_folder(config))
     captions, advantages = _add_references(images, np.arange(2), captions, advantages, 0, config)
     assert captions[6:, 1:].any(axis=1).all() and (advantages[6:] == np.float32(0.3)).all()
     by_caption = tf.constant(features[[0, 1] * 4])  # first samples, second samples, third samples, references
