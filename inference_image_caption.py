@@ -67,9 +67,17 @@ def add_options(parser):
 def main(argv):
     given, options = parse_command_line(argv, __doc__, Config, add_options)
     check_options(options)
-    config = run_folder.run_settings(given, settings.make_config(given).run_dir)
+    config = settings.make_config(given)
+    with settings.naming_commands(config):
+        config = run_folder.run_settings(given, config.run_dir)
     image_files.set_up_pillow()
     devices.set_up_devices()
+    with settings.naming_commands(config):
+        caption(options, config)
+
+
+def caption(options, config):
+    """Do what the options ask for: export, or caption the user's images or a split's."""
     if options.export:
         export(run_folder.load_captioner(config), options, config)
         return
@@ -121,7 +129,7 @@ def split_images(split, config):
       UserError: there is no such split, or the data are not those that the run fits.
     """
     prepared = cache.load_data(config)
-    run_folder.check_other_data(config.run_dir, config, prepared)
+    run_folder.check_other_data(config.run_dir, config.data_dir, prepared)
     images = getattr(prepared, split)
     if not images:
         raise UserError(f"{config.data_dir} has no {split} split: leave out --split, or prepare data that have one")

@@ -35,11 +35,12 @@ from support.process import interrupts_held_back, run_script
 
 def main(argv):
     given, _ = parse_command_line(argv, __doc__, Config)
-    data_dir = settings.make_config(given).data_dir
-    saved = prepared_data.read_prepared_settings(data_dir)
-    config = settings.adopt_settings(given, saved, settings.DATA_SETTINGS, data_dir)
+    config = settings.make_config(given)
+    with settings.naming_commands(config):
+        saved = prepared_data.read_prepared_settings(config.data_dir)
+    config = settings.adopt_settings(given, saved, settings.DATA_SETTINGS, config.data_dir)
     devices.set_up_devices()
-    with distribution.replicas(config.strategy):
+    with settings.naming_commands(config), distribution.replicas(config.strategy):
         train_captioner(config)
 
 
@@ -56,7 +57,7 @@ def train_captioner(config):
         try:
             with (
                 interrupts_held_back() as stop_if_asked,
-                reading_features(settings.prepare_command(config.dataset)),
+                reading_features(),
                 tensorboard_log(config) as writer,
             ):
                 samples = Samples(choose_samples(prepared.validation, config), prepared.vocabulary, writer)
@@ -93,7 +94,7 @@ def open_run(prepared, config):
     if any(name.startswith("last") for name in saved):
         run_folder.check_run_fits(folder, config, prepared)
     else:
-        run_folder.check_new_run(folder, config)
+        run_folder.check_new_run(folder, config.data_dir)
     if distribution.is_chief():
         remove_leftovers(folder)
         run_folder.begin_run(prepared, config)
@@ -101,7 +102,7 @@ def open_run(prepared, config):
     if precision == "auto":
         precision = "mixed_bfloat16" if devices.has_fast_bfloat16() else "float32"
     state = build_state(prepared, precision, config)
-    restored = checkpoints.restore_newest(state, [folder / "last"], run_folder.other_folder(config.dataset))
+    restored = checkpoints.restore_newest(state, [folder / "last"])
     if precision == "mixed_float16":  # after restoring: a checkpoint of another precision has no loss scale
         state.loss_scale = keras.optimizers.LossScaleOptimizer(state.optimizer)
         state.loss_scale.build(state.trainable_variables)

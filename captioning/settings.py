@@ -4,12 +4,14 @@ A setting is taken from the first of these that has it: the command line; what t
 was trained with; the data set's preset; config.py.
 """
 
+import contextlib
 import dataclasses
+import pathlib
 import shlex
 
 from config import PRESETS, Config
 from support.command_line import check_value, make_settings, parse_command_line
-from support.errors import UserError
+from support.errors import FileError, UserError
 
 # What the prepared files depend on. The later scripts take these from the folder of prepared data.
 DATA_SETTINGS = (
@@ -136,6 +138,34 @@ def dataset_option(dataset):
 def prepare_command(dataset):
     """What makes the prepared data anew, for messages: `run python data_utils.py` and the data set's option."""
     return f"run python data_utils.py {dataset_option(dataset)}".rstrip()
+
+
+def train_command(dataset):
+    return f"python train_image_caption_model.py {dataset_option(dataset)}".rstrip()
+
+
+def other_run(dataset):
+    """What the user can do about a run folder that does not fit or is damaged. Nothing in it is lost that way."""
+    return f"give another --run_dir, or move that folder away, and run {train_command(dataset)}"
+
+
+@contextlib.contextmanager
+def naming_commands(config):
+    """End the message of a FileError in the block with the command that makes the folder of that file anew."""
+    prepare = prepare_command(config.dataset)
+    commands = {
+        pathlib.Path(config.data_dir): prepare,
+        pathlib.Path(config.features_dir or config.data_dir): prepare,
+        pathlib.Path(config.run_dir): other_run(config.dataset),
+    }
+    try:
+        yield
+    except FileError as error:
+        around = [folder for folder in commands if error.path.is_relative_to(folder)]
+        if not around:
+            raise
+        folder = max(around, key=lambda folder: len(folder.parts))  # one of them may lie in another
+        raise UserError(f"{error}: {commands[folder]}") from None
 
 
 def quote(value):

@@ -8,7 +8,7 @@ import collections
 import numpy as np
 
 from captioning.words import split_words
-from support.errors import UserError
+from support.errors import FileError
 from support.files import read_json
 
 SPECIAL_WORDS = ("<pad>", "<unk>", "<start>", "<end>")
@@ -66,23 +66,22 @@ def log_frequency_bias(encoded_captions, vocab_size):
     return np.log((shares + 1 / vocab_size) / 2)  # (V,)
 
 
-def read_vocabulary(path, remedy):
+def read_vocabulary(path):
     """Read a vocabulary from its JSON file.
 
     Args:
       path: path of the file.
-      remedy: str, which command mends a bad file. It ends the error's message.
 
     Returns:
       list of V different str, the special words first.
 
     Raises:
-      UserError: the file is missing or damaged.
+      FileError: the file is missing or damaged.
     """
-    words = read_json(path, remedy, list)
+    words = read_json(path, list)
     special = len(SPECIAL_WORDS)
     if not all(isinstance(word, str) for word in words) or tuple(words[:special]) != SPECIAL_WORDS:
-        raise UserError(f"{path} is damaged (it is not a list of words): {remedy}")
+        raise FileError(path, "is damaged (it is not a list of words)")
     if len(set(words)) < len(words):
-        raise UserError(f"{path} is damaged (it has a word twice): {remedy}")
+        raise FileError(path, "is damaged (it has a word twice)")
     return words

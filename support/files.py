@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 
-from support.errors import UserError
+from support.errors import FileError, UserError
 
 try:
     import fcntl
@@ -32,24 +32,23 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems without locks answer
 
 
-def read_json(path, remedy, kind=object):
+def read_json(path, kind=object):
     """Read a JSON file.
 
     Args:
-      remedy: str, what the user can do if the file is missing or damaged.
       kind: class that the value must be an instance of.
 
     Raises:
-      UserError: the file is missing, damaged or holds another kind of value; the message ends in `remedy`.
+      FileError: the file is missing, damaged or holds another kind of value.
     """
     try:
         value = json.loads(pathlib.Path(path).read_bytes())  # UTF-8 or UTF-16, with or without a byte order mark
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {remedy}") from None
+        raise FileError(path, "is missing") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
+        raise FileError(path, f"cannot be read ({error})") from None
     if not isinstance(value, kind):
-        raise UserError(f"{path} is damaged (it holds no {kind.__name__}): {remedy}")
+        raise FileError(path, f"is damaged (it holds no {kind.__name__})")
     return value
 
 

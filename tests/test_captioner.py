@@ -11,7 +11,7 @@ from captioning import captioner as captioner_module
 from captioning.captioner import caption_batch, decode_captions
 from captioning.data.captioned_images import CaptionedImage
 from captioning.features.cache import ImageToCaption, cached_batches, dataset_images
-from captioning.settings import make_config
+from captioning.settings import make_config, naming_commands
 from captioning.training.batches import _read_features
 from captioning.training.checkpoints import captioner_checkpoint, list_checkpoints
 from captioning.training.run_folder import load_captioner
@@ -79,10 +79,10 @@ def test_each_image_gets_its_own_cached_features(tmp_path):
 
 @pytest.mark.parametrize("data", [None, b"", b"\x93NUMPY\x01\x00v\x00 and no more"])
 def test_a_damaged_or_missing_feature_is_one_line(tmp_path, data):
-    config = make_config({"dataset": "demo"})
+    config = make_config({"dataset": "demo", "features_dir": str(tmp_path)})
     if data is not None:
         (tmp_path / "a.npy").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.npy.*run python data_utils.py --dataset demo"):
+    with pytest.raises(UserError, match=r"a\.npy.*run python data_utils.py --dataset demo"), naming_commands(config):
         list(cached_batches([ImageToCaption(pathlib.Path("a"), "a", feature_path=tmp_path / "a.npy")], config))
 
 
@@ -173,7 +173,10 @@ def test_without_any_whole_checkpoint_the_command_is_named_and_nothing_is_to_be_
     write_run(tmp_path / "run", config)
     damage(tmp_path / "run" / "best")
     damage(tmp_path / "run" / "last")
-    with pytest.raises(UserError, match="best/ckpt-1 cannot be read.*move that folder away.*--dataset demo") as raised:
+    with (
+        pytest.raises(UserError, match="best/ckpt-1 cannot be read.*move that folder away.*--dataset demo") as raised,
+        naming_commands(config),
+    ):
         load_captioner(config)
     assert "delete" not in str(raised.value)
 

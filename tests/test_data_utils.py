@@ -17,7 +17,7 @@ from captioning.features.cache import feature_path, features_folder, load_data
 from captioning.features.image_files import load_image
 from captioning.features.inception import extraction_graphs, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
-from captioning.settings import read_settings
+from captioning.settings import naming_commands, read_settings
 from captioning.vocabulary import END, START, UNK
 from conftest import IMAGES, full_disk, options, write_coco
 from support.errors import UserError
@@ -177,7 +177,10 @@ def test_a_gap_in_features_made_elsewhere_is_one_line_and_what_was_prepared_stay
     with pytest.raises(UserError, match="1 of 24 features are missing, damaged .*, such as .*07.npy.* made elsewhere"):
         prepare(coco)
     assert (coco / "data" / "settings.json").exists()
-    with pytest.raises(UserError, match="07.npy is missing from the feature cache: run python data_utils.py"):
+    with (
+        pytest.raises(UserError, match="07.npy is missing from the feature cache: run python data_utils.py"),
+        naming_commands(config),
+    ):
         load_data(config)
 
 

@@ -37,7 +37,7 @@ def checkpoint_of(value):
 def test_a_checkpoint_is_read_where_it_was_written(folder):
     save_checkpoint(checkpoint_of(1.0), folder, 1)
     objects = checkpoint_of(0.0)
-    assert restore_newest(objects, [folder], "") == folder / "ckpt-1"
+    assert restore_newest(objects, [folder]) == folder / "ckpt-1"
     assert objects.weight.numpy() == 1.0
 
 
@@ -45,7 +45,7 @@ def test_what_is_added_to_objects_later_is_restored_too(folder):
     """As the loss scale is."""
     save_checkpoint(checkpoint_of(1.0), folder, 1)
     objects = tf.train.Checkpoint()
-    restore_newest(objects, [folder], "")
+    restore_newest(objects, [folder])
     gc.collect()
     objects.weight = tf.Variable(0.0)
     assert objects.weight.numpy() == 1.0

@@ -143,7 +143,7 @@ def test_any_settings_are_a_config_or_one_line(values):
     with tempfile.TemporaryDirectory() as folder:  # as every run keeps them
         path = pathlib.Path(folder, "config.json")
         write_json(path, dataclasses.asdict(config))
-        assert make_config(read_json(path, "")) == config
+        assert make_config(read_json(path)) == config
 
 
 @pytest.mark.slow

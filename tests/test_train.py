@@ -18,7 +18,7 @@ import data_utils
 import train_image_caption_model as training
 from captioning import captioner
 from captioning.features.cache import feature_path, features_folder, load_data
-from captioning.settings import read_settings
+from captioning.settings import naming_commands, read_settings
 from captioning.training import epochs as epoch_batches
 from captioning.training import saving as training_records
 from captioning.training.batches import collect_captions
@@ -275,7 +275,10 @@ def test_a_run_without_last_is_refused_and_stays_as_it_is(trained, tmp_path, wor
     prepared = load_data(config)
     if words == "others":
         prepared = dataclasses.replace(prepared, vocabulary=[*prepared.vocabulary[:-1], "another"])
-    with pytest.raises(UserError, match="holds best/ckpt-2 and no checkpoint in last/ .*: give another --run_dir"):
+    with (
+        pytest.raises(UserError, match="holds best/ckpt-2 and no checkpoint in last/ .*: give another --run_dir"),
+        naming_commands(config),
+    ):
         training.open_run(prepared, config)
     assert content(tmp_path / "run") == before
 
@@ -481,7 +484,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(trained, tmp_
 
     spoil_checkpoint(tmp_path, "last", 1)
     for load in (lambda: train(trained, "--run_dir", config.run_dir), lambda: captioner.load_captioner(config)):
-        with pytest.raises(UserError, match=r"ckpt-2 cannot be read .*: give another --run_dir, or move") as raised:
+        with (
+            pytest.raises(UserError, match=r"ckpt-2 cannot be read .*: give another --run_dir, or move") as raised,
+            naming_commands(config),
+        ):
             load()
         assert "\n" not in str(raised.value) and "delete" not in str(raised.value)
 
@@ -539,7 +545,10 @@ def test_a_feature_that_is_damaged_in_mid_training_is_one_line(trained, tmp_path
     path = feature_path(prepared.train[0], features_folder(there))
     path.write_bytes(path.read_bytes()[:1000])
     monkeypatch.setattr(training, "load_data", lambda config: prepared)
-    with pytest.raises(UserError, match=f"{path} is damaged: run python data_utils.py") as raised:
+    with (
+        pytest.raises(UserError, match=f"{path} is damaged: run python data_utils.py") as raised,
+        naming_commands(there),
+    ):
         training.train_captioner(there)
     assert "\n" not in str(raised.value)
 
@@ -766,7 +775,7 @@ def test_what_history_calls_validation_is_the_loss_of_the_validation_split(train
     config = settings_of(trained, trained / "run")
     prepared = load_data(config)
     state = training.build_state(prepared, "float32", config)
-    assert training.restore_newest(state, [trained / "run" / "last"], "")
+    assert training.restore_newest(state, [trained / "run" / "last"])
     loss, of_training = (
         training.validate(state, collect_captions(images, features_folder(config)), config)
         for images in (prepared.validation, prepared.train)

@@ -16,13 +16,13 @@ from captioning.data.captioned_images import (
     split_file_name,
 )
 from captioning.words import split_words
-from support.errors import UserError
+from support.errors import FileError, UserError, mended_by
 from support.files import read_json
 
-_REMEDY = "put COCO's own file there, or delete it and run python data_utils.py again to download it"
+REMEDY = "put COCO's own file there, or delete it and run python data_utils.py again to download it"
 
 
-def read_coco_captions(path, max_words, scored=False, remedy=_REMEDY):
+def read_coco_captions(path, max_words, scored=False):
     """Read a caption file in COCO's layout.
 
     Records that cannot be used are left out, such as an empty caption or a file name that leads out of the folder. So
@@ -32,7 +32,6 @@ def read_coco_captions(path, max_words, scored=False, remedy=_REMEDY):
       path: path of the JSON file.
       max_words: int, length of the longest caption to train on, in words.
       scored: bool, whether the images are to be scored and not trained on. They then need no caption to train on.
-      remedy: str, what the user can do about a wrong file.
 
     Returns:
       list of CaptionedImage, by ascending image id. Each has at least one caption to train on or, if they are scored,
@@ -42,14 +41,14 @@ def read_coco_captions(path, max_words, scored=False, remedy=_REMEDY):
       UserError: the file is missing, is not JSON or not in COCO's layout, or has captions for fewer than 2 images, or
         for none if they are scored.
     """
-    return captions_of(read_json(path, remedy), path, max_words, scored, remedy)
+    return captions_of(read_json(path), path, max_words, scored)
 
 
-def captions_of(data, path, max_words, scored=False, remedy=_REMEDY):
+def captions_of(data, path, max_words, scored=False):
     """The CaptionedImages of what a file in COCO's layout holds. The rest is as in `read_coco_captions`."""
     if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in ("images", "annotations")):
         _check_kind(data, path)
-        raise UserError(f'{path} does not have the lists "images" and "annotations" of COCO captions: {remedy}')
+        raise FileError(path, 'does not have the lists "images" and "annotations" of COCO captions')
     rejected = RejectedRecords(path)
     images = _read_coco_images(data["images"], rejected)
     captions = _read_coco_annotations(data["annotations"], images, rejected)
@@ -59,7 +58,7 @@ def captions_of(data, path, max_words, scored=False, remedy=_REMEDY):
     if len(usable) < (1 if scored else 2):
         needed = "one is needed" if scored else "a split needs 2"
         reason = rejected.main_reason()
-        raise UserError(f"{path} has usable captions for {len(usable)} images, but {needed}{reason}: {remedy}")
+        raise FileError(path, f"has usable captions for {len(usable)} images, but {needed}{reason}")
     rejected.report()
     return usable
 
@@ -146,9 +145,9 @@ def split_of_file(path):
 
 
 _LARGEST_SIDE = 10_000  # pixels; no data set has larger images, and a map of this size still fits in memory
-_INSTANCES_REMEDY = "put COCO's own file there, or delete it to evaluate without attention accuracy"
 
 
+@mended_by("put COCO's own file there, or delete it to evaluate without attention accuracy")
 def read_instances(path, image_ids):
     """Read COCO's instances.
 
@@ -163,19 +162,16 @@ def read_instances(path, image_ids):
     Raises:
       UserError: as in `coco_groundings`.
     """
-    data = read_json(path, _INSTANCES_REMEDY)
+    data = read_json(path)
     keys = ("categories", "images", "annotations")
     if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in keys):
-        raise UserError(
-            f'{path} does not have the lists "categories", "images" and "annotations" of COCO instances: '
-            f"{_INSTANCES_REMEDY}"
-        )
+        raise FileError(path, 'does not have the lists "categories", "images" and "annotations" of COCO instances')
     rejected = RejectedRecords(path)
     names = _read_categories(data["categories"], rejected)
     known = {str(image_id): image_id for image_id in image_ids}
     sizes = _read_sizes(data["images"], known, rejected)
     if image_ids and not sizes:
-        raise UserError(f"{path} lists none of the captioned images{rejected.main_reason()}: {_INSTANCES_REMEDY}")
+        raise FileError(path, f"lists none of the captioned images{rejected.main_reason()}")
     boxes = _read_boxes(data["annotations"], names, known, sizes, rejected)
     rejected.report()
     return set(names.values()), sizes, boxes

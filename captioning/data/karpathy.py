@@ -21,16 +21,14 @@ from captioning.data.captioned_images import (
     get_fields,
     split_file_name,
 )
-from support.errors import UserError
+from support.errors import FileError, UserError, mended_by
 from support.files import read_json
 
 _COCO_URL = "http://images.cocodataset.org"  # an image is at <this>/<folder>/<file name>
 _COCO_FOLDERS = ("train2014", "val2014")
-_REMEDY = (
-    "give dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json or one of their kind by --karpathy_json"
-)
 
 
+@mended_by("give dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json or one like them by --karpathy_json")
 def read_karpathy(path, folder, max_words):
     """Read one of Karpathy's split files.
 
@@ -56,9 +54,9 @@ def read_karpathy(path, folder, max_words):
     """
     if not folder or not pathlib.Path(folder).is_dir():
         raise UserError(f"{str(folder)!r} is not a folder: name the one that holds the images by --images")
-    data = read_json(path, _REMEDY)
+    data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("images"), list):
-        raise UserError(f'{path} does not have the list "images" of a Karpathy split file: {_REMEDY}')
+        raise FileError(path, 'does not have the list "images" of a Karpathy split file')
     rejected = RejectedRecords(path)
     images, split_of, captions = _read_karpathy_images(data["images"], rejected)
     named = {split for record in data["images"] if (split := _split_of_record(record))} | {"train"}
@@ -71,7 +69,7 @@ def read_karpathy(path, folder, max_words):
             rejected.add("an image without a usable caption", image)
     for split, usable in splits.items():
         if not usable:
-            raise UserError(f"{path} has no usable image of the split {split}{rejected.main_reason()}: {_REMEDY}")
+            raise FileError(path, f"has no usable image of the split {split}{rejected.main_reason()}")
     rejected.report()
     return splits
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from captioning.data.captioned_images import CaptionedImage, clean_folder, clean_id, find_name_problem
 from captioning.data.splits import check_validation
-from captioning.settings import DATA_SETTINGS, prepare_command, quote
+from captioning.settings import DATA_SETTINGS, quote
 from captioning.vocabulary import build_vocabulary, encode_captions, read_vocabulary
 from captioning.words import character_scripts
-from support.errors import UserError
+from support.errors import FileError, UserError
 from support.files import read_json, remove_leftovers, replacing, write_json
 
 
@@ -109,30 +109,29 @@ def encode_images(images, vocabulary):
 # --- Reading ----------------------------------------------------------------------------------------------------
 
 
-def read_prepared_settings(data_dir, remedy="run python data_utils.py"):
+def read_prepared_settings(data_dir):
     """Read the settings that data were prepared with.
 
     Args:
       data_dir: path of the folder that script 1 filled.
-      remedy: str, which command mends it if nothing is prepared there or the file is damaged.
 
     Returns:
       dict of setting to value. The values may be of wrong types where somebody has changed the file.
 
     Raises:
-      UserError: the file is missing or damaged.
+      FileError: the file is missing or damaged.
     """
-    saved = _read_settings_file(data_dir, remedy)
+    saved = _read_settings_file(data_dir)
     return {name: saved[name] for name in DATA_SETTINGS}
 
 
-def _read_settings_file(data_dir, remedy):
-    """The content of settings.json: dict of DATA_SETTINGS, "splits" and "network" to values, or UserError."""
+def _read_settings_file(data_dir):
+    """The content of settings.json: dict of DATA_SETTINGS, "splits" and "network" to values, or FileError."""
     path = pathlib.Path(data_dir, "settings.json")
-    saved = read_json(path, remedy, dict)
+    saved = read_json(path, dict)
     for name in (*DATA_SETTINGS, "splits", "network"):
         if name not in saved:
-            raise UserError(f"{path} is damaged (it does not say {name}): {remedy}")
+            raise FileError(path, f"is damaged (it does not say {name})")
     return saved
 
 
@@ -143,17 +142,17 @@ def load_prepared(config):
       Prepared
 
     Raises:
-      UserError: nothing is prepared, it was prepared with other settings, or a file is missing or damaged.
+      FileError: nothing is prepared, or a file is missing or damaged.
+      UserError: it was prepared with other settings.
     """
     folder = pathlib.Path(config.data_dir)
-    remedy = prepare_command(config.dataset)
-    saved = _read_settings_file(folder, remedy)
+    saved = _read_settings_file(folder)
     for name in DATA_SETTINGS:
         _check_setting(folder, name, saved[name], getattr(config, name))
-    vocabulary = read_vocabulary(folder / "vocabulary.json", remedy)
+    vocabulary = read_vocabulary(folder / "vocabulary.json")
     names = ("train", "validation", *(["test"] if "test" in str(saved["splits"]) else []))
-    splits = {name: _read_images(folder / f"{name}.json", len(vocabulary), remedy) for name in names}
-    mean, std = _read_feature_statistics(folder / "feature_statistics.npz", remedy)
+    splits = {name: _read_images(folder / f"{name}.json", len(vocabulary)) for name in names}
+    mean, std = _read_feature_statistics(folder / "feature_statistics.npz")
     return Prepared(
         train=splits["train"],
         validation=splits["validation"],
@@ -174,24 +173,23 @@ def _check_setting(folder, name, saved, value):
         )
 
 
-def _read_images(path, vocab_size, remedy):
+def _read_images(path, vocab_size):
     """Read the images of a split.
 
     Args:
       path: path of the JSON file.
       vocab_size: int, V.
-      remedy: str, which command mends a bad file.
 
     Returns:
       list of CaptionedImage, not empty
 
     Raises:
-      UserError: the file is missing or damaged.
+      FileError: the file is missing or damaged.
     """
-    records = read_json(path, remedy, list)
+    records = read_json(path, list)
     images = [CaptionedImage(**record) for record in records if _is_prepared_image(record, vocab_size)]
     if not images or len(images) < len(records):
-        raise UserError(f"{path} is damaged ({len(images)} of {len(records)} images are whole): {remedy}")
+        raise FileError(path, f"is damaged ({len(images)} of {len(records)} images are whole)")
     return images
 
 
@@ -218,13 +216,13 @@ def _is_prepared_image(record, vocab_size):
     )
 
 
-def _read_feature_statistics(path, remedy):
-    """Read the features' statistics. Returns (float32 (F,) mean, float standard deviation), or raises UserError."""
+def _read_feature_statistics(path):
+    """Read the features' statistics. Returns (float32 (F,) mean, float standard deviation), or raises FileError."""
     try:
         with np.load(path, allow_pickle=False) as statistics:
             mean, std = statistics["mean"], float(statistics["std"])
     except Exception as error:  # a zip file and its arrays raise errors of many classes
-        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {remedy}") from error
+        raise FileError(path, f"is missing or damaged ({type(error).__name__})") from error
     if mean.ndim != 1 or mean.dtype != np.float32 or not np.isfinite(mean).all() or not 0 < std < np.inf:
-        raise UserError(f"{path} is damaged (these are not the statistics of features): {remedy}")
+        raise FileError(path, "is damaged (these are not the statistics of features)")
     return mean, std

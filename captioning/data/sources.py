@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from captioning.data.captioned_images import images_folder, name_features, names_on_disk
-from captioning.data.coco import read_coco_captions, split_of_file
+from captioning.data.coco import REMEDY, read_coco_captions, split_of_file
 from captioning.data.coco_download import SPLITS, captions_path, find_annotations
 from captioning.data.folders import read_folder
 from captioning.data.karpathy import read_karpathy
@@ -12,7 +12,7 @@ from captioning.data.prepared_data import retract_prepared
 from captioning.data.splits import complete_splits
 from captioning.data.tables import Source, read_table
 from captioning.demo.scenes import draw_demo
-from support.errors import UserError
+from support.errors import UserError, mended_by
 from support.files import locked
 
 _FILE_SETTINGS = ("captions", "validation_captions", "test_captions", "image_column", "caption_column")
@@ -53,7 +53,9 @@ def _check_files_named(config):
 
 def _read_coco(config, shard):
     """Read COCO's captions: those of `coco_split` to train on, and those of other files. Returns as `read_splits`."""
-    splits = {"train": read_coco_captions(find_annotations(config, shard), config.max_words)}
+    path = find_annotations(config, shard)
+    with mended_by(REMEDY):
+        splits = {"train": read_coco_captions(path, config.max_words)}
     for split in ("validation", "test"):
         if not (path := getattr(config, f"{split}_captions")):
             continue
@@ -61,7 +63,8 @@ def _read_coco(config, shard):
         own = dataclasses.replace(config, coco_split=theirs)
         if theirs in SPLITS and pathlib.Path(path) == captions_path(own):
             find_annotations(own, shard)  # which downloads it if it is missing
-        images = read_coco_captions(path, config.max_words, scored=True, remedy=f"name another by --{split}_captions")
+        with mended_by(f"name another by --{split}_captions"):
+            images = read_coco_captions(path, config.max_words, scored=True)
         if theirs != config.coco_split and (theirs in SPLITS or images_folder(own).is_dir()):
             images = [dataclasses.replace(image, coco_split=theirs) for image in images]
         splits[split] = images

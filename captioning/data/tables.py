@@ -23,7 +23,7 @@ from captioning.data.captioned_images import (
     split_file_name,
 )
 from captioning.data.coco import captions_of
-from support.errors import UserError
+from support.errors import UserError, mended_by
 
 _DELIMITERS = ("\t", "|", ";", ",")  # the rarest in captions first
 _IMAGE_COLUMNS = "image image_name file_name filename filepath path image_path image_file file img".split()
@@ -89,8 +89,8 @@ def read_table(source, columns, max_words, first_id=1):
         data = _read_whole_json(source.path, text)
         if isinstance(data, dict) and "images" in data:
             split = source.split or "train"
-            remedy = "give a table, or COCO's captions_*.json"
-            return {split: captions_of(data, source.path, max_words, split != "train", remedy)}
+            with mended_by("give a table, or COCO's captions_*.json"):
+                return {split: captions_of(data, source.path, max_words, split != "train")}
         rows = _read_json_rows(source.path, text, data, columns, rejected)
     else:
         rows = _read_text_rows(source.path, text, columns, rejected)

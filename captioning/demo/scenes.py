@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support.errors import UserError
+from support.errors import FileError, UserError, mended_by
 from support.files import STALE, read_json, remove_leftovers, replacing, write_json
 
 _VERSION = 1  # raise it with every change to scenes, captions or drawing: older files are then drawn again
@@ -138,11 +138,11 @@ def _annotation_path(folder, kind):
     return pathlib.Path(folder, "annotations", f"{kind}_{_SPLIT}.json")
 
 
+@mended_by("delete that file and the folder with the demo's images")
 def _clear_other_demo(folder, wanted, replace):
     """Delete the demo in `folder`, and no other files, if its scenes are not those of `wanted`."""
     scenes_path = _annotation_path(folder, "scenes")
-    remedy = "delete that file and the folder with the demo's images"
-    found = read_json(scenes_path, remedy, dict)
+    found = read_json(scenes_path, dict)
     if found == wanted:
         return
     if not replace:
@@ -150,7 +150,7 @@ def _clear_other_demo(folder, wanted, replace):
     try:
         images = [pathlib.Path(folder, _SPLIT, pathlib.Path(scene["file_name"]).name) for scene in found["scenes"]]
     except (KeyError, TypeError):
-        raise UserError(f"{scenes_path} is damaged (it does not list scenes): {remedy}") from None
+        raise FileError(scenes_path, "is damaged (it does not list scenes)") from None
     _annotation_path(folder, "captions").unlink(missing_ok=True)
     for image in images:
         image.unlink(missing_ok=True)
@@ -168,6 +168,7 @@ def _coco_captions(info, scenes):
     return {"info": info, "licenses": [], "images": images, "annotations": annotations}
 
 
+@mended_by("run python data_utils.py --dataset demo")
 def read_scenes(folder):
     """Read what each drawn image shows.
 
@@ -180,15 +181,15 @@ def read_scenes(folder):
     Raises:
       UserError: the file of scenes is missing or damaged.
     """
-    path, remedy = _annotation_path(folder, "scenes"), "run python data_utils.py --dataset demo"
-    found = read_json(path, remedy, dict)
+    path = _annotation_path(folder, "scenes")
+    found = read_json(path, dict)
     try:
         scenes = [
             Scene(**{**scene, "objects": [SceneObject(**thing) for thing in scene["objects"]]})
             for scene in found["scenes"]
         ]
     except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged (it does not list scenes): {remedy}") from None
+        raise FileError(path, "is damaged (it does not list scenes)") from None
     return {scene.image_id: scene for scene in scenes}
 
 

@@ -15,8 +15,7 @@ from captioning.data.captioned_images import image_path, match_names
 from captioning.data.prepared_data import load_prepared
 from captioning.features.feature_files import parallel_map, read_feature, reading_features
 from captioning.features.manifest import read_live_manifest, read_manifest, scan_features
-from captioning.settings import prepare_command
-from support.errors import UserError
+from support.errors import FileError
 
 _MEASURED_IMAGES = 500  # training images that the features' statistics are measured on, at the most
 _LEAST_STD = 1e-6
@@ -64,16 +63,15 @@ def cached_network(features_dir):
     return read_manifest(features_dir, {}).network
 
 
-def _check_features(images, features_dir, network, remedy):
+def _check_features(images, features_dir, network):
     """Check that the features of prepared images are there, unchanged, and of the network that they were prepared with.
 
     Args:
       images: list of CaptionedImage.
       network: str, identity of the network, or MADE_ELSEWHERE.
-      remedy: str, which command mends what is wrong.
 
     Raises:
-      UserError: a feature is missing, damaged or changed, or is another network's.
+      FileError: a feature is missing, damaged or changed, or is another network's.
     """
     files = scan_features(features_dir)
     manifest = read_live_manifest(features_dir, files)
@@ -86,11 +84,11 @@ def _check_features(images, features_dir, network, remedy):
             problems["damaged, or changed since it was prepared"].append(feature_path(image, features_dir))
     for problem, paths in problems.items():
         others = f", and {len(paths) - 1} others are too" if len(paths) > 1 else ""
-        raise UserError(f"{paths[0]} is {problem}{others}: {remedy}")
+        raise FileError(paths[0], f"is {problem}{others}")
     if manifest.network != network:
-        raise UserError(
-            f"the features in {features_dir} are another network's ({manifest.network}) than those that were prepared "
-            f"({network}): {remedy}"
+        raise FileError(
+            features_dir,
+            f"holds features of another network ({manifest.network}) than those that were prepared ({network})",
         )
 
 
@@ -101,7 +99,7 @@ def load_data(config):
       UserError: as `load_prepared` and `_check_features` do.
     """
     prepared = load_prepared(config)
-    _check_features(prepared.images(), features_folder(config), prepared.network, prepare_command(config.dataset))
+    _check_features(prepared.images(), features_folder(config), prepared.network)
     return prepared
 
 
@@ -157,7 +155,7 @@ def cached_batches(images, config):
       (list of B ImageToCaption, features float32 (B, P, F))
 
     Raises:
-      UserError: a feature file is missing or damaged.
+      FileError: a feature file is missing or damaged.
     """
     size = config.decode_batch
     if not images:
@@ -166,6 +164,6 @@ def cached_batches(images, config):
     # Rounded as in training, where features made elsewhere have more digits than the settings name.
     read = lambda path: tf.cast(read_feature(path, config.feature_dtype), tf.float32)  # noqa: E731
     dataset = parallel_map(read, paths).batch(size).prefetch(1)
-    with reading_features(prepare_command(config.dataset)):
+    with reading_features():
         for number, batch in enumerate(dataset):
             yield images[number * size : (number + 1) * size], batch  # (B, P, F)

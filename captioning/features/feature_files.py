@@ -12,7 +12,7 @@ import tensorflow as tf
 from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.features.manifest import Entry
 from support.devices import usable_cores
-from support.errors import UserError
+from support.errors import FileError, UserError
 from support.file_states import make_state
 from support.files import replacing
 
@@ -89,17 +89,17 @@ def _npy_header_length(data):
 
 
 @contextlib.contextmanager
-def reading_features(remedy="run python data_utils.py"):
-    """Turn TensorFlow's errors about a feature file that cannot be read in the block into a UserError."""
+def reading_features():
+    """Turn TensorFlow's errors about a feature file that cannot be read in the block into a FileError."""
     try:
         yield
     except tf.errors.OpError as error:
         damaged = re.search(r"damaged feature file:\] \[(.*?\.npy)\]", error.message)
         absent = re.search(r"(?:.*(?:: |}} ))?(.*?\.npy); (.*?)\s*(?:\n|\[\[|$)", error.message)
         if damaged:
-            raise UserError(f"{damaged[1]} is damaged: {remedy}") from None
+            raise FileError(damaged[1], "is damaged") from None
         if absent:
-            raise UserError(f"{absent[1]} cannot be read ({absent[2]}): {remedy}") from None
+            raise FileError(absent[1], f"cannot be read ({absent[2]})") from None
         raise
 
 

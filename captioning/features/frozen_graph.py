@@ -126,7 +126,7 @@ def _graph_function(graph):
 def _read_graph(folder, made_of):
     """The GraphDef that is kept in a folder, or None where it is missing, damaged or made of anything else."""
     try:
-        note = read_json(folder / _NOTE, "")
+        note = read_json(folder / _NOTE)
         data = (folder / _GRAPH).read_bytes()
         if note != {**made_of, "graph": _digest(data)}:
             return None

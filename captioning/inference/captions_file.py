@@ -17,7 +17,7 @@ import numpy as np
 
 from captioning.decoder.predicted_caption import PredictedCaption
 from captioning.inference.own_images import is_address
-from support.errors import UserError
+from support.errors import UserError, mended_by
 from support.files import read_json, reason_and_remedy, replacing, write_json
 
 # Settings that the captions depend on, besides the model.
@@ -221,7 +221,8 @@ def begin_captions(path, maker, anew=False):
         return
     choices = "name another folder behind --output, or give --anew, which deletes the captions that are there"
     try:
-        before = read_json(note, choices, dict)
+        with mended_by(choices):
+            before = read_json(note, dict)
     except UserError as error:
         raise UserError(f"it is not known what made the captions in {path}: {error}") from None
     if differing := [name for name in {**maker, **before} if before.get(name) != maker.get(name)]:

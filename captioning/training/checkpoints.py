@@ -10,7 +10,7 @@ import weakref
 import tensorflow as tf
 
 from support.distribution import is_chief
-from support.errors import UserError
+from support.errors import FileError, UserError
 from support.files import free_space, is_pattern
 
 # What TensorFlow writes for a checkpoint, and the folder that it writes it in first. All else is somebody's own.
@@ -48,18 +48,17 @@ def save_checkpoint(objects, folder, number):
                 file.unlink()
 
 
-def restore_newest(objects, folders, remedy):
+def restore_newest(objects, folders):
     """Restore a tf.train.Checkpoint's objects from the newest checkpoint that can be read.
 
     Args:
       folders: list of pathlib.Path; one is tried when nothing in those before it can be read.
-      remedy: str, what the user can do where no checkpoint can be read.
 
     Returns:
       pathlib.Path of the checkpoint without its ending, or None where there is none.
 
     Raises:
-      UserError: there are some, and none can be read.
+      FileError: there are some, and none can be read.
     """
     damaged = []
     for path in (path for folder in folders for path in list_checkpoints(folder)):
@@ -67,13 +66,13 @@ def restore_newest(objects, folders, remedy):
             objects.read(_readable_path(path, objects)).assert_existing_objects_matched().expect_partial()
         except Exception as error:  # TensorFlow raises many kinds for damaged files
             reason = str(error).partition("\n")[0]
-            damaged.append(f"{path} cannot be read ({reason})")
+            damaged.append(FileError(path, f"cannot be read ({reason})"))
             continue
         for problem in damaged:
             print(f"{problem}: {path.parent.name}/{path.name} is taken instead")
         return path
     if damaged:
-        raise UserError(f"{damaged[0]}: {remedy}")
+        raise damaged[0]
     return None
 
 

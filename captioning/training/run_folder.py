@@ -28,38 +28,30 @@ from captioning.settings import (
     MODEL_SETTINGS,
     TRAINING_SETTINGS,
     adopt_settings,
-    dataset_option,
     differing_settings,
     make_config,
+    other_run,
     quote,
+    train_command,
 )
 from captioning.training.checkpoints import captioner_checkpoint, checkpoint_digest, list_checkpoints, restore_newest
 from captioning.vocabulary import read_vocabulary
 from model import build_captioner
-from support.errors import UserError
+from support.errors import FileError, UserError
 from support.files import read_json, replacing, write_json
 
 _NETWORK, _STATISTICS = "network.json", "random_statistics.npz"
 
 
-def _train_command(dataset):
-    return f"python train_image_caption_model.py {dataset_option(dataset)}".strip()
-
-
-def other_folder(dataset):
-    """What the user can do about a run folder that does not fit or is damaged. Nothing in it is lost that way."""
-    return f"give another --run_dir, or move that folder away, and run {_train_command(dataset)}"
-
-
 def _nothing_trained(config):
-    return f"no trained model is in {config.run_dir}: run {_train_command(config.dataset)} first, or give its --run_dir"
+    return f"no trained model is in {config.run_dir}: run {train_command(config.dataset)} first, or give its --run_dir"
 
 
 def begin_run(prepared, config):
     """Write what captioning needs beside the checkpoints; for a run that is continued, say what differs."""
     folder = pathlib.Path(config.run_dir)
     if (folder / "config.json").exists():
-        saved = read_json(folder / "config.json", other_folder(config.dataset), dict)
+        saved = read_json(folder / "config.json", dict)
         for name, before, now in differing_settings(config, saved, TRAINING_SETTINGS):
             print(f"continuing with --{name} {quote(now)}; the run had {quote(before)} before")
     write_json(folder / "config.json", dataclasses.asdict(config), indent=1)
@@ -71,81 +63,82 @@ def begin_run(prepared, config):
             shutil.copyfile(statistics, temporary)
 
 
-def check_new_run(folder, config):
-    """Raise UserError where a training that begins in `folder`, which has no checkpoint in `last`, would spoil it.
+def check_new_run(folder, data_dir):
+    """Raise FileError where a training that begins in `folder`, which has no checkpoint in `last`, would spoil it.
 
     The weights in `best` would soon be deleted, and until then lie beside another vocabulary. They are no beginning
     either: how far that training came and what its best loss was is in `last` alone.
     """
-    folder, remedy = pathlib.Path(folder), other_folder(config.dataset)
+    folder = pathlib.Path(folder)
     for path in list_checkpoints(folder / "best"):
-        raise UserError(f"{folder} holds best/{path.name} and no checkpoint in last/ to continue from: {remedy}")
-    if (folder / "settings.json").exists() and folder.resolve() != pathlib.Path(config.data_dir).resolve():
-        raise UserError(f"{folder} holds prepared data, and a run there would replace their words: {remedy}")
+        raise FileError(folder, f"holds best/{path.name} and no checkpoint in last/ to continue from")
+    if (folder / "settings.json").exists() and folder.resolve() != pathlib.Path(data_dir).resolve():
+        raise FileError(folder, "holds prepared data, and a run there would replace their words")
 
 
 def check_run_fits(folder, config, prepared):
-    """Raise UserError where the run in `folder` has other sizes, another vocabulary or another network.
+    """Raise FileError where the run in `folder` has other sizes, another vocabulary or another network.
 
     Args:
       folder: path of a run folder that holds a checkpoint.
       prepared: Prepared, the data to train on or to caption.
     """
     check_model_settings(folder, config)
-    remedy = other_folder(config.dataset)
-    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), remedy)
+    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"))
     if known != prepared.vocabulary:
-        raise UserError(
-            f"{folder} was trained with another vocabulary ({len(known)} words) "
-            f"than {config.data_dir}'s ({len(prepared.vocabulary)} words): {remedy}"
+        raise FileError(
+            folder,
+            f"was trained with another vocabulary ({len(known)} words) than {config.data_dir}'s "
+            f"({len(prepared.vocabulary)} words)",
         )
-    _check_network(folder, config, prepared)
+    _check_network(folder, config.data_dir, prepared)
 
 
-def check_other_data(folder, config, prepared):
+def check_other_data(folder, data_dir, prepared):
     """For captioning, which needs the run's own words only: check the network, and say where the data are others."""
-    _check_network(folder, config, prepared)
-    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), other_folder(config.dataset))
+    _check_network(folder, data_dir, prepared)
+    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"))
     if known != prepared.vocabulary:
         print(
-            f"note: {folder} was not trained on {config.data_dir} (the vocabularies differ): "
+            f"note: {folder} was not trained on {data_dir} (the vocabularies differ): "
             "its images may be among those trained on"
         )
 
 
-def _check_network(folder, config, prepared):
-    """Raise UserError where the run in `folder` was trained on features of another network."""
-    remedy = other_folder(config.dataset)
-    network = _read_network(folder, remedy)
+def _check_network(folder, data_dir, prepared):
+    """Raise FileError where the run in `folder` was trained on features of another network."""
+    network = _features_network(folder)
     if network != prepared.network:
-        raise UserError(
-            f"{folder} was trained on features of another network ({network}) than "
-            f"{config.data_dir}'s ({prepared.network}): {remedy}"
+        raise FileError(
+            folder,
+            f"was trained on features of another network ({network}) than {data_dir}'s ({prepared.network})",
         )
 
 
 def check_model_settings(folder, config):
     """Raise UserError where the run in `folder` has other sizes than `config`."""
-    remedy = other_folder(config.dataset)
     path = pathlib.Path(folder, "config.json")
-    saved = read_json(path, remedy, dict)
+    saved = read_json(path, dict)
     for name in MODEL_SETTINGS:
         if name not in saved:
-            raise UserError(f"{path} is damaged (it does not say {name}): {remedy}")
+            raise FileError(path, f"is damaged (it does not say {name})")
     for name, before, now in differing_settings(config, saved, MODEL_SETTINGS):
-        raise UserError(f"{folder} was trained with --{name} {before}, not {now}: give --{name} {before}, or {remedy}")
+        raise UserError(
+            f"{folder} was trained with --{name} {before}, not {now}: "
+            f"give --{name} {before}, or {other_run(config.dataset)}"
+        )
 
 
-def _read_network(folder, remedy):
+def _features_network(folder):
     """The identity of the network that made the features which the run in `folder` was trained on.
 
     Returns:
       str, MADE_ELSEWHERE where another program made them.
 
     Raises:
-      UserError: the file is missing or damaged; the message ends in `remedy`.
+      FileError: the file is missing or damaged.
     """
-    return read_json(pathlib.Path(folder, _NETWORK), remedy, str)
+    return read_json(pathlib.Path(folder, _NETWORK), str)
 
 
 def run_network(config, keep=False):
@@ -162,7 +155,7 @@ def run_network(config, keep=False):
       UserError: another program made those features, or the settings name another network than the run's.
     """
     folder, weights = pathlib.Path(config.run_dir), config.inception_weights
-    known = _read_network(folder, other_folder(config.dataset))
+    known = _features_network(folder)
     if known != MADE_ELSEWHERE and weights not in ("imagenet", "random") and not pathlib.Path(weights).is_file():
         raise UserError(
             f"{weights} is not here, and {folder} needs the network whose features it was trained on ({known}): "
@@ -189,7 +182,7 @@ def run_settings(given, run_dir):
     config = make_config(given, {"run_dir": run_dir})
     if not path.exists():
         raise UserError(_nothing_trained(config))
-    saved = read_json(path, other_folder(config.dataset), dict)
+    saved = read_json(path, dict)
     if given.get("data_dir", saved.get("data_dir")) != saved.get("data_dir"):
         saved |= read_prepared_settings(given["data_dir"])
     names = (*DATA_SETTINGS, "data_dir", *MODEL_SETTINGS)
@@ -204,12 +197,11 @@ def load_captioner(config):
     """
     folder = pathlib.Path(config.run_dir)
     check_model_settings(folder, config)
-    vocabulary = read_vocabulary(folder / "vocabulary.json", other_folder(config.dataset))
+    vocabulary = read_vocabulary(folder / "vocabulary.json")
     encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(CHANNELS, np.float32))
-    folders = [folder / "best", folder / "last"]
-    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, other_folder(config.dataset))
+    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), [folder / "best", folder / "last"])
     if checkpoint is None:
         raise UserError(_nothing_trained(config))
     name = f"{checkpoint.parent.name}/{checkpoint.name}"
-    network = _read_network(folder, other_folder(config.dataset))
+    network = _features_network(folder)
     return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint), network)

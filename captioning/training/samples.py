@@ -12,7 +12,7 @@ from captioning.inference.captions_file import CaptionRecord, file_state, make_r
 from captioning.training.saving import save_epoch, warning_only
 from captioning.training.tensorboard import log_epoch
 from support.distribution import is_chief
-from support.errors import UserError, printable
+from support.errors import FileError, mended_by, printable
 from support.files import read_json, write_json
 
 _SAMPLES = 4  # images
@@ -84,16 +84,16 @@ def _show_samples(samples, state, row, config):
     write_pages(folder, "What the training learns", _sample_pages(images, shown), file_name="samples.html", intro=intro)
 
 
+@mended_by("delete it, and the samples begin anew")
 def _read_samples(path):
     """The SampledEpochs of a samples.json; none where the file is missing. UserError where it is damaged."""
     if not path.exists():
         return []
-    remedy = "delete it, and the samples begin anew"
-    rows = read_json(path, remedy, list)
+    rows = read_json(path, list)
     try:
         return [SampledEpoch(row["epoch"], [CaptionRecord(**fields) for fields in row["captions"]]) for row in rows]
     except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged (it does not hold the captions of epochs): {remedy}") from None
+        raise FileError(path, "is damaged (it does not hold the captions of epochs)") from None
 
 
 def _sample_pages(images, epochs):

@@ -8,10 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from captioning.training.checkpoints import restore_newest, save_checkpoint
-from captioning.training.run_folder import other_folder
-from captioning.training.state import CROSS_ENTROPY, LOWER_RATE, SELF_CRITICAL, EpochRow, check_finite
+from captioning.training.state import CROSS_ENTROPY, SELF_CRITICAL, EpochRow, check_finite
 from support.distribution import is_chief, wait_for_chief
-from support.errors import UserError
+from support.errors import FileError, UserError
 from support.files import replacing, write_csv
 
 
@@ -25,7 +24,7 @@ def save_epoch(state, row, config):
       row: EpochRow
     """
     folder, progress = pathlib.Path(config.run_dir), state.progress
-    check_finite(state, LOWER_RATE)
+    check_finite(state)
     if not progress.saves:  # killed between `best` and `last`, the first epoch could not be continued
         save_checkpoint(state, folder / "last", 0)
     progress.epoch = row.epoch
@@ -45,15 +44,15 @@ def save_epoch(state, row, config):
 
 def save_last(state, run_dir):
     """Write the checkpoint that the same command continues from."""
-    check_finite(state, LOWER_RATE)
+    check_finite(state)
     state.progress.saves += 1
     save_checkpoint(state, pathlib.Path(run_dir, "last"), state.progress.saves)
 
 
-def return_to_best(state, cider, config):
+def return_to_best(state, cider, run_dir):
     """Take the best weights again, after an epoch whose captions broke down, and halve the learning rate."""
     progress = state.progress
-    restored = restore_best(state, config)
+    restored = restore_best(state, run_dir)
     progress.rate_factor /= 2
     print(
         f"validation CIDEr fell to {cider:.3f} from {progress.best_cider:.3f}: "
@@ -61,20 +60,20 @@ def return_to_best(state, cider, config):
     )
 
 
-def restore_best(state, config):
+def restore_best(state, run_dir):
     """Take the weights of `best`.
 
     Returns:
       pathlib.Path of the checkpoint
 
     Raises:
-      UserError: there is none that can be read.
+      FileError: there is none that can be read.
     """
     wait_for_chief()  # it may still be writing this checkpoint
-    folder = pathlib.Path(config.run_dir, "best")
-    restored = restore_newest(state.captioner(), [folder], other_folder(config.dataset))
+    folder = pathlib.Path(run_dir, "best")
+    restored = restore_newest(state.captioner(), [folder])
     if restored is None:
-        raise UserError(f"{folder} holds no checkpoint: {other_folder(config.dataset)}")
+        raise FileError(folder, "holds no checkpoint")
     return restored
 
 

@@ -76,20 +76,20 @@ def train_epochs(state, prepared, measure_loss, samples, stop_if_asked, config):
     shown = dataset_images(prepared.validation, config)
     measure_cider = lambda: _validation_cider(state, shown, prepared.vocabulary, config, stop_if_asked)  # noqa: E731
     if progress.cross_entropy_epochs < 0:
-        _begin(state, measure_cider, config)
+        _begin(state, measure_cider, config.run_dir)
     for epoch in range(progress.epoch, progress.cross_entropy_epochs + config.self_critical_epochs):
         row = _train_epoch(state, images, epoch, config, stop_if_asked)
         loss, cider = measure_loss(), value_of_chief(measure_cider)
         print(f"validation CIDEr {cider:.3f}, of the sampled captions {row.sampled_cider:.3f}")
         if cider < _COLLAPSE * progress.best_cider:
-            return_to_best(state, cider, config)
+            return_to_best(state, cider, config.run_dir)
         save_and_show(state, dataclasses.replace(row, validation_loss=loss, validation_cider=cider), samples, config)
 
 
-def _begin(state, measure_cider, config):
+def _begin(state, measure_cider, run_dir):
     """End the epochs of cross-entropy: go on from the best of them, whose CIDEr is then to be beaten."""
     progress = state.progress
-    restored = restore_best(state, config)
+    restored = restore_best(state, run_dir)
     progress.best_cider = value_of_chief(measure_cider)
     progress.cross_entropy_epochs = progress.epoch
     print(

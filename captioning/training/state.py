@@ -92,10 +92,10 @@ class TrainingState(tf.train.Checkpoint):
         return captioner_checkpoint(self.encoder, self.decoder)
 
 
-def check_finite(state, remedy):
+def check_finite(state):
     """Raise UserError where a weight is not a finite number: such a state must not be saved as a good one."""
     if not all(bool(tf.reduce_all(tf.math.is_finite(weight))) for weight in state.trainable_variables):
-        raise UserError(f"the model's weights are no longer finite numbers: {remedy}")
+        raise UserError(f"the model's weights are no longer finite numbers: {LOWER_RATE}")
 
 
 CROSS_ENTROPY, SELF_CRITICAL = "cross-entropy", "self-critical"  # the phases of a training

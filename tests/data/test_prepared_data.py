@@ -16,7 +16,7 @@ from captioning.features.cache import cached_network, feature_path, features_fol
 from captioning.features.cnn import CHANNELS
 from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE
 from captioning.features.missing import find_missing
-from captioning.settings import DATA_SETTINGS, make_config
+from captioning.settings import DATA_SETTINGS, make_config, naming_commands
 from captioning.vocabulary import END, SPECIAL_WORDS, START
 from conftest import write_coco, write_features
 from strategies import JSON, NAMES, NUMBERS, SENTENCES, check_one_line, files_of, records
@@ -156,12 +156,11 @@ def test_a_setting_that_contradicts_what_was_prepared_is_named(root, name):
 
 
 def test_nothing_prepared_names_the_command(tmp_path):
-    with pytest.raises(UserError, match=r"settings.json is missing: run python data_utils.py --dataset demo$"):
-        load_data(make_config({"dataset": "demo", "data_dir": str(tmp_path)}))
-    with pytest.raises(UserError, match=r"settings.json is missing: run python data_utils.py$"):
-        read_prepared_settings(tmp_path)
-    with pytest.raises(UserError, match=r"settings.json is missing: do this$"):
-        read_prepared_settings(tmp_path, "do this")
+    config = make_config({"dataset": "demo", "data_dir": str(tmp_path)})
+    for read in (lambda: load_data(config), lambda: read_prepared_settings(tmp_path)):
+        with pytest.raises(UserError, match=r"settings.json is missing: run python data_utils.py --dataset demo$"):
+            with naming_commands(config):
+                read()
 
 
 def test_the_settings_of_prepared_data_make_their_config(root):
@@ -172,7 +171,7 @@ def test_the_settings_of_prepared_data_make_their_config(root):
 def test_what_is_retracted_is_not_loaded(copied):
     retract_prepared(copied.data_dir)
     retract_prepared(copied.data_dir)
-    with pytest.raises(UserError, match="settings.json is missing: run python data_utils.py"):
+    with pytest.raises(UserError, match="settings.json is missing: run python data_utils.py"), naming_commands(copied):
         load_data(copied)
 
 
@@ -188,20 +187,26 @@ def test_features_that_another_program_replaced_after_preparing_are_one_line(cop
     image = load_data(copied).validation[0]
     path = feature_path(image, features_folder(copied))
     np.save(path, np.load(path) + np.float16(1))
-    with pytest.raises(UserError, match=rf"{path} is damaged, or changed since it was prepared: run python data_utils"):
+    with (
+        pytest.raises(UserError, match=rf"{path} is damaged, or changed since it was prepared: run python data_utils"),
+        naming_commands(copied),
+    ):
         load_data(copied)
     path.unlink()
-    with pytest.raises(UserError, match=rf"{path} is missing from the feature cache: run python data_utils.py$"):
+    with (
+        pytest.raises(UserError, match=rf"{path} is missing from the feature cache: run python data_utils.py$"),
+        naming_commands(copied),
+    ):
         load_data(copied)
 
 
 def test_a_cache_of_another_network_than_the_prepared_one_is_one_line(copied):
     path = pathlib.Path(copied.data_dir, "features", _MANIFEST)
     path.write_text(path.read_text().replace(MADE_ELSEWHERE, "InceptionV3, weights imagenet"))
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError) as raised, naming_commands(copied):
         load_data(copied)
     assert str(raised.value) == (
-        f"the features in {path.parent} are another network's (InceptionV3, weights imagenet) than those that were "
+        f"{path.parent} holds features of another network (InceptionV3, weights imagenet) than those that were "
         "prepared (made elsewhere): run python data_utils.py"
     )
 
@@ -268,7 +273,7 @@ def test_a_damaged_prepared_file_is_named_with_the_command(copied, name, damage)
         path.write_bytes(damage(path.read_bytes()))
     else:
         path.unlink()
-    with pytest.raises(UserError, match=name) as raised:
+    with pytest.raises(UserError, match=name) as raised, naming_commands(copied):
         load_data(copied)
     assert "run python data_utils.py" in str(raised.value)
     assert "\n" not in str(raised.value)

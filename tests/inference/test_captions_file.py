@@ -241,7 +241,7 @@ def test_a_new_file_is_empty_and_says_who_makes_its_lines(tmp_path):
     path = tmp_path / "out" / "captions.jsonl"
     begin_captions(path, MAKER)
     assert path.read_bytes() == b""
-    assert read_json(path.with_name("made_by.json"), "") == MAKER
+    assert read_json(path.with_name("made_by.json")) == MAKER
 
 
 def test_the_same_maker_goes_on(tmp_path, images):
@@ -260,7 +260,7 @@ def test_another_model_or_other_decoding_is_refused_and_costs_nothing(tmp_path, 
     with pytest.raises(UserError, match=f"made with {name} {MAKER[name]}, not 9: .*--output.* --anew, which deletes"):
         begin_captions(path, MAKER | {name: 9})
     assert path.read_bytes() == before and figures(path.parent) == ["a", "b"]
-    assert read_json(path.with_name("made_by.json"), "") == MAKER
+    assert read_json(path.with_name("made_by.json")) == MAKER
 
 
 @pytest.mark.parametrize("damage", [None, "{", "[]", "{}", '{"checkpoint": "0123"}', "\0"])
@@ -281,7 +281,7 @@ def test_without_a_line_nothing_is_lost_by_another_maker(tmp_path, images):
     path.write_bytes(b'{"image": "half a li')
     begin_captions(path, MAKER | {"checkpoint": "another"})
     assert path.read_bytes() == b""
-    assert read_json(path.with_name("made_by.json"), "")["checkpoint"] == "another"
+    assert read_json(path.with_name("made_by.json"))["checkpoint"] == "another"
 
 
 def test_anew_deletes_what_the_lines_name_and_nothing_else(tmp_path, images):

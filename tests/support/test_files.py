@@ -56,7 +56,7 @@ def names_in(folder):
 def test_what_is_written_is_read(tmp_path):
     folder = tmp_path / "new" / "folder"
     files.write_json(folder / "a.json", {"é": [1, 2.5, None]})
-    assert files.read_json(folder / "a.json", "") == {"é": [1, 2.5, None]}
+    assert files.read_json(folder / "a.json") == {"é": [1, 2.5, None]}
     files._write_npy(folder / "a.npy", np.arange(6, dtype=np.float16).reshape(2, 3))
     assert np.load(folder / "a.npy").tolist() == [[0, 1, 2], [3, 4, 5]]
     files.write_csv(folder / "a.csv", [{"epoch": 1, "note": "a,\nb"}, {"epoch": 2, "note": ""}])
@@ -68,18 +68,18 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (None, "is missing: run this"),
-        (b'{"a": ', "cannot be read .*: run this"),
-        (b'"\xff"', "cannot be read .*: run this"),
-        (b"[" * 100_000, "cannot be read .*: run this"),
-        (b"[1]", r"is damaged \(it holds no dict\): run this"),
+        (None, "is missing"),
+        (b'{"a": ', "cannot be read .*"),
+        (b'"\xff"', "cannot be read .*"),
+        (b"[" * 100_000, "cannot be read .*"),
+        (b"[1]", r"is damaged \(it holds no dict\)"),
     ],
 )
-def test_json_that_is_not_as_expected_is_the_users_error_with_its_remedy(tmp_path, data, words):
+def test_json_that_is_not_as_expected_is_the_users_error(tmp_path, data, words):
     if data is not None:
         (tmp_path / "a.json").write_bytes(data)
-    with pytest.raises(UserError, match=f"a.json {words}"):
-        files.read_json(tmp_path / "a.json", "run this", dict)
+    with pytest.raises(UserError, match=f"a.json {words}$"):
+        files.read_json(tmp_path / "a.json", dict)
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

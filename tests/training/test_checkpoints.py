@@ -68,7 +68,7 @@ def test_two_checkpoints_are_kept_and_the_newest_is_restored(tmp_path):
     assert names(tmp_path / "last") == {"ckpt-9", "ckpt-10"}
     assert [path.name for path in list_checkpoints(tmp_path / "last")] == ["ckpt-10", "ckpt-9"]
     objects = make_objects()
-    assert restore_newest(objects, [tmp_path / "last"], "") == tmp_path / "last" / "ckpt-10"
+    assert restore_newest(objects, [tmp_path / "last"]) == tmp_path / "last" / "ckpt-10"
     assert objects.weight.numpy().tolist() == [10, 10, 10]
 
 
@@ -87,7 +87,7 @@ def test_checkpoints_of_an_epoch_that_is_done_anew_are_replaced(tmp_path):
     save(tmp_path, 4, 5)
     save_checkpoint(make_objects(-3.0), tmp_path, 3)
     objects = make_objects()
-    restore_newest(objects, [tmp_path], "")
+    restore_newest(objects, [tmp_path])
     assert objects.weight.numpy().tolist() == [-3, -3, -3]
 
 
@@ -121,7 +121,7 @@ def test_without_a_checkpoint_nothing_is_restored(tmp_path):
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "ckpt-3.data-00000-of-00001").write_bytes(b"half")  # of the first save, which was killed
     objects = make_objects(7.0)
-    assert restore_newest(objects, [tmp_path / "none", tmp_path / "last"], "") is None
+    assert restore_newest(objects, [tmp_path / "none", tmp_path / "last"]) is None
     assert objects.weight.numpy().tolist() == [7, 7, 7]
 
 
@@ -143,15 +143,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
     spoil = {**DAMAGES, "missing": os.unlink}[damage]
     spoil(tmp_path / f"ckpt-2{ending}")
     objects = make_objects()
-    assert restore_newest(objects, [tmp_path], "") == tmp_path / "ckpt-1"
+    assert restore_newest(objects, [tmp_path]) == tmp_path / "ckpt-1"
     assert objects.weight.numpy().tolist() == [1, 1, 1]
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'ckpt-2'} cannot be read" in printed
     assert printed.endswith(f": {tmp_path.name}/ckpt-1 is taken instead\n")
 
     spoil(tmp_path / f"ckpt-1{ending}")
-    with pytest.raises(UserError, match="ckpt-2 cannot be read .*: move it away") as raised:
-        restore_newest(objects, [tmp_path], "move it away")
+    with pytest.raises(UserError, match="ckpt-2 cannot be read") as raised:
+        restore_newest(objects, [tmp_path])
     assert "\n" not in str(raised.value)
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_best_leaves_the_last_which_is_named(tmp_path, capsys):
     save(tmp_path / "last", 1, 2)
     (tmp_path / "best" / "ckpt-1.index").write_bytes(b"damaged")
     objects = make_objects()
-    assert restore_newest(objects, [tmp_path / "best", tmp_path / "last"], "") == tmp_path / "last" / "ckpt-2"
+    assert restore_newest(objects, [tmp_path / "best", tmp_path / "last"]) == tmp_path / "last" / "ckpt-2"
     assert objects.weight.numpy().tolist() == [2, 2, 2]
     assert "last/ckpt-2 is taken instead" in capsys.readouterr().out
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_other_objects_is_not_taken_for_one_of_these(tmp_path):
     save(tmp_path, 1)
     other = tf.train.Checkpoint(bias=tf.Variable(1.0))
     with pytest.raises(UserError, match="ckpt-1 cannot be read"):
-        restore_newest(other, [tmp_path], "move it away")
+        restore_newest(other, [tmp_path])
 
 
 def test_files_of_the_user_are_no_checkpoints_and_stay(tmp_path):
@@ -207,10 +207,10 @@ class Model(tf.Module):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_not_good(bad):
     optimizer = tf.Module()
-    check_finite(TrainingState(Model([1.0, 2.0]), Model([[3.0]]), optimizer), "")
+    check_finite(TrainingState(Model([1.0, 2.0]), Model([[3.0]]), optimizer))
     for models in ((Model([1.0, bad]), Model([[3.0]])), (Model([1.0, 2.0]), Model([[3.0]], [1.0, bad]))):
-        with pytest.raises(UserError, match="no longer finite numbers: lower the rate"):
-            check_finite(TrainingState(*models, optimizer), "lower the rate")
+        with pytest.raises(UserError, match="no longer finite numbers: lower --learning_rate"):
+            check_finite(TrainingState(*models, optimizer))
 
 
 def test_a_state_without_loss_scaling_steps_by_its_optimizer():

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from captioning.features.inception import network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
-from captioning.settings import make_config
+from captioning.settings import make_config, naming_commands
 from captioning.training.run_folder import begin_run, check_new_run, check_run_fits, run_network, run_settings
 from captioning.vocabulary import SPECIAL_WORDS
 from config import Config
@@ -72,7 +72,10 @@ def test_data_of_the_same_words_and_network_fit(config):
 )
 def test_data_of_other_words_or_another_network_are_refused(config, data, message):
     begin_run(prepared(), config)
-    with pytest.raises(UserError, match=f"{message}.*move that folder away.*--dataset demo") as raised:
+    with (
+        pytest.raises(UserError, match=f"{message}.*move that folder away.*--dataset demo") as raised,
+        naming_commands(config),
+    ):
         check_run_fits(config.run_dir, config, data)
     assert "delete" not in str(raised.value)
 
@@ -99,35 +102,37 @@ def test_other_sizes_are_refused_and_named(config):
 def test_a_damaged_file_of_a_run_is_one_line_that_loses_nothing(config, tmp_path, name, text):
     begin_run(prepared(), config)
     (tmp_path / "run" / name).write_text(text)
-    with pytest.raises(UserError, match=f"{name} .*: give another --run_dir, or move that folder away") as raised:
+    with (
+        pytest.raises(UserError, match=f"{name} .*: give another --run_dir, or move that folder away") as raised,
+        naming_commands(config),
+    ):
         check_run_fits(config.run_dir, config, prepared())
     assert "\n" not in str(raised.value) and "delete" not in str(raised.value)
 
 
 def test_a_run_begins_where_there_is_nothing_or_no_weights(config, tmp_path):
-    check_new_run(config.run_dir, config)
+    check_new_run(config.run_dir, config.data_dir)
     begin_run(prepared(), config)  # and was then killed
     (tmp_path / "run" / "best").mkdir()
     (tmp_path / "run" / "best" / "ckpt-1.data-00000-of-00001").write_bytes(b"half")
-    check_new_run(config.run_dir, config)
+    check_new_run(config.run_dir, config.data_dir)
 
 
 def test_a_run_does_not_begin_among_another_runs_best_weights(config, tmp_path):
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "ckpt-5.index").write_bytes(b"weights")
-    with pytest.raises(
-        UserError, match="holds best/ckpt-5 and no checkpoint in last/.*move that folder away"
-    ) as raised:
-        check_new_run(config.run_dir, config)
+    message = "holds best/ckpt-5 and no checkpoint in last/.*move that folder away"
+    with pytest.raises(UserError, match=message) as raised, naming_commands(config):
+        check_new_run(config.run_dir, config.data_dir)
     assert "\n" not in str(raised.value) and "delete" not in str(raised.value)
 
 
 def test_a_run_does_not_begin_among_other_prepared_data(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.json").write_text("{}")
-    with pytest.raises(UserError, match="holds prepared data.*give another --run_dir"):
-        check_new_run(config.run_dir, config)
-    check_new_run(config.run_dir, dataclasses.replace(config, data_dir=f"{tmp_path}/run/../run"))  # its own
+    with pytest.raises(UserError, match="holds prepared data.*give another --run_dir"), naming_commands(config):
+        check_new_run(config.run_dir, config.data_dir)
+    check_new_run(config.run_dir, f"{tmp_path}/run/../run")  # its own
 
 
 # --- The settings of a run --------------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ def test_the_command_line_wins(config):
     begin_run(prepared(), config)
     settings = run_settings({"units": 20, "beam_width": 3}, config.run_dir)
     assert (settings.units, settings.beam_width) == (20, 3)
-    with pytest.raises(UserError, match="nowhere/settings.json is missing: run python data_utils.py"):
+    with pytest.raises(UserError, match="nowhere/settings.json is missing"):
         run_settings({"data_dir": "nowhere"}, config.run_dir)  # other data bring their own settings
 
 

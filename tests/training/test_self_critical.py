@@ -404,7 +404,7 @@ def test_the_phase_begins_with_the_best_weights_of_cross_entropy(trained, tmp_pa
     progress.epoch = 5  # as if three epochs had made it no better
     best = load_captioner(config)
     expected = best.encoder.trainable_variables + best.decoder.trainable_variables
-    training.begin_self_critical(state, lambda: 0.25, config)
+    training.begin_self_critical(state, lambda: 0.25, config.run_dir)
     for weight, value in zip(state.trainable_variables, expected, strict=True):
         np.testing.assert_array_equal(weight, value)
     assert (progress.best_cider, progress.cross_entropy_epochs, progress.epoch) == (0.25, 5, 5)
