@@ -46,7 +46,7 @@ def has_fast_bfloat16():
     """
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
-        return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
+        return compute_capability(gpus[0]) >= (8, 0)
     try:
         flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
     except OSError:  # not Linux; float32 is right everywhere
@@ -54,6 +54,11 @@ def has_fast_bfloat16():
     if not flags & {"avx512_bf16", "amx_bf16"}:
         return False
     return _time_product(tf.bfloat16) < 0.8 * _time_product(tf.float32)
+
+
+def compute_capability(gpu):
+    """Which number types an NVIDIA GPU is fast with: (major, minor), or (0, 0) where it is not known."""
+    return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
 
 
 def _time_product(dtype, size=1024):

@@ -27,7 +27,6 @@ _PIECE = 1 << 18  # bytes read at a time
 _LARGEST = 50_000_000  # bytes of a file whose size nobody knows beforehand, such as an image
 _IN_A_ROW = 20  # downloads that may fail one after the other before the rest is given up
 _DENIALS = {401, 403, 407, 451}  # HTTP statuses that speak of who asks, or how often, and not of the file
-_EXPANSION, _SLACK = 100, 10_000_000  # an archive may unpack to this many times its size, plus this many bytes
 
 
 class DownloadError(UserError):
@@ -335,14 +334,19 @@ def unpack(archive, folder, wanted=None, progress=True):
       wanted: function of a member's name, true where the member is to be unpacked; None for all.
 
     Raises:
-      UserError: before anything is written: a member would leave `folder` or is a link, the archive holds more bytes
-        than an honest one does, or the disk has no room for them. Later: the archive is damaged or the disk is full.
+      UserError: before anything is written: a member would leave `folder` or is a link, or the disk has no room for
+        them. Later: the archive is damaged or the disk is full.
     """
     archive, folder = pathlib.Path(archive), pathlib.Path(folder)
     try:
         with zipfile.ZipFile(archive) as source:
             members = [member for member in source.infolist() if not member.filename.endswith("/")]
-            _check_members(archive, members)
+            for member in members:
+                if fault := _member_fault(member):
+                    raise UserError(
+                        f"{archive} is not safe to unpack, {member.filename!r} {fault}: "
+                        "delete it and run the same command again"
+                    )
             members = [member for member in members if wanted is None or wanted(member.filename)]
             members = [member for member in members if not _is_present(folder / member.filename, member.file_size)]
             total = sum(member.file_size for member in members)
@@ -358,19 +362,6 @@ def unpack(archive, folder, wanted=None, progress=True):
         reason = error.strerror or error
         remedy = f"see that you may read {archive} and write to {folder}, then run the same command again"
         raise UserError(f"cannot unpack {archive} ({reason}): {remedy}") from error
-
-
-def _check_members(archive, members):
-    """UserError where a member is unsafe, or where all together are more than an honest archive holds."""
-    remedy = "delete it and run the same command again"
-    for member in members:
-        if fault := _member_fault(member):
-            raise UserError(f"{archive} is not safe to unpack, {member.filename!r} {fault}: {remedy}")
-    total = sum(member.file_size for member in members)
-    if total > _EXPANSION * archive.stat().st_size + _SLACK:
-        largest = max(members, key=lambda member: member.file_size).filename
-        swells = f"with {largest!r} it swells to {total / 1e6:,.0f} MB"
-        raise UserError(f"{archive} is not safe to unpack, {swells}: {remedy}")
 
 
 def _member_fault(member):

@@ -15,8 +15,6 @@ import secrets
 import shutil
 import time
 
-import numpy as np
-
 from support.errors import FileError, UserError
 
 try:
@@ -54,12 +52,6 @@ def read_json(path, kind=object):
 
 def write_json(path, value, indent=None):
     write_bytes(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
-
-
-def _write_npy(path, array):
-    data = io.BytesIO()
-    np.save(data, array, allow_pickle=False)
-    write_bytes(path, data.getbuffer())
 
 
 def write_csv(path, rows):

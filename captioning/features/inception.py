@@ -18,7 +18,7 @@ from captioning.features.random_weights import (
     set_statistics,
     write_statistics,
 )
-from support.devices import has_fast_bfloat16
+from support.devices import compute_capability, has_fast_bfloat16
 from support.errors import UserError
 
 
@@ -164,11 +164,7 @@ def extraction_precision(precision):
     if has_fast_bfloat16():
         return "bfloat16"
     gpus = tf.config.list_physical_devices("GPU")
-    return "float16" if gpus and _compute_capability(gpus[0]) >= (7, 0) else "float32"
-
-
-def _compute_capability(gpu):
-    return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
+    return "float16" if gpus and compute_capability(gpus[0]) >= (7, 0) else "float32"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 from captioning.decoder.predicted_caption import PredictedCaption
 from captioning.inference.own_images import is_address
 from support.errors import UserError, mended_by
+from support.file_states import find_stat
 from support.files import read_json, reason_and_remedy, replacing, write_json
 
 # Settings that the captions depend on, besides the model.
@@ -83,11 +84,8 @@ class CaptionRecord:
 
 def file_state(path):
     """(bytes, modification time in nanoseconds) of a file, or (0, 0) where it is gone."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+    found = find_stat(path)
+    return (found.st_size, found.st_mtime_ns) if found else (0, 0)
 
 
 def image_key(name, path):

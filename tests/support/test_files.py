@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from conftest import full_disk, options
@@ -57,12 +56,10 @@ def test_what_is_written_is_read(tmp_path):
     folder = tmp_path / "new" / "folder"
     files.write_json(folder / "a.json", {"é": [1, 2.5, None]})
     assert files.read_json(folder / "a.json") == {"é": [1, 2.5, None]}
-    files._write_npy(folder / "a.npy", np.arange(6, dtype=np.float16).reshape(2, 3))
-    assert np.load(folder / "a.npy").tolist() == [[0, 1, 2], [3, 4, 5]]
     files.write_csv(folder / "a.csv", [{"epoch": 1, "note": "a,\nb"}, {"epoch": 2, "note": ""}])
     with open(folder / "a.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"epoch": "1", "note": "a,\nb"}, {"epoch": "2", "note": ""}]
-    assert names_in(folder) == ["a.csv", "a.json", "a.npy"]
+    assert names_in(folder) == ["a.csv", "a.json"]
 
 
 @pytest.mark.parametrize(
