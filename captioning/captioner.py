@@ -1,4 +1,4 @@
-"""The trained captioner: restored from its run, it turns features into predicted captions."""
+"""The trained captioner: restored from its run, it turns features into captions."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ import tensorflow as tf
 
 from captioning.attention.evidence import explain_captions
 from captioning.decoder.beam_search import beam_search
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.decoder.rules import DecodedCaptions, has_ended
 from captioning.features.cache import cached_batches
 from captioning.vocabulary import END, PAD, encode_captions
 from captioning.words import split_words
 from model import CNN_Encoder, RNN_Decoder, greedy_decode
 
-_MOST_CAPTIONS = 20  # words, within which most captions end
+_USUAL_WORDS = 20  # most captions have fewer
 
 _greedy_graph = tf.function(greedy_decode, reduce_retracing=True)
 _beam_graph = tf.function(beam_search, reduce_retracing=True)
@@ -69,28 +69,28 @@ def caption_batch(captioner, images, features, config, with_evidence=False):
       with_evidence: bool, whether the predictions get their evidence, which takes about as long as the captions.
 
     Returns:
-      list of B PredictedCaptions
+      list of B GeneratedCaptions
     """
     features = tf.convert_to_tensor(features)
     # Greedily, few captions are long, and the others need not wait for them. With beams a longer one may yet win.
-    most = min(_MOST_CAPTIONS, config.max_words) if config.beam_width == 1 else config.max_words
+    most = min(_USUAL_WORDS, config.max_words) if config.beam_width == 1 else config.max_words
     decoded = _decode_rows(captioner, features, most, config)
     unfinished = [i for i, row in enumerate(decoded) if not has_ended(row.words)]
     if unfinished and most < config.max_words:
         longer = _decode_rows(captioner, tf.gather(features, unfinished), config.max_words, config)
         for i, row in zip(unfinished, longer, strict=True):
             decoded[i] = row
-    predictions = [_predicted_caption(*pair, captioner.vocabulary) for pair in zip(images, decoded, strict=True)]
+    predictions = [_generated_caption(*pair, captioner.vocabulary) for pair in zip(images, decoded, strict=True)]
     if with_evidence:
         return _add_evidence(captioner, predictions, features, [row.words for row in decoded])
     return predictions
 
 
 def _add_evidence(captioner, predictions, features, words):
-    """Predictions with attention weights, evidence and the lengths of features, from making the model say the words.
+    """Predictions with attention weights, evidence and feature norms, from making the model say the words.
 
     Args:
-      predictions: list of B PredictedCaptions.
+      predictions: list of B GeneratedCaptions.
       features: float (B, P, F)
       words: list of B arrays of word ids, with <end> and maybe <pad>.
     """
@@ -110,7 +110,7 @@ def explain_references(captioner, images, config):
     """What the model looks at while it is made to say the images' reference captions.
 
     Returns:
-      list of PredictedCaptions with evidence, one for each reference; words that the model does not know are <unk>.
+      list of GeneratedCaptions with evidence, one for each reference; words that the model does not know are <unk>.
       They have no log_probs.
     """
     predictions = []
@@ -119,7 +119,7 @@ def explain_references(captioner, images, config):
             rows = [i for i, image in enumerate(batch) if number < len(image.references)]
             encoded = encode_captions([batch[i].references[number] for i in rows], captioner.vocabulary)
             blank = [
-                PredictedCaption(
+                GeneratedCaption(
                     path=batch[i].path,
                     name=batch[i].name,
                     words=split_words(batch[i].references[number]),
@@ -142,11 +142,11 @@ def _decode_rows(captioner, features, max_words, config):
     return [DecodedCaptions(*row) for row in zip(*(part.numpy() for part in decoded), strict=True)]
 
 
-def _predicted_caption(image, row, vocabulary):
-    """The PredictedCaption of one image's decoded words."""
+def _generated_caption(image, row, vocabulary):
+    """The GeneratedCaption of one image's decoded words."""
     words = [vocabulary[i] for i in row.words if i not in (PAD, END)]
     count = int(np.count_nonzero(row.words != PAD))  # with <end>
-    return PredictedCaption(
+    return GeneratedCaption(
         path=image.path,
         name=image.name,
         words=words,

@@ -24,7 +24,7 @@ from support import connections, files
 from support.errors import UserError
 
 _PIECE = 1 << 18  # bytes read at a time
-_LARGEST = 50_000_000  # bytes of a file whose size nobody knows beforehand, such as an image
+_LIMIT = 50_000_000  # bytes of a file whose size nobody knows beforehand, such as an image
 _IN_A_ROW = 20  # downloads that may fail one after the other before the rest is given up
 _DENIALS = {401, 403, 407, 451}  # HTTP statuses that speak of who asks, or how often, and not of the file
 
@@ -144,7 +144,7 @@ def _next_result(results):
             return results.get(timeout=0.5)  # a wait without end could miss a Ctrl-C that comes as it begins
 
 
-def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=_LARGEST):
+def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=_LIMIT):
     """Fetch `url` to `path`. What has come is kept in `path`.part, and the next attempt or run continues it.
 
     A file that is already at `path` stays as it is, unless it is empty or does not have `size` bytes.

@@ -94,7 +94,7 @@ def test_no_images_are_no_batches():
 
 
 @pytest.mark.parametrize("beam_width", [1, 3])
-def test_predicted_captions_are_what_was_decoded(features, beam_width):
+def test_generated_captions_are_what_was_decoded(features, beam_width):
     config = make_config({**SIZES, "max_words": 8, "beam_width": beam_width})
     tiny = tiny_captioner(config, features, seed=5)
     captions = caption_batch(tiny, IMAGES, features, config)
@@ -122,7 +122,7 @@ def test_long_captions_are_decoded_to_their_end(features, monkeypatch, most):
     whole = caption_batch(tiny, IMAGES, features, config)
     lengths = [len(caption.words) for caption in whole]
     assert min(lengths) <= 5 < max(lengths)
-    monkeypatch.setattr(captioner_module, "_MOST_CAPTIONS", most)
+    monkeypatch.setattr(captioner_module, "_USUAL_WORDS", most)
     for short_first, at_once in zip(caption_batch(tiny, IMAGES, features, config), whole, strict=True):
         assert short_first.words == at_once.words
         assert short_first.log_probability == pytest.approx(at_once.log_probability, rel=1e-4)

@@ -131,7 +131,7 @@ def test_images_from_the_web_among_files_and_bad_ones(trained, tmp_path, server,
     Image.new("RGB", (80, 200), "blue").save(tmp_path / "blue.png")
     (server.folder / "notes.txt").write_text("no image")
     (server.folder / "huge.jpg").write_bytes(bytes(20_000))
-    monkeypatch.setattr(own_images, "_LARGEST", 10_000)
+    monkeypatch.setattr(own_images, "_MOST_IMAGE_BYTES", 10_000)
     red, blue = f"{server.url}/red.png?size=../../large", str(tmp_path / "blue.png")
     bad = {
         f"{server.url}/notes.txt": "cannot be read as an image",

@@ -41,7 +41,7 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
     assert "30 of 30 are in" in run("data_utils.py", *argv)
     run("train_image_caption_model.py", *argv)
     out = run("inference_image_caption.py", *argv)
-    assert out.count("predicted") == 2
+    assert out.count("generated") == 2
     check_figures(tmp_path / "run" / "captions", 2)
 
     image = tmp_path / os.fsdecode(b"caf\xe9.jpg")  # not UTF-8

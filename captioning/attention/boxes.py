@@ -15,7 +15,7 @@ def find_groundings(captions, config):
     """The words that name objects with known boxes, in the demo's scenes or in COCO's instances.
 
     Args:
-      captions: list of PredictedCaptions with image ids.
+      captions: list of GeneratedCaptions with image ids.
 
     Returns:
       (list of Groundings, or None where no boxes are known; dict of what else is to be reported)
@@ -97,7 +97,7 @@ class Grounding:
       image_id: int or str
       positions: range, the positions in the caption of the word, or words, that name the object.
       evidence: (P,), or None where it is not known, see captioning/attention/evidence.py.
-      feature_norms: (P,), length of the feature at each location, or None where it is not known.
+      feature_norms: (P,), norm of the feature at each location, or None where it is not known.
     """
 
     attention_weights: np.ndarray
@@ -109,12 +109,12 @@ class Grounding:
     feature_norms: np.ndarray | None = None
 
 
-def _make_grounding(predicted, positions, size, boxes):
-    """The Grounding of the words of a PredictedCaption at `positions`. Maps of several words are averaged."""
+def _make_grounding(generated, positions, size, boxes):
+    """The Grounding of the words of a GeneratedCaption at `positions`. Maps of several words are averaged."""
     words = slice(positions.start, positions.stop)
-    evidence = None if predicted.evidence is None else np.mean(predicted.evidence[words], axis=0)  # (P,)
-    weights = np.mean(predicted.attention_weights[words], axis=0)  # (P,)
-    return Grounding(weights, size, boxes, predicted.image_id, positions, evidence, predicted.feature_norms)
+    evidence = None if generated.evidence is None else np.mean(generated.evidence[words], axis=0)  # (P,)
+    weights = np.mean(generated.attention_weights[words], axis=0)  # (P,)
+    return Grounding(weights, size, boxes, generated.image_id, positions, evidence, generated.feature_norms)
 
 
 # --- Demo ---------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def _demo_groundings(predictions, scenes):
     """Find the nouns in captions of demo images, and the boxes of the objects that they mean.
 
     Args:
-      predictions: list of PredictedCaption with image ids.
+      predictions: list of GeneratedCaption with image ids.
       scenes: dict of image id to Scene, as `demo_scenes.read_scenes` returns it.
 
     Returns:
@@ -134,15 +134,15 @@ def _demo_groundings(predictions, scenes):
       UserError: a captioned image has no scene.
     """
     groundings = []
-    for predicted in predictions:
-        scene = scenes.get(predicted.image_id)
+    for generated in predictions:
+        scene = scenes.get(generated.image_id)
         if scene is None:
             raise UserError(
-                f"no scene is known for image {predicted.image_id}: run python data_utils.py --dataset demo again"
+                f"no scene is known for image {generated.image_id}: run python data_utils.py --dataset demo again"
             )
-        for position, box in locate_nouns(predicted.caption, scene):
+        for position, box in locate_nouns(generated.caption, scene):
             size, positions = (scene.width, scene.height), range(position, position + 1)
-            groundings.append(_make_grounding(predicted, positions, size, [box]))
+            groundings.append(_make_grounding(generated, positions, size, [box]))
     return groundings
 
 
@@ -156,7 +156,7 @@ def _coco_groundings(predictions, instances_path):
     the file that cannot be used are left out. One line for each kind of record left out is printed.
 
     Args:
-      predictions: list of PredictedCaption with image ids.
+      predictions: list of GeneratedCaption with image ids.
       instances_path: path of COCO's instances_*.json for the captioned images.
 
     Returns:
@@ -166,14 +166,14 @@ def _coco_groundings(predictions, instances_path):
     Raises:
       UserError: the file is missing, is not JSON or not in COCO's layout, or lists none of the captioned images.
     """
-    names, sizes, boxes = read_instances(instances_path, {predicted.image_id for predicted in predictions})
+    names, sizes, boxes = read_instances(instances_path, {generated.image_id for generated in predictions})
     phrases = _name_phrases(names)
     groundings, num_absent = [], 0
-    for predicted in predictions:
-        for start, end, name in _find_mentions(predicted.words, phrases):
-            found = boxes.get((predicted.image_id, name))
+    for generated in predictions:
+        for start, end, name in _find_mentions(generated.words, phrases):
+            found = boxes.get((generated.image_id, name))
             if found:
-                groundings.append(_make_grounding(predicted, range(start, end), sizes[predicted.image_id], found))
+                groundings.append(_make_grounding(generated, range(start, end), sizes[generated.image_id], found))
             else:
                 num_absent += 1
     return groundings, num_absent

@@ -7,7 +7,7 @@ from unicodedata import east_asian_width
 import numpy as np
 from matplotlib.figure import Figure
 
-from captioning.attention.maps import scale_light, times_level, upsample
+from captioning.attention.maps import peak_over_mean, scale_light, upsample
 from captioning.features.image_files import open_image, upright_rgb
 from support.files import replacing
 
@@ -18,10 +18,10 @@ _DPI = 80
 def plot_attention(caption, path):
     """Draw the image, and for each word the image lit where its map is high.
 
-    The light is scaled from the least to the most of all the caption's maps, so a level map looks level.
+    The light is scaled from the least to the most of all the caption's maps, so a uniform map gives uniform light.
 
     Args:
-      caption: PredictedCaption
+      caption: GeneratedCaption
       path: path of the PNG file.
 
     Raises:
@@ -34,9 +34,9 @@ def plot_attention(caption, path):
     maps = caption.shown_maps()  # (words, P)
     for word, weights, light in zip(caption.words, maps, scale_light(maps), strict=True):
         smooth = upsample(light, image.size)  # (height, width)
-        panels.append((f"{word} {times_level(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
+        panels.append((f"{word} {peak_over_mean(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
     # A line of its own, as one from right to left would take the rest with it.
-    title = f"{caption.caption or '(no words)'}\n({caption.map_name()}; its peak in multiples of a level map)"
+    title = f"{caption.caption or '(no words)'}\n({caption.map_name()}; number = peak / mean of the map)"
     figure = _lay_out_panels(panels, image.size, title)
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # `letters_in_fonts` has said so

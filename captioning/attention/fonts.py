@@ -8,7 +8,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
 _DEFAULT_FAMILIES = ("sans-serif",)  # matplotlib's own font, with the letters of Europe, and Arabic and Hebrew
-_SHOWN = 12  # letters that a message quotes at the most
+_MOST_QUOTED = 12  # letters that a message quotes at the most
 
 
 def letters_in_fonts(words):
@@ -40,7 +40,7 @@ def _find_families(words):
         families.append(family)
         missing -= had
     if missing:
-        quoted = " ".join(map(chr, sorted(missing)[:_SHOWN])) + (" ..." if len(missing) > _SHOWN else "")
+        quoted = " ".join(map(chr, sorted(missing)[:_MOST_QUOTED])) + (" ..." if len(missing) > _MOST_QUOTED else "")
         print(
             f"no font here has {len(missing)} of the captions' letters ({quoted}), and figures show boxes for them: "
             "install one that has, such as Noto"

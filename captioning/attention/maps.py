@@ -7,7 +7,7 @@ from PIL import Image
 def scale_light(maps):
     """Scale the maps of a caption together, from the least of all words and locations to the most.
 
-    Where a map is level, so is its light. One word's peak may be ten times another's, so the light is the root of the
+    Where a map is uniform, so is its light. One word's peak may be ten times another's, so the light is the root of the
     scaled value: a place with a quarter of the most is half lit.
 
     Args:
@@ -23,8 +23,8 @@ def scale_light(maps):
     return np.full_like(maps, 0.5) if span < 1e-12 else ((maps - maps.min()) / span) ** 0.5
 
 
-def times_level(weights):
-    """How many times a level map's value the peak of a map is. (P,) -> float; 1.0 for a level map."""
+def peak_over_mean(weights):
+    """The peak of a map over its mean. (P,) -> float; 1.0 for a uniform map."""
     return float(np.max(weights) / max(np.mean(weights), 1e-12))
 
 

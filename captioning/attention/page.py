@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import ExifTags, Image
 
-from captioning.attention.maps import scale_light, times_level
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.attention.maps import peak_over_mean, scale_light
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.features.image_files import open_image, upright_rgb
 from captioning.words import is_character, parted
 from support.files import replacing
@@ -52,14 +52,14 @@ class PageCaption:
     """One caption below an image.
 
     Attributes:
-      predicted: the caption, its words' log-probabilities and attention weights.
+      generated: the caption, its words' log-probabilities and attention weights.
       label: tells the image's captions apart, for example "greedy" or "epoch 3". "" where there is only one.
       note: shown beside the label, for example "CIDEr 0.83".
       boxes: for a word's position in the caption, the boxes of what the word names: list of [x, y, width, height] in
         pixels of the upright image, x and y of the upper left corner.
     """
 
-    predicted: PredictedCaption
+    generated: GeneratedCaption
     label: str = ""
     note: str = ""
     boxes: Mapping[int, Sequence[Sequence[float]]] = dataclasses.field(default_factory=dict)
@@ -127,7 +127,7 @@ def write_pages(folder, title, images, tables=(), page_size=100, file_name="inde
 
 
 def describe_light(caption):
-    """What the light on a page shows, for its introduction. PredictedCaption, one of those on the page -> str."""
+    """What the light on a page shows, for its introduction. GeneratedCaption, one of those on the page -> str."""
     return f"The light shows the {caption.map_name()}. It goes from the least to the most of each caption."
 
 
@@ -165,13 +165,13 @@ def _write_page(path, images, header, page_size):
       page_size: int, the number of images that are to fit in PAGE_BYTES.
     """
     start = _page_start(*header)
-    room = (_PAGE_BYTES - _END_BYTES - len(start.encode())) // page_size  # for an image
+    max_bytes = (_PAGE_BYTES - _END_BYTES - len(start.encode())) // page_size  # for an image
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(start)
         if not images:
             file.write("<p>No images.</p>\n")
         for number, image in enumerate(images, 1):
-            file.write(_image_html(image, number, room))
+            file.write(_image_html(image, number, max_bytes))
 
 
 def _read_template(name):
@@ -180,12 +180,12 @@ def _read_template(name):
 
 def _page_start(title, intro, tables):
     """The page's text before its first image."""
-    paragraph = f"<p>{_show(intro)}</p>\n" if intro else ""
+    paragraph = f"<p>{_to_html(intro)}</p>\n" if intro else ""
     style, script = _read_template("page.css"), _read_template("page.js")
     return string.Template(_read_template("page.html").split("$images")[0]).substitute(
         policy=_content_policy(style, script),
         mark=_MARK,
-        title=_show(title),
+        title=_to_html(title),
         style=style,
         introduction=paragraph + "".join(_table_html(rows) for rows in tables),
     )
@@ -234,7 +234,7 @@ def _page_link(first, number, text):
 
 def _table_html(rows):
     """A table; columns of numbers are set flush right, and the first column names its rows."""
-    names, *body = [[_show(cell) for cell in row] for row in rows]
+    names, *body = [[_to_html(cell) for cell in row] for row in rows]
     sides = ["", *(' class="number"' for _ in names[1:])]
     head = "".join(f'<th scope="col"{side}>{cell}</th>' for cell, side in zip(names, sides, strict=True))
     lines = [f"<thead><tr>{head}</tr></thead>\n<tbody>"]
@@ -248,19 +248,19 @@ def _table_html(rows):
 # --- An image ----------------------------------------------------------------------------------------------------
 
 
-def _image_html(image, number, room):
-    """An image with its captions, as HTML of at most `room` bytes if that is possible."""
+def _image_html(image, number, max_bytes):
+    """An image with its captions, as HTML of at most `max_bytes` if that is possible."""
     several = " several" if len(image.captions) > 1 else ""
     embedded, size, problem = _read_image(image.path)
     captions = "".join(_caption_html(caption, size) for caption in image.captions)
     before = f'<article aria-labelledby="image-{number}">\n<h2 id="image-{number}">'
-    before += f"<bdi>{_show(image.heading)}</bdi>{_note_html(image.note)}</h2>\n"
+    before += f"<bdi>{_to_html(image.heading)}</bdi>{_note_html(image.note)}</h2>\n"
     after = f'\n<p class="status"></p>\n<div class="captions{several}">{captions}</div>\n'
     after += _references_html(image.captions) + "</article>\n"
     if embedded is None:
-        frame = f'<div class="frame"><p>The image cannot be shown: {_show(problem)}</p></div>'
+        frame = f'<div class="frame"><p>The image cannot be shown: {_to_html(problem)}</p></div>'
     else:
-        frame = _frame_html(embedded, _spoken(image.captions), room - len((before + after).encode()))
+        frame = _frame_html(embedded, _alt_text(image.captions), max_bytes - len((before + after).encode()))
     return before + frame + after
 
 
@@ -285,11 +285,11 @@ def _read_image(path):
         return None, None, f"{type(error).__name__}: {error}"
 
 
-def _frame_html(image, description, room):
-    """An image as HTML of at most `room` bytes, if that is possible."""
+def _frame_html(image, description, max_bytes):
+    """An image as HTML of at most `max_bytes`, if that is possible."""
     before = '<div class="frame"><img src="data:image/jpeg;base64,'
-    after = f'" alt="{_show(description)}" width="{image.width}" height="{image.height}" decoding="async"></div>'
-    most = (room - len((before + after).encode())) * 3 // 4  # base64 makes four bytes of three
+    after = f'" alt="{_to_html(description)}" width="{image.width}" height="{image.height}" decoding="async"></div>'
+    most = (max_bytes - len((before + after).encode())) * 3 // 4  # base64 makes four bytes of three
     return before + base64.b64encode(_encode_jpeg(image, most)).decode() + after
 
 
@@ -310,20 +310,20 @@ def _encode_jpeg(image, most):
         image = image.resize([max(side * 3 // 4, 1) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def _spoken(captions):
+def _alt_text(captions):
     """What a screen reader says in place of an image."""
-    return "; ".join(f"{c.label}: {c.predicted.caption}" if c.label else c.predicted.caption for c in captions)
+    return "; ".join(f"{c.label}: {c.generated.caption}" if c.label else c.generated.caption for c in captions)
 
 
 def _note_html(note):
-    return f'<span class="note">{_show(note)}</span>' if note else ""
+    return f'<span class="note">{_to_html(note)}</span>' if note else ""
 
 
 def _references_html(captions):
-    references = next((c.predicted.references for c in captions if c.predicted.references), ())
+    references = next((c.generated.references for c in captions if c.generated.references), ())
     if not references:
         return ""
-    lines = "".join(f'<li dir="auto">{_show(reference)}</li>' for reference in references)
+    lines = "".join(f'<li dir="auto">{_to_html(reference)}</li>' for reference in references)
     return f'<div class="references"><h3>References</h3><ul>{lines}</ul></div>\n'
 
 
@@ -333,14 +333,14 @@ def _caption_html(caption, size):
     Args:
       size: (width, height) of the upright image in pixels, which its boxes refer to. None if it cannot be read.
     """
-    about = f"<b>{_show(caption.label)}</b>" if caption.label else ""
+    about = f"<b>{_to_html(caption.label)}</b>" if caption.label else ""
     about += _note_html(caption.note)
     name = f" ({caption.label})" if caption.label else ""
-    blanks = parted(caption.predicted.words)
+    blanks = parted(caption.generated.words)
     words = "".join("\n" * blank + _word_html(caption, position, size) for position, blank in enumerate(blanks))
     if words:
-        body = f'<button type="button" class="play" aria-pressed="false" aria-label="Play{_show(name)}"></button>'
-        body += f'<div role="toolbar" aria-label="Words{_show(name)}">{words}</div>'
+        body = f'<button type="button" class="play" aria-pressed="false" aria-label="Play{_to_html(name)}"></button>'
+        body += f'<div role="toolbar" aria-label="Words{_to_html(name)}">{words}</div>'
     else:
         body = "<div>(no words)</div>"
     about = f'<div class="about">{about}</div>' if about else ""
@@ -352,23 +352,23 @@ def _word_html(caption, position, size):
 
     data-weights: the word's light, a byte each, in base64. 0 is the caption's least weight, 255 its largest.
     data-joined: there where the word is a character that has no blanks beside it.
-    data-peak: the word's largest weight, as a multiple of what a level map has.
+    data-peak: the largest weight of the word's map over its mean.
     data-boxes: JSON of boxes [x, y, width, height] in shares of the image's width and height.
     data-sure: see `_shade`.
     """
-    predicted = caption.predicted
-    word = _show(predicted.words[position])
-    maps = np.nan_to_num(np.asarray(predicted.shown_maps(), np.float64)).clip(0)  # (words, P)
+    generated = caption.generated
+    word = _to_html(generated.words[position])
+    maps = np.nan_to_num(np.asarray(generated.shown_maps(), np.float64)).clip(0)  # (words, P)
     levels = np.rint(scale_light(maps)[position] * 255).astype(np.uint8)  # (P,)
     data = f'data-weights="{base64.b64encode(levels.tobytes()).decode()}"'
-    data += " data-joined" * is_character(predicted.words[position])
+    data += " data-joined" * is_character(generated.words[position])
     if maps[position].any():
-        data += f' data-peak="{times_level(maps[position]):.1f}"'
+        data += f' data-peak="{peak_over_mean(maps[position]):.1f}"'
     boxes = _relative_boxes(caption.boxes.get(position, ()), size)
     if boxes:
         data += f' data-boxes="{json.dumps(boxes)}"'
     title = word
-    log_prob = float(predicted.log_probs[position]) if position < len(predicted.log_probs) else math.nan
+    log_prob = float(generated.log_probs[position]) if position < len(generated.log_probs) else math.nan
     if not math.isnan(log_prob):
         probability = math.exp(min(log_prob, 0.0))
         title += f": probability {probability:.2f}" if probability >= 0.005 else ": probability under 0.01"
@@ -398,7 +398,7 @@ def _relative_boxes(boxes, size):
 # --- Text ---------------------------------------------------------------------------------------------------------
 
 
-def _show(text):
+def _to_html(text):
     """Any text as HTML in which it shows as it is. What cannot be seen is written as Python would, as in \\u2028."""
     return html.escape(_INVISIBLE.sub(_escape_character, str(text)))
 

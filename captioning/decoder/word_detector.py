@@ -16,7 +16,7 @@ from support.distribution import sum_replicas
 # At first all locations together see a word in 6 % of the images: most words of a batch are said of few of them.
 _FIRST_BIAS = -7.0
 # At each step the detector learns from one of so many captions. It learns soon, and all would take four times as long.
-_EVERY = 4
+_STEPS_BETWEEN_TURNS = 4
 
 
 class WordDetector(layers.Layer):
@@ -68,7 +68,7 @@ def detection_loss(detector, captions, encoded_features, step):
       float (): nats, summed over images and the words that any of these captions says, and divided by how many are
       said, of all replicas; this replica's part of the sum. <unk> and <end> are no words, a row of <pad> no caption.
     """
-    has_turn = (tf.reduce_sum(captions, axis=1) + tf.cast(step, captions.dtype)) % _EVERY == 0  # (B,)
+    has_turn = (tf.reduce_sum(captions, axis=1) + tf.cast(step, captions.dtype)) % _STEPS_BETWEEN_TURNS == 0  # (B,)
     has_turn &= tf.reduce_any(captions != PAD, axis=1)  # (B,)
     captions, encoded_features = (tf.boolean_mask(x, has_turn) for x in (captions, encoded_features))  # (b, ...)
     said = _said_words(captions, detector.vocab_size)  # (b, V)
@@ -96,7 +96,7 @@ def _cross_entropy(is_said, sums):
 def word_maps(detector, captions, encoded_features):
     """Of all that is seen of a word in its image, the share at each location; a map sums to 1.
 
-    A word that the detector has not learned, such as <unk>, has a level map.
+    A word that the detector has not learned, such as <unk>, has a uniform map.
 
     Args:
       detector: WordDetector

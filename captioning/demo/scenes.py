@@ -1,7 +1,7 @@
 """The demo data set: scenes that the project draws itself, in COCO 2014's layout.
 
 A scene is a textured ground with one or two objects. An object has a noun, a colour, a pattern, a place and a box. The
-captions name all of these but the box, so that a predicted caption can be checked word by word against its scene.
+captions name all of these but the box, so that a generated caption can be checked word by word against its scene.
 
 The attributes suit an InceptionV3 with random weights, which tells colours and textures apart but hardly outlines. A
 box and a ball therefore also differ in the colour between their stripes.

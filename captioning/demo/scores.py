@@ -38,14 +38,14 @@ class Description:
 
 
 def score_captions(captions, scenes):
-    """Measure how much of predicted captions is true.
+    """Measure how much of generated captions is true.
 
     Each described object is matched to a true one, or to none. It is right if everything that the caption says of it is
     true: noun, colour, pattern and place, which a relation may give. An object without a match is wrong in everything.
     So are words that belong to no noun. A caption without objects counts as one wrong object.
 
     Args:
-      captions: list of str, predicted.
+      captions: list of str, generated.
       scenes: list of Scene, one for each caption.
 
     Returns:

@@ -11,26 +11,26 @@ from captioning.attention.maps import upsample
 def attention_accuracy(groundings):
     """Measure whether maps point at what the words name, beside the guesses that a reader must know.
 
-    Maps: the evidence; the attention weights; the weights for a word of another image; the length of the feature at
-    each location, whatever the word; the middle of the image; a level map, which is chance. Things "off the middle"
-    are those of which no box covers the image's middle.
+    Maps: the evidence; the attention weights; the weights for a word of another image; the feature norm at each
+    location, whatever the word; the centre of the image; a uniform map, which is chance. "Off-centre" things are those
+    of which no box covers the image's centre.
 
     Args:
       groundings: list of Grounding, one for each word that names an object.
 
     Returns:
-      dict of "words" and "words_off_middle", how many there are, and of "maps": for each map a dict of shares in 0..1,
+      dict of "words" and "words_off_centre", how many there are, and of "maps": for each map a dict of shares in 0..1,
       or None where there are no words. "inside": the map's peak is in one of the boxes; "mass_inside": the mean share
       of the map's sum in them (attention correctness, Liu et al., 2017, arXiv 1605.09553); and both again with
-      "_off_middle".
+      "_off_centre".
     """
     scores = {}
-    off_middle = [not _covers_middle(grounding) for grounding in groundings]
+    off_centre = [not _covers_centre(grounding) for grounding in groundings]
     covered = [_cover(grounding.size, grounding.boxes) for grounding in groundings]
     for name, maps in _maps_to_compare(groundings).items():
         rows = np.array([_score_map(*pair) for pair in zip(maps, covered, strict=True)]).reshape(-1, 2)  # (words, 2)
-        scores[name] = _named_means(rows, "") | _named_means(rows[off_middle], "_off_middle")
-    return {"words": len(groundings), "words_off_middle": sum(off_middle), "maps": scores}
+        scores[name] = _named_means(rows, "") | _named_means(rows[off_centre], "_off_centre")
+    return {"words": len(groundings), "words_off_centre": sum(off_centre), "maps": scores}
 
 
 def _named_means(rows, ending):
@@ -39,8 +39,8 @@ def _named_means(rows, ending):
     return {f"inside{ending}": means[0], f"mass_inside{ending}": means[1]}
 
 
-def _covers_middle(grounding):
-    """Whether the pixel in the image's middle lies in one of the boxes."""
+def _covers_centre(grounding):
+    """Whether the pixel in the image's centre lies in one of the boxes."""
     width, height = grounding.size
     return bool(_cover(grounding.size, grounding.boxes)[height // 2, width // 2])
 
@@ -48,17 +48,17 @@ def _covers_middle(grounding):
 def _maps_to_compare(groundings):
     """The maps that are measured: dict of name to list of (P,) arrays, one for each grounding.
 
-    Evidence and feature lengths are left out where they are not known.
+    Evidence and feature norms are left out where they are not known.
     """
-    level = [
+    uniform = [
         np.full_like(grounding.attention_weights, 1 / len(grounding.attention_weights)) for grounding in groundings
     ]
     maps = {"evidence": [grounding.evidence for grounding in groundings]}
     maps["attention weights"] = [grounding.attention_weights for grounding in groundings]
     maps["weights of another image"] = [other.attention_weights for other in _others(groundings)]
-    maps["feature length"] = [grounding.feature_norms for grounding in groundings]
-    maps["middle"] = [_middle_map(len(weights)) for weights in level]
-    maps["level (chance)"] = level
+    maps["feature norm"] = [grounding.feature_norms for grounding in groundings]
+    maps["centre"] = [_centre_map(len(weights)) for weights in uniform]
+    maps["uniform (chance)"] = uniform
     return {name: values for name, values in maps.items() if not any(value is None for value in values)}
 
 
@@ -72,8 +72,8 @@ def _others(groundings):
     return found
 
 
-def _middle_map(locations):
-    """A map of the four locations around the middle of the grid."""
+def _centre_map(locations):
+    """A map of the four locations around the centre of the grid."""
     side = round(locations**0.5)
     grid = np.zeros((side, side), np.float32)
     grid[(side - 1) // 2 : side // 2 + 1, (side - 1) // 2 : side // 2 + 1] = 1

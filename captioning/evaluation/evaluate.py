@@ -9,7 +9,7 @@ import numpy as np
 from captioning.attention.boxes import boxes_by_position, find_groundings
 from captioning.attention.page import PageCaption, PageImage, describe_light, write_pages
 from captioning.captioner import caption_batch, explain_references
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo import scores as demo_scores
 from captioning.demo.scenes import read_scenes
 from captioning.evaluation.attention_accuracy import attention_accuracy
@@ -29,7 +29,7 @@ from support.errors import UserError, printable
 
 _EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
 _DECODING = ("length_penalty", "repeat_block", "max_words")  # settings of decoding, besides the beam width
-_SHOWN = 12  # images of the best, of the middle and of the worst score on the page
+_IMAGES_OF_A_GROUP = 12  # of the page: of the best, of the middle and of the worst score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Evaluated:
     """The captions of a split by one way of decoding.
 
     Attributes:
-      captions: list of PredictedCaptions.
+      captions: list of GeneratedCaptions.
       groundings: list of Groundings, empty where no boxes are known.
       ciders: dict of image id to CIDEr, on the project's own tokens.
       metrics: dict of scores, as they go into the metrics file.
@@ -119,7 +119,7 @@ def _describe_scored(captioner, images, split, config):
 def _can_use_boxes(images, config):
     """Whether the boxes of what captions name are known. Those that cannot be used are told in one line."""
     blank = [
-        PredictedCaption(image.path, image.name, [], np.zeros(0), np.zeros((0, LOCATIONS)), image.image_id)
+        GeneratedCaption(image.path, image.name, [], np.zeros(0), np.zeros((0, LOCATIONS)), image.image_id)
         for image in images
     ]
     try:
@@ -187,7 +187,7 @@ def _score_pages(runs, images, attention_map):
     """PageImages of the best, the middle and the worst score of the first run, all runs' captions side by side."""
     first = next(iter(runs.values()))
     by_score = sorted(images, key=lambda image: -first.ciders[image.image_id])
-    size = min(_SHOWN, math.ceil(len(by_score) / 3))
+    size = min(_IMAGES_OF_A_GROUP, math.ceil(len(by_score) / 3))
     middle = (len(by_score) - size) // 2
     groups = {"best": by_score[:size], "middle": by_score[middle : middle + size], "worst": by_score[-size:]}
     captions = {name: {caption.image_id: caption for caption in run.captions} for name, run in runs.items()}
@@ -222,11 +222,11 @@ def _print_attention(name, scores):
     """A table of where the maps of a run point, in per cent, beside the guesses that a reader must know."""
     if not scores or not scores["words"]:
         return
-    words, off_middle = scores["words"], scores["words_off_middle"]
-    print(f"{name}: {words} words name a thing with a box, {off_middle} of them a thing off the middle")
-    columns = ("inside", "inside_off_middle", "mass_inside", "mass_inside_off_middle")
-    print(f"| {'map':26} | peak inside | off the middle | mass inside | off the middle |")
-    print(f"| {'-' * 26} | ----------: | -------------: | ----------: | -------------: |")
+    words, off_centre = scores["words"], scores["words_off_centre"]
+    print(f"{name}: {words} words name a thing with a box, {off_centre} of them an off-centre thing")
+    columns = ("inside", "inside_off_centre", "mass_inside", "mass_inside_off_centre")
+    print(f"| {'map':26} | peak inside | off-centre | mass inside | off-centre |")
+    print(f"| {'-' * 26} | ----------: | ---------: | ----------: | ---------: |")
     for map_name, values in scores["maps"].items():
         cells = ["-" if values[column] is None else f"{100 * values[column]:.1f}" for column in columns]
-        print(f"| {map_name:26} | {cells[0]:>11} | {cells[1]:>14} | {cells[2]:>11} | {cells[3]:>14} |")
+        print(f"| {map_name:26} | {cells[0]:>11} | {cells[1]:>10} | {cells[2]:>11} | {cells[3]:>10} |")

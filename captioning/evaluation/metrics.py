@@ -25,7 +25,7 @@ from support.process import silenced_stderr
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
 
-def score_captions(predicted, references, patience=120):
+def score_captions(generated, references, patience=120):
     """Score captions as COCO's official evaluation does.
 
     METEOR and the PTB tokeniser are for English, and need Java. If most letters of the references are outside Latin
@@ -34,7 +34,7 @@ def score_captions(predicted, references, patience=120):
     English is, as their letters do not tell them apart.
 
     Args:
-      predicted: dict of image id to caption, a str.
+      generated: dict of image id to caption, a str.
       references: dict of the same image ids to list of str, one or more.
       patience: float, seconds to wait for Java to start. METEOR gets 1/20 s more for each image.
 
@@ -46,23 +46,23 @@ def score_captions(predicted, references, patience=120):
     Raises:
       UserError: there are no captions, an image has no caption or no references, or no reference has a word.
     """
-    predicted, references = _pair_by_image(predicted, references)
+    generated, references = _pair_by_image(generated, references)
     with _java_settings():
         try:
             _check_script(references)
-            predicted, references = _ptb_tokens(predicted, patience), _ptb_tokens(references, patience)
+            generated, references = _ptb_tokens(generated, patience), _ptb_tokens(references, patience)
         except RuntimeError as error:
             print(f"{error}: METEOR is left out, and the other metrics use the project's own tokens instead of PTB's")
-            predicted, references = _project_tokens(predicted), _project_tokens(references)
+            generated, references = _project_tokens(generated), _project_tokens(references)
             scores = {"METEOR": None, "tokens": "project"}
         else:
-            scores = {"METEOR": _score_meteor(predicted, references, patience), "tokens": "PTB"}
-    rouge, _ = Rouge().compute_score(references, predicted)
-    scores |= {"ROUGE-L": 100 * float(rouge), **_score_ngrams(predicted, references)}
+            scores = {"METEOR": _score_meteor(generated, references, patience), "tokens": "PTB"}
+    rouge, _ = Rouge().compute_score(references, generated)
+    scores |= {"ROUGE-L": 100 * float(rouge), **_score_ngrams(generated, references)}
     return {name: scores[name] for name in (*METRICS, "tokens")}
 
 
-def quick_score(predicted, references):
+def quick_score(generated, references):
     """Score captions in seconds and without Java, to compare epochs.
 
     Args, Raises: as for `score_captions`.
@@ -70,11 +70,11 @@ def quick_score(predicted, references):
     Returns:
       dict of BLEU-1..4 and CIDEr to float, computed on the project's own tokens, and of "tokens" to "project".
     """
-    predicted, references = map(_project_tokens, _pair_by_image(predicted, references))
-    return {**_score_ngrams(predicted, references), "tokens": "project"}
+    generated, references = map(_project_tokens, _pair_by_image(generated, references))
+    return {**_score_ngrams(generated, references), "tokens": "project"}
 
 
-def cider_by_image(predicted, references):
+def cider_by_image(generated, references):
     """CIDEr of each image, on the project's own tokens.
 
     Args, Raises: as for `score_captions`.
@@ -82,16 +82,16 @@ def cider_by_image(predicted, references):
     Returns:
       dict of image id to float
     """
-    predicted, references = map(_project_tokens, _pair_by_image(predicted, references))
-    _, scores = Cider().compute_score(references, predicted)
+    generated, references = map(_project_tokens, _pair_by_image(generated, references))
+    _, scores = Cider().compute_score(references, generated)
     return dict(zip(references, map(float, scores), strict=True))
 
 
-def _pair_by_image(predicted, references):
+def _pair_by_image(generated, references):
     """Bring captions and references into the same order.
 
     Args:
-      predicted: dict of image id to str.
+      generated: dict of image id to str.
       references: dict of image id to list of str.
 
     Returns:
@@ -100,21 +100,21 @@ def _pair_by_image(predicted, references):
     Raises:
       UserError: there are no captions, or an image has no caption or no references.
     """
-    if not predicted:
+    if not generated:
         raise UserError("there are no captions to score: run python data_utils.py again to prepare validation images")
-    image_ids = sorted(predicted.keys() | references.keys(), key=id_order)
+    image_ids = sorted(generated.keys() | references.keys(), key=id_order)
     for image_id in image_ids:
-        if image_id not in predicted or not references.get(image_id):
-            missing = "references" if image_id in predicted else "caption"
+        if image_id not in generated or not references.get(image_id):
+            missing = "references" if image_id in generated else "caption"
             raise UserError(f"image {image_id} has no {missing} and cannot be scored: run python data_utils.py again")
-    return {i: [predicted[i]] for i in image_ids}, {i: references[i] for i in image_ids}
+    return {i: [generated[i]] for i in image_ids}, {i: references[i] for i in image_ids}
 
 
-def _score_ngrams(predicted, references):
+def _score_ngrams(generated, references):
     """Compute BLEU-1..4 and CIDEr.
 
     Args:
-      predicted: dict of image id to list of one str, its tokens separated by blanks.
+      generated: dict of image id to list of one str, its tokens separated by blanks.
       references: dict of image id to list of such str.
 
     Returns:
@@ -125,8 +125,8 @@ def _score_ngrams(predicted, references):
     """
     if not any(any(group) for group in references.values()):
         raise UserError("captions cannot be scored, as no reference has a word: run python data_utils.py again")
-    bleu, _ = Bleu(4).compute_score(references, predicted, verbose=0)
-    cider, _ = Cider().compute_score(references, predicted)
+    bleu, _ = Bleu(4).compute_score(references, generated, verbose=0)
+    cider, _ = Cider().compute_score(references, generated)
     return {**{f"BLEU-{n}": 100 * float(score) for n, score in enumerate(bleu, 1)}, "CIDEr": float(cider)}
 
 
@@ -192,11 +192,11 @@ def _ptb_tokens(captions, patience):
     return tokens
 
 
-def _score_meteor(predicted, references, patience):
+def _score_meteor(generated, references, patience):
     """Compute METEOR.
 
     Args:
-      predicted: dict of image id to list of one str.
+      generated: dict of image id to list of one str.
       references: dict of image id to list of str.
       patience: float, seconds to wait for Java, with 1/20 s more for each image.
 
@@ -205,10 +205,10 @@ def _score_meteor(predicted, references, patience):
     """
     scorer = Meteor()
     java = scorer.meteor_p
-    watchdog = threading.Timer(patience + len(predicted) / 20, java.kill)
+    watchdog = threading.Timer(patience + len(generated) / 20, java.kill)
     watchdog.start()
     try:
-        score, _ = scorer.compute_score(references, predicted)
+        score, _ = scorer.compute_score(references, generated)
         return 100 * score
     except (OSError, ValueError):
         print("METEOR is left out: its Java program, which takes up to 2 GB of memory, failed or hung")

@@ -125,7 +125,7 @@ class ImageToCaption:
     Attributes:
       path: pathlib.Path of the image file.
       name: str, the image as the user knows it: a path or an address.
-      image_id, references: as in PredictedCaption.
+      image_id, references: as in GeneratedCaption.
       feature_path: pathlib.Path of its cached features, or None.
     """
 

@@ -73,7 +73,7 @@ def find_missing(images, config, shared=False):
             f"({identity}): {ways_out(folder)}"
         )
     if not shared:
-        manifest = _settle(manifest, usable, begun, folder)
+        manifest = _update_manifest(manifest, usable, begun, folder)
     missing = [image for image in images if feature_stem(image) not in usable]
     print(f"features: {len(images) - len(missing)} of {len(images)} are in {folder} already")
     if unknown:
@@ -164,7 +164,7 @@ def _check_images(images, manifest, config):
     return Manifest(manifest.network, entries, manifest.journals), changed
 
 
-def _settle(manifest, usable, identity, features_dir):
+def _update_manifest(manifest, usable, identity, features_dir):
     """Bring the manifest up to date. If none of the features is usable, the cache begins anew with this network.
 
     No other process may be writing features.

@@ -37,7 +37,7 @@ from captioning.inference.captions_file import (
 from captioning.inference.own_images import describe_skipped
 from support.errors import UserError, printable
 
-_PRINTED = 100  # images up to which each caption is printed; for more a bar tells how far it is
+_MOST_PRINTED_IMAGES = 100  # images up to which each caption is printed; for more a bar tells how far it is
 
 
 def write_captions(captioner, images, make_batches, output, options, config, skipped=()):
@@ -91,7 +91,7 @@ def _caption_missing(captioner, images, finished, make_batches, path, options, c
     missing = [image for key, image in zip(keys, images, strict=True) if key not in finished]
     states = {image.path: file_state(image.path) for image in missing}  # before they are read
     drawn = {image.path for image in images[: config.figures]}
-    all_attention, few, done = options.attention == "all", len(images) <= _PRINTED, len(finished)
+    all_attention, few, done = options.attention == "all", len(images) <= _MOST_PRINTED_IMAGES, len(finished)
     bar = tqdm(total=len(images), initial=done, desc="captioning", unit=" images", disable=few)
     fonts = letters_in_fonts(captioner.vocabulary) if config.figures else contextlib.nullcontext()
     with bar, fonts, appending(path) as add:
@@ -126,8 +126,8 @@ def _draw_figure(prediction, output):
 def _print_caption(prediction):
     print(printable(prediction.name))
     for reference in prediction.references:
-        print(printable(f"  real       {reference}"))
-    print(printable(f"  predicted  {prediction.caption}"))
+        print(printable(f"  reference  {reference}"))
+    print(printable(f"  generated  {prediction.caption}"))
 
 
 def _write_attention_pages(images, records_path, output, config):

@@ -15,7 +15,7 @@ import pathlib
 
 import numpy as np
 
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.inference.own_images import is_address
 from support.errors import UserError, mended_by
 from support.file_states import find_stat
@@ -51,7 +51,7 @@ class CaptionRecord:
       image_id: int or str, or None for an image that is not of the data set.
       file: str, the absolute path of the image's file, "" where `image` is that.
       figure: str, the name of its figure in the same folder, "" for none.
-      words, log_probs, attention_weights, evidence, references: as in PredictedCaption. None where attention is not
+      words, log_probs, attention_weights, evidence, references: as in GeneratedCaption. None where attention is not
         kept.
     """
 
@@ -94,10 +94,10 @@ def image_key(name, path):
 
 
 def make_record(prediction, state, figure="", keep_attention=True):
-    """The CaptionRecord of a PredictedCaption.
+    """The CaptionRecord of a GeneratedCaption.
 
     Args:
-      prediction: PredictedCaption
+      prediction: GeneratedCaption
       state: the `file_state` of the image before it was read, so that a change since then shows in the next run.
       figure: str, as in CaptionRecord.
       keep_attention: bool
@@ -129,13 +129,13 @@ def _rounded(values, decimals):
 
 
 def restore_prediction(record, image=None):
-    """The PredictedCaption of a record that kept its attention.
+    """The GeneratedCaption of a record that kept its attention.
 
     Args:
       record: CaptionRecord
       image: Image whose path and references, if any, count instead of the record's, as files may move; or None.
     """
-    return PredictedCaption(
+    return GeneratedCaption(
         path=image.path if image else pathlib.Path(record.file or record.image),
         name=record.image,
         words=record.words,

@@ -18,7 +18,7 @@ from support.downloads import download_all
 from support.errors import UserError, printable
 
 _EXTRACTED = 300  # images whose features are held in memory before they are captioned
-_LARGEST = 50_000_000  # bytes of an image fetched from an address
+_MOST_IMAGE_BYTES = 50_000_000  # bytes of an image fetched from an address
 _SHOWN_KINDS = 8  # kinds of what was skipped that are counted each
 
 # Of the many formats that Pillow registers, those that hold images: not PDF, not video, not HDF5.
@@ -131,7 +131,7 @@ def fetch_images(images, workers, skipped):
     for _, path in jobs:
         with contextlib.suppress(OSError):
             path.unlink()
-    limits = {"attempts": 2, "timeout": 10.0, "limit": _LARGEST, "give_up": None}
+    limits = {"attempts": 2, "timeout": 10.0, "limit": _MOST_IMAGE_BYTES, "give_up": None}
     failed = dict(download_all(jobs, workers, progress=False, **limits))
     for image in images:
         if image.path in failed:

@@ -297,5 +297,5 @@ def _validation_cider(state, images, vocabulary, config, stop_if_asked=lambda: N
     for batch, features in cached_batches(images, greedy):
         stop_if_asked()
         captions += caption_batch(captioner, batch, features, greedy)
-    predicted = {caption.image_id: caption.caption for caption in captions}
-    return quick_score(predicted, {image.image_id: image.references for image in images})["CIDEr"]
+    generated = {caption.image_id: caption.caption for caption in captions}
+    return quick_score(generated, {image.image_id: image.references for image in images})["CIDEr"]

@@ -36,7 +36,7 @@ def log_epoch(writer, row, learning_rate, predictions):
       writer: as `tensorboard_log` gives it; None writes nothing.
       row: dict of the epoch's history: epoch, and numbers.
       learning_rate: float, at the epoch's end.
-      predictions: list of PredictedCaptions of the samples.
+      predictions: list of GeneratedCaptions of the samples.
     """
     if writer is None:
         return

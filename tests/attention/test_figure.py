@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from captioning.attention.figure import _GAP, _LINE, _PANEL_WIDTH, plot_attention
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.training.saving import _plot_losses
 from conftest import full_disk
 from support.errors import UserError
@@ -13,7 +13,7 @@ from support.errors import UserError
 
 def make_caption(path, words, weights=None):
     weights = np.random.default_rng(0).random((len(words), 64)) if weights is None else weights
-    return PredictedCaption(path, str(path), words, np.zeros(len(words)), weights)
+    return GeneratedCaption(path, str(path), words, np.zeros(len(words)), weights)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 40])

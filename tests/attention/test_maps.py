@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from captioning.attention.maps import scale_light, times_level, upsample
+from captioning.attention.maps import peak_over_mean, scale_light, upsample
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640)])
@@ -60,5 +60,5 @@ def test_a_caption_of_level_maps_gets_level_light():
 
 
 def test_a_peak_is_told_in_multiples_of_a_level_map():
-    assert times_level(np.full(64, 1 / 64)) == pytest.approx(1)
-    assert times_level(np.eye(64)[3]) == pytest.approx(64)
+    assert peak_over_mean(np.full(64, 1 / 64)) == pytest.approx(1)
+    assert peak_over_mean(np.eye(64)[3]) == pytest.approx(64)

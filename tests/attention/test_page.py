@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from captioning.attention import page as attention_page
 from captioning.attention.maps import upsample
 from captioning.attention.page import PageCaption, PageImage, write_pages
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 
 DOG = "a dog catches a frisbee".split()
 HOSTILE = [
@@ -59,7 +59,7 @@ def make_caption(words, log_probs=None, path="dog.png", **rest):
     places = [(i % 8, 2 * i % 8) for i in range(len(words))]
     log_probs = np.log(np.linspace(0.9, 0.2, len(words) + 1)) if log_probs is None else log_probs
     attention_weights = look_at(*places) if words else np.zeros((0, 64))
-    return PredictedCaption(pathlib.Path(path), str(path), words, log_probs, attention_weights, **rest)
+    return GeneratedCaption(pathlib.Path(path), str(path), words, log_probs, attention_weights, **rest)
 
 
 def make_image(path, words=DOG, **rest):
@@ -182,7 +182,7 @@ def test_captions_are_written_as_their_script_is(tmp_path, photograph):
 @pytest.mark.parametrize("log_probs", [[], [np.nan] * 5, [-np.inf] * 5, [0.1] * 5])
 def test_odd_numbers_do_no_harm(tmp_path, photograph, log_probs):
     weights = np.array([np.zeros(64), np.full(64, np.nan), np.full(64, -1.0), np.full(64, 1 / 64), np.eye(64)[3]])
-    caption = PredictedCaption(photograph, "dog", DOG, np.array(log_probs), weights)
+    caption = GeneratedCaption(photograph, "dog", DOG, np.array(log_probs), weights)
     boxes = {0: [[np.nan, 0, 1, 1]], 1: [[-50, 0, 1000, 60]]}
     page = Page(write_pages(tmp_path, "Dogs", [PageImage("dog", photograph, [PageCaption(caption, boxes=boxes)])])[0])
     words = page.all("button", **{"class": "word"})

@@ -36,7 +36,7 @@ from support.devices import set_up_devices
 from support.errors import UserError
 from support.process import run_script
 
-COMPARED_AFTER = 20  # steps; at the first weights attention is level, and a wrong one might pass
+COMPARED_AFTER = 20  # steps; at the first weights attention is uniform, and a wrong one might pass
 WORST_LOSS, WORST_GRADIENT = 1e-3, 0.05  # relative differences, as ours may multiply in bfloat16
 
 

@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from captioning.decoder import word_detector
 from captioning.decoder.word_detector import (
-    _EVERY,
     _FIRST_BIAS,
+    _STEPS_BETWEEN_TURNS,
     WordDetector,
     _cross_entropy,
     _said_words,
@@ -84,11 +84,11 @@ def test_the_loss_of_a_word_is_that_of_a_noisy_or():
 
 def all_turns(detector, captions, encoded):
     """The losses of all turns."""
-    return [detection_loss(detector, captions, encoded, step) for step in range(_EVERY)]
+    return [detection_loss(detector, captions, encoded, step) for step in range(_STEPS_BETWEEN_TURNS)]
 
 
 def test_the_loss_by_hand(detector, encoded, monkeypatch):
-    monkeypatch.setattr(word_detector, "_EVERY", 1)
+    monkeypatch.setattr(word_detector, "_STEPS_BETWEEN_TURNS", 1)
     kernel, bias = detector.get_weights()
     seen = 1 - np.exp(-softplus(encoded.numpy() @ kernel.T + bias).sum(1))  # (B, V)
     said = {(0, 4), (0, 5), (1, 6)}
@@ -112,7 +112,7 @@ def test_each_caption_has_its_turn(detector, encoded):
 
 @pytest.mark.parametrize("captions", [[[START, UNK, END]], [[PAD, PAD, PAD]]])
 def test_captions_without_words_teach_nothing(detector, captions):
-    assert all_turns(detector, tf.constant(captions), tf.zeros((1, P, D))) == [0] * _EVERY
+    assert all_turns(detector, tf.constant(captions), tf.zeros((1, P, D))) == [0] * _STEPS_BETWEEN_TURNS
 
 
 def test_the_gradient_reaches_the_words_of_the_batch_and_no_encoded_features(detector, encoded):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from captioning.attention.boxes import Grounding, _coco_groundings, _demo_groundings
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo.scenes import Scene, SceneObject, _write_captions
 from captioning.evaluation.attention_accuracy import attention_accuracy
 from support.errors import UserError
@@ -25,7 +25,7 @@ def one_cell(row, column):
 def predict(image_id, text, maps=None):
     words = text.split()
     maps = np.tile(one_cell(3, 3), (len(words), 1)) if maps is None else np.stack(maps)
-    return PredictedCaption(pathlib.Path("a.jpg"), "a.jpg", words, np.zeros(len(words)), maps, image_id)
+    return GeneratedCaption(pathlib.Path("a.jpg"), "a.jpg", words, np.zeros(len(words)), maps, image_id)
 
 
 def accuracy(*groundings):
@@ -36,7 +36,7 @@ def accuracy(*groundings):
 def shares(groundings):
     scores = attention_accuracy(groundings)
     maps = scores["maps"]
-    inside, chance = maps["attention weights"]["inside"], maps["level (chance)"]["inside"]
+    inside, chance = maps["attention weights"]["inside"], maps["uniform (chance)"]["inside"]
     return {"words": scores["words"], "inside": inside, "chance": chance}
 
 
@@ -109,7 +109,7 @@ def test_mass_inside_is_the_share_of_the_map_in_the_boxes():
     half_a_cell = [6 * 40, 2 * 30, 20, 30]
     scores = attention_accuracy([Grounding(weights, SIZE, [half_a_cell])])["maps"]
     assert scores["attention weights"]["mass_inside"] == pytest.approx(0.75 / 2)
-    assert scores["level (chance)"]["mass_inside"] == pytest.approx(20 * 30 / (320 * 240))
+    assert scores["uniform (chance)"]["mass_inside"] == pytest.approx(20 * 30 / (320 * 240))
     assert scores["middle"]["mass_inside"] == 0
 
 
@@ -117,10 +117,10 @@ def test_things_off_the_middle_are_counted_apart():
     middle, corner = [150, 110, 20, 20], [0, 0, 40, 30]
     groundings = [Grounding(one_cell(0, 0), SIZE, [box], number) for number, box in enumerate((middle, corner))]
     scores = attention_accuracy(groundings)
-    assert (scores["words"], scores["words_off_middle"]) == (2, 1)
+    assert (scores["words"], scores["words_off_centre"]) == (2, 1)
     assert scores["maps"]["attention weights"]["inside"] == 0.5
-    assert scores["maps"]["attention weights"]["inside_off_middle"] == 1
-    assert scores["maps"]["middle"]["inside"] > 0 == scores["maps"]["middle"]["inside_off_middle"]
+    assert scores["maps"]["attention weights"]["inside_off_centre"] == 1
+    assert scores["maps"]["centre"]["inside"] > 0 == scores["maps"]["centre"]["inside_off_centre"]
 
 
 def test_guesses_that_know_nothing_of_the_word_stand_beside_the_maps():
@@ -138,12 +138,12 @@ def test_guesses_that_know_nothing_of_the_word_stand_beside_the_maps():
         for number, (row, column) in enumerate(cells)
     ]
     inside = {name: values["inside"] for name, values in attention_accuracy(groundings)["maps"].items()}
-    assert inside.pop("level (chance)") == pytest.approx(1 / 64)
+    assert inside.pop("uniform (chance)") == pytest.approx(1 / 64)
     assert inside == {
         "evidence": 1,
         "attention weights": 0,
         "weights of another image": 1,
-        "feature length": 0,
+        "feature norm": 0,
         "middle": 0,
     }
 
@@ -155,16 +155,16 @@ def test_each_noun_of_a_demo_caption_is_held_against_its_own_box():
     ball = SceneObject("ball", "red", "striped", "left", [20, 80, 100, 100])
     box = SceneObject("box", "blue", "plain", "right", [200, 80, 100, 100])
     scene = Scene(5, "5.jpg", *SIZE, "grass", [ball, box])
-    predicted = predict(5, _write_captions(scene)[0].lower().rstrip("."))
-    words, maps = predicted.words, predicted.attention_weights
+    generated = predict(5, _write_captions(scene)[0].lower().rstrip("."))
+    words, maps = generated.words, generated.attention_weights
     maps[words.index("ball")], maps[words.index("box")] = one_cell(4, 1), one_cell(4, 6)
 
-    groundings = _demo_groundings([predicted], {5: scene})
+    groundings = _demo_groundings([generated], {5: scene})
     assert [(grounding.size, grounding.boxes) for grounding in groundings] == [(SIZE, [ball.box]), (SIZE, [box.box])]
     assert shares(groundings) == {"words": 2, "inside": 1.0, "chance": 100 * 100 / (320 * 240)}
 
     maps[:] = maps[:, ::-1]
-    assert shares(_demo_groundings([predicted], {5: scene}))["inside"] == 0
+    assert shares(_demo_groundings([generated], {5: scene}))["inside"] == 0
     assert _demo_groundings([predict(5, "on the grass")], {5: scene}) == []
 
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from captioning.attention.boxes import _instances_path
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo.scenes import draw_demo
-from captioning.evaluation.evaluate import _SHOWN, Evaluated, _name_files, _score_pages, evaluate
+from captioning.evaluation.evaluate import _IMAGES_OF_A_GROUP, Evaluated, _name_files, _score_pages, evaluate
 from captioning.features.cache import ImageToCaption
 from captioning.settings import make_config
 from tiny_captioner import SIZES, tiny_captioner
@@ -217,10 +217,10 @@ def test_the_page_shows_each_image_of_a_small_split_once_with_all_runs_side_by_s
 )
 def test_the_best_the_middle_and_the_worst_are_chosen_by_the_first_runs_score(count, expected):
     """The image of number n is the n-th best of the first run, and the n-th worst of the second."""
-    assert _SHOWN == 12
+    assert _IMAGES_OF_A_GROUP == 12
     images = [ImageToCaption(pathlib.Path(f"{number}.jpg"), f"{number}.jpg", number) for number in range(count)]
     captions = [
-        PredictedCaption(each.path, each.name, [], np.zeros(0), np.zeros((0, 64)), each.image_id) for each in images
+        GeneratedCaption(each.path, each.name, [], np.zeros(0), np.zeros((0, 64)), each.image_id) for each in images
     ]
     runs = {
         "greedy": Evaluated(captions, [], {number: -float(number) for number in range(count)}, {}),
@@ -242,12 +242,12 @@ def test_the_page_shows_the_map_that_is_wanted_and_says_which(tiny, images, tmp_
     assert ("The light shows the evidence" in page) == (attention_map == "evidence")
     assert ("The light shows the attention weights" in page) == (attention_map == "weights")
     captions = [
-        PredictedCaption(pathlib.Path("a"), "a", ["word1"], np.zeros(1), np.eye(1, 64), evidence=np.eye(1, 64, 9))
+        GeneratedCaption(pathlib.Path("a"), "a", ["word1"], np.zeros(1), np.eye(1, 64), evidence=np.eye(1, 64, 9))
     ]
     runs = {"greedy": Evaluated(captions, [], {None: 0.0}, {})}
     image = ImageToCaption(captions[0].path, "a")
     (shown,) = _score_pages(runs, [image], attention_map)
-    assert shown.captions[0].predicted.shown_maps().argmax() == (9 if attention_map == "evidence" else 0)
+    assert shown.captions[0].generated.shown_maps().argmax() == (9 if attention_map == "evidence" else 0)
 
 
 def test_boxes_of_what_a_word_names_are_on_the_page(tiny, images, tmp_path):
@@ -317,7 +317,7 @@ def test_results_have_ids_of_both_kinds(tiny, images, tmp_path):
 
 
 def test_the_boxes_of_another_split_are_those_of_the_folder_of_its_images(tmp_path):
-    captions = [PredictedCaption(tmp_path / "val2017" / "a.jpg", "a", [], np.zeros(0), np.zeros((0, 64)), 1)]
+    captions = [GeneratedCaption(tmp_path / "val2017" / "a.jpg", "a", [], np.zeros(0), np.zeros((0, 64)), 1)]
     config = make_config({"coco_dir": str(tmp_path), "coco_split": "train2017"})
     train, val = (tmp_path / "annotations" / f"instances_{split}2017.json" for split in ("train", "val"))
     assert _instances_path([], config) == _instances_path(captions, config) == train

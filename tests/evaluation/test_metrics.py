@@ -342,8 +342,8 @@ def test_meteor_is_given_every_reference(monkeypatch):
         def __init__(self):
             self.meteor_p, self.lock = subprocess.Popen(["true"], stdin=subprocess.PIPE), threading.Lock()
 
-        def compute_score(self, references, predicted):
-            given.append((references, predicted))
+        def compute_score(self, references, generated):
+            given.append((references, generated))
             return 0.25, []
 
     monkeypatch.setattr(metrics, "Meteor", Recorder)

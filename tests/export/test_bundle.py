@@ -207,9 +207,9 @@ def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exp
     in_order = [*paths[:3], *sorted(tmp_path / "more" / path.name for path in paths[3:])]
     config = dataclasses.replace(CONFIG, beam_width=3)
     features = colour_network(np.stack([load_image(path) for path in in_order]))
-    predicted = caption_batch(captioner, [ImageToCaption(path, str(path)) for path in in_order], features, config)
-    assert ended.stdout.splitlines() == [f"{caption.name}: {caption.caption}" for caption in predicted]
-    assert any(re.search("[一-龥]word", caption.caption) for caption in predicted)
+    generated = caption_batch(captioner, [ImageToCaption(path, str(path)) for path in in_order], features, config)
+    assert ended.stdout.splitlines() == [f"{caption.name}: {caption.caption}" for caption in generated]
+    assert any(re.search("[一-龥]word", caption.caption) for caption in generated)
 
 
 def test_the_script_is_short_and_imports_no_more_than_it_says():

@@ -104,7 +104,7 @@ def test_captions_figures_a_table_and_a_page_are_written_and_the_last_line_names
     assert [tuple(row.values()) for row in table] == [(r["image"], r["caption"]) for r in records(output)]
     *printed, advice, last = capsys.readouterr().out.splitlines()
     for name, said in captions(output).items():
-        assert f"  predicted  {said}" in printed and str(images["abcdefg".find(name)].path) in printed
+        assert f"  generated  {said}" in printed and str(images["abcdefg".find(name)].path) in printed
     assert "--figures 7 draws all" in advice
     assert last == f"open {output / 'index.html'} to look at the attention"
     assert {path.name for path in output.iterdir()} == {
@@ -139,15 +139,15 @@ def test_without_figures_no_page_and_no_attention_is_kept(tiny, images, tmp_path
     (record,) = records(output)
     assert "attention_weights" not in record
     printed = capsys.readouterr().out
-    assert f"  predicted  {record['caption']}\n" in printed
+    assert f"  generated  {record['caption']}\n" in printed
     assert "index.html" not in printed and "no page of attention" in printed
 
 
 def test_more_images_than_are_printed_get_a_bar(tiny, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("captioning.inference.caption_images._PRINTED", 6)
+    monkeypatch.setattr("captioning.inference.caption_images._MOST_PRINTED_IMAGES", 6)
     caption(tiny, images, tmp_path / "out")
     printed = capsys.readouterr()
-    assert "predicted" not in printed.out
+    assert "generated" not in printed.out
     assert re.search(r"captioning: 100%.* 7/7 .*images/s", printed.err)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.inference.captions_file import (
     _DECODING_SETTINGS,
     CaptionRecord,
@@ -47,7 +47,7 @@ class ImageToCaption(NamedTuple):
 def predict(image, words=("a", "dog"), evidence=False):
     rng = np.random.default_rng(len(words))
     weights = rng.random((len(words), 64)).astype(np.float32)
-    return PredictedCaption(
+    return GeneratedCaption(
         path=image.path,
         name=image.name,
         words=list(words),

@@ -222,7 +222,7 @@ def test_images_from_the_web_among_files_and_bad_ones(tmp_path, server, monkeypa
     Image.new("RGB", (80, 200), "red").save(server.folder / "red.png")
     Image.new("RGB", (80, 200), "blue").save(tmp_path / "blue.png")
     (server.folder / "huge.jpg").write_bytes(bytes(20_000))
-    monkeypatch.setattr(own_images, "_LARGEST", 10_000)
+    monkeypatch.setattr(own_images, "_MOST_IMAGE_BYTES", 10_000)
     (tmp_path / "secret").write_text("of this machine")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -354,8 +354,8 @@ def test_no_file_is_without_a_limit(server, tmp_path, monkeypatch):
 
 def limited_defaults(limit):
     """The defaults of `download` with another limit than LARGEST, which takes a while to fetch."""
-    assert downloads._LARGEST in downloads.download.__defaults__
-    return tuple(limit if value == downloads._LARGEST else value for value in downloads.download.__defaults__)
+    assert downloads._LIMIT in downloads.download.__defaults__
+    return tuple(limit if value == downloads._LIMIT else value for value in downloads.download.__defaults__)
 
 
 def test_file_of_known_size_may_be_larger_than_the_limit(server, tmp_path):

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from captioning.decoder.predicted_caption import PredictedCaption
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.settings import make_config
 from captioning.training import tensorboard as module
 from captioning.training.tensorboard import log_epoch, tensorboard_log
 from support.errors import UserError
 
 PREDICTIONS = [
-    PredictedCaption(pathlib.Path(f"/images/{name}.jpg"), name, ["a", name], np.zeros(2), np.ones((2, 64)))
+    GeneratedCaption(pathlib.Path(f"/images/{name}.jpg"), name, ["a", name], np.zeros(2), np.ones((2, 64)))
     for name in ("dog", "tüür")
 ]
 

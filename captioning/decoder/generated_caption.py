@@ -1,4 +1,4 @@
-"""What the model says about an image."""
+"""A generated caption, with what figures and scores need of how it came about."""
 
 import dataclasses
 import pathlib
@@ -9,8 +9,8 @@ from captioning.words import join_words
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays cannot be compared as one value
-class PredictedCaption:
-    """A caption that the model predicted, and how it came to it.
+class GeneratedCaption:
+    """A caption that the model generated, and how it came to it.
 
     Attributes:
       path: pathlib.Path of the image file.
@@ -22,7 +22,7 @@ class PredictedCaption:
       image_id: int or str, or None for an image that is not of the data set.
       references: list of str, what people wrote about the image.
       evidence: (len(words), P), see captioning/attention/evidence.py, or None where it was not asked for.
-      feature_norms: (P,), length of the image's feature at each location, or None.
+      feature_norms: (P,), norm of the image's feature at each location, or None.
     """
 
     path: pathlib.Path
