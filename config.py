@@ -44,33 +44,33 @@ class Config:
 
     # Training
     run_dir: str = "runs/coco"  # folder for checkpoints, history.csv, loss.png and captions
-    epochs: Annotated[int, (1, None)] = 8  # passes over the training captions, at the most
+    epochs: Annotated[int, (1, None)] = 8  # passes over the training captions, at most
     batch_size: Annotated[int, (1, 8_192)] = 64  # B: captions per optimiser step
     learning_rate: Annotated[float, (1e-8, 10.0)] = 1e-3  # Adam's step size
     clip_norm: Annotated[float, (1e-6, None)] = 5.0  # largest global norm of gradients; the detector has its own
-    dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training, alike at all words
+    dropout: Annotated[float, (0.0, 0.95)] = 0.5  # share of activations dropped in training, the same at all words
     doubly_stochastic: Annotated[float, (0.0, None)] = 1.0  # weight of the paper's attention term (eq. 14)
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # of the large products
     strategy: Literal["auto", "mirrored", "multiworker"] = "auto"  # one device, all GPUs here, or TF_CONFIG's workers
     schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate; cosine: to 0 by epochs done
-    patience: Annotated[int, (1, None)] = 4  # epochs without a better validation loss before these epochs end
-    self_critical_epochs: Annotated[int, (0, None)] = 0  # then so many that raise the CIDEr of sampled captions
-    self_critical_rate: Annotated[float, (1e-8, 10.0)] = 2e-4  # Adam's step size in these, with the same schedule
-    samples_per_image: Annotated[int, (2, 100)] = 5  # captions that are drawn and compared in these
-    reference_weight: Annotated[float, (0.0, None)] = 0.3  # of a reference, learned beside the samples; 0: none
-    images_per_step: Annotated[int, (1, 8_192)] = 32  # images per optimiser step in these
+    patience: Annotated[int, (1, None)] = 4  # these epochs end after so many without a better validation loss
+    self_critical_epochs: Annotated[int, (0, None)] = 0  # epochs of self-critical (CIDEr) training after these
+    self_critical_rate: Annotated[float, (1e-8, 10.0)] = 2e-4  # self-critical: Adam's step size, with the same schedule
+    samples_per_image: Annotated[int, (2, 100)] = 5  # self-critical: captions sampled and compared
+    reference_weight: Annotated[float, (0.0, None)] = 0.3  # self-critical: weight of a reference; 0: none
+    images_per_step: Annotated[int, (1, 8_192)] = 32  # self-critical: images per optimiser step
     checkpoint_minutes: Annotated[float, (0.01, None)] = 30  # a checkpoint is also written in mid-epoch, this often
     tensorboard: Literal["yes", "no"] = "no"  # also write losses and sample captions as TensorBoard events
 
     # Inference
-    beam_width: Annotated[int, (1, 20)] = 1  # captions kept in view while decoding; 1 is greedy
-    length_penalty: Annotated[float, (0.0, 2.0)] = 1.0  # beams rank by log-probability / length to this power
-    repeat_block: Annotated[int, (0, 5)] = 2  # no sequence of so many words is said twice in a caption; 0: allowed
+    beam_width: Annotated[int, (1, 20)] = 1  # captions kept while decoding; 1 is greedy
+    length_penalty: Annotated[float, (0.0, 2.0)] = 1.0  # beams are ranked by log-probability / length to this power
+    repeat_block: Annotated[int, (0, 5)] = 2  # no sequence of this many words comes twice in a caption; 0: allowed
     plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
     attention_map: Literal["evidence", "weights"] = (
         "evidence"  # what figures show, see captioning/attention/evidence.py
     )
-    figures: Annotated[int, (0, None)] = 100  # attention figures drawn at the most, of the first images
+    figures: Annotated[int, (0, None)] = 100  # attention figures to draw at most, of the first images
     decode_batch: Annotated[int, (1, 8_192)] = 100  # images decoded at a time
 
 

@@ -39,7 +39,7 @@ def replicas(strategy, devices=None):
       devices: list of str, what to compute on; the GPUs of this machine if not given.
 
     Raises:
-      UserError: what open_strategy raises, or another worker stopped.
+      UserError: what `_open_strategy` raises, or another worker stopped.
     """
     opened = _open_strategy(strategy, devices)
     try:

@@ -160,7 +160,7 @@ def read_instances(path, image_ids):
       of boxes [x, y, w, h] in pixels).
 
     Raises:
-      UserError: as in `coco_groundings`.
+      UserError: the file is missing, damaged or of other images.
     """
     data = read_json(path)
     keys = ("categories", "images", "annotations")

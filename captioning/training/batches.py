@@ -13,7 +13,7 @@ from support.devices import usable_cores
 from support.distribution import share_batches, sum_replicas
 
 _READ_AHEAD = 1_000_000_000  # bytes of features, at the most, that are read before they are needed
-_LENGTH_STEP = 4  # words
+_LENGTH_STEP = 4  # words: a batch's T is a multiple of this
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def bucket_by_length(lengths, batch_size, rng):
     """The order of an epoch: every caption once, two lengths in a batch, the batches in random order.
 
     The first half of a batch has captions of one length, longer than most. The other half has captions of another
-    length, shorter than most. So little is computed for padding, and no batch teaches that all captions are long.
+    length, shorter than most. So there is little padding, and no batch has long captions only.
 
     Args:
       lengths: int (N,), words of each caption.
@@ -70,7 +70,7 @@ def bucket_by_length(lengths, batch_size, rng):
 def caption_batches(captions, order, config):
     """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption.
 
-    A graph is made for each size of a batch, so there must be few. T is a multiple of LENGTH_STEP, and the last batch
+    A graph is made for each size of a batch, so there must be few. T is a multiple of 4, and the last batch
     is filled up with empty captions. Of several processes each reads its share of every batch.
 
     Args:
@@ -115,7 +115,7 @@ def _read_features(paths, dtype):
 
 
 def _parallel_batches(batch_size, dtype):
-    """How many batches are read at a time: one on each core, but no more than READ_AHEAD bytes hold."""
+    """How many batches are read at a time: one on each core, but no more than fit in _READ_AHEAD."""
     batch_bytes = batch_size * LOCATIONS * CHANNELS * tf.as_dtype(dtype).size
     return max(1, min(usable_cores(), _READ_AHEAD // batch_bytes))
 
@@ -125,17 +125,17 @@ def batch_starts(count, batch_size):
 
 
 def _count_tokens(captions, order, batch_size):
-    """The words to be said in each batch, <end> among them. Returns float (number of batches,)."""
+    """The words to predict in each batch, with <end>. Returns float (number of batches,)."""
     return np.add.reduceat(captions.lengths[order] - 1.0, batch_starts(len(order), batch_size))
 
 
 def _padded_length(length):
-    """The T of a batch whose longest caption has this length: the next multiple of LENGTH_STEP."""
+    """The T of a batch whose longest caption has this length: the next multiple of _LENGTH_STEP."""
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def counted_batches(captions, order, config):
-    """`caption_batches` with the words to be said in each: (features (B, P, F), captions (B, T), float)."""
+    """`caption_batches` with the number of words to predict in each: (features (B, P, F), captions (B, T), float)."""
     if len(order):
         counts = _count_tokens(captions, order, config.batch_size)
         for (features, words), num_tokens in zip(caption_batches(captions, order, config), counts, strict=True):

@@ -48,7 +48,7 @@ def _nothing_trained(config):
 
 
 def begin_run(prepared, config):
-    """Write what captioning needs beside the checkpoints; for a run that is continued, say what differs."""
+    """Write what captioning needs beside the checkpoints; say which settings of a continued run have changed."""
     folder = pathlib.Path(config.run_dir)
     if (folder / "config.json").exists():
         saved = read_json(folder / "config.json", dict)
@@ -66,8 +66,8 @@ def begin_run(prepared, config):
 def check_new_run(folder, data_dir):
     """Raise FileError where a training that begins in `folder`, which has no checkpoint in `last`, would spoil it.
 
-    The weights in `best` would soon be deleted, and until then lie beside another vocabulary. They are no beginning
-    either: how far that training came and what its best loss was is in `last` alone.
+    The weights in `best` would soon be overwritten. Training cannot start from them either: how far that training came,
+    and its best loss, is in `last` alone.
     """
     folder = pathlib.Path(folder)
     for path in list_checkpoints(folder / "best"):
@@ -95,7 +95,7 @@ def check_run_fits(folder, config, prepared):
 
 
 def check_other_data(folder, data_dir, prepared):
-    """For captioning, which needs the run's own words only: check the network, and say where the data are others."""
+    """For captioning, which needs only the run's vocabulary: check the network, and say if the data differ."""
     _check_network(folder, data_dir, prepared)
     known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"))
     if known != prepared.vocabulary:

@@ -36,7 +36,7 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class SampledEpoch:
-    """What the model said of the samples after an epoch: an entry of samples.json."""
+    """The captions generated for the samples after an epoch: an entry of samples.json."""
 
     epoch: int
     captions: list[CaptionRecord]
@@ -50,7 +50,7 @@ def choose_samples(images, config):
 
 
 def save_and_show(state, row, samples, config):
-    """Save what an epoch has brought, and caption the samples. They are not worth ending a training for."""
+    """Save the epoch, and caption the samples. If those fail, training goes on."""
     save_epoch(state, row, config)
     if is_chief():
         with warning_only():

@@ -1,4 +1,4 @@
-"""Captions said by chance: each word is drawn by its probability."""
+"""Sampled captions: each word is drawn by its probability."""
 
 import numpy as np
 import tensorflow as tf
@@ -14,10 +14,10 @@ _LONGEST_SAMPLE = 20  # words; hardly any caption is longer, and one that has no
 
 
 def sample_captions(state, features, positions, config):
-    """Say captions word by word, each word drawn by its probability.
+    """Sample captions word by word.
 
-    The draws depend on the seed, the optimizer's step and an image's place in the batch. So a run that is continued
-    draws the same, and so does any number of replicas.
+    The draws depend on the seed, the optimizer's step and an image's place in the batch. So a continued run draws the
+    same, with any number of replicas.
 
     Args:
       state: TrainingState
@@ -25,12 +25,12 @@ def sample_captions(state, features, positions, config):
       positions: int (R b,), of the images; -1 is no image, whose samples are <pad> alone.
 
     Returns:
-      int (R b S, T): <start>, words, <end> if there was room for it, then <pad>; the rows of one replica after those
+      int (R b S, T): <start>, words, <end> if it fits, then <pad>; the rows of one replica after those
       of the other
     """
     step = _sample_step.get_concrete_function(state, tf.TensorSpec((None, *features.shape[1:]), features.dtype), config)
     parts = [part.numpy() for part in step(state, features, config)]
-    # Always of one length: for each length the step that learns from them would be made anew, and not alike by workers.
+    # Always of one length: each length would need a graph of its own, and workers could differ in it.
     longest = 1 + longest_sample(config.max_words)  # T
     captions = np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])  # (R b S, T)
     absent = np.tile(positions.reshape(len(parts), 1, -1) < 0, (1, config.samples_per_image, 1))  # (R, S, b)
@@ -53,8 +53,8 @@ def _sample_replica(state, features, config):
     chances = _draw_chances(tf.shape(features)[0], state.optimizer.iterations, config)  # (T-1, b S)
 
     def one_word(words, hidden):
-        # No dropout, though the gradient is taken with it: rewards are for what the model says in use, and dropout is
-        # against learning by heart. So the draws are of a slightly other model than the one that is differentiated.
+        # No dropout, though the gradient is taken with it: rewards are for captions as generated in use. So the samples
+        # are of a slightly different model than the one that is differentiated.
         logits, hidden, _ = decoder(words[:, -1:], encoded_features, hidden, keys)
         probabilities = tf.nn.softmax(ban_words(logits))  # (b S, V)
         drawn = _draw_words(probabilities, chances[tf.shape(words)[1] - 1])  # (b S,)

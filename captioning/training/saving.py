@@ -1,4 +1,4 @@
-"""What a training leaves in its run folder after each epoch, and what it says where it begins and ends."""
+"""What is saved to the run folder after each epoch: checkpoints, history.csv and loss.png."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ def save_last(state, run_dir):
 
 
 def return_to_best(state, cider, run_dir):
-    """Take the best weights again, after an epoch whose captions broke down, and halve the learning rate."""
+    """After an epoch that collapsed: restore the best weights and halve the learning rate."""
     progress = state.progress
     restored = restore_best(state, run_dir)
     progress.rate_factor /= 2

@@ -1,10 +1,9 @@
-"""Self-critical training (Rennie et al., 2017, arXiv 1612.00563): captions taught by the score that people report.
+"""Self-critical training (Rennie et al., 2017, arXiv 1612.00563): training on the score itself, CIDEr.
 
-Cross-entropy teaches the next word of one reference. Here the decoder says several captions of each image by chance.
-Each is scored against all references. Those that score above the image's other samples become likelier, and those
-that score below become less likely. A reference of each image is learned beside its samples (for both together see
-Paulus et al., 2017, arXiv 1705.04304, equation 16). Without it the score of training images rises and that of others
-hardly does.
+Cross-entropy teaches the next word of one reference. Here the decoder samples several captions of each image, and each
+is scored against all references. Samples that score above the image's other samples become more likely, and those that
+score below become less likely. One reference of each image is learned beside its samples (for both together see
+Paulus et al., 2017, arXiv 1705.04304, equation 16). Without it the score rises on training images but hardly on others.
 
 Letters of shapes as in model.py; S is the number of samples of an image. Samples of B images come in this order: the
 first sample of each image, then the second of each, and so on.
@@ -33,7 +32,7 @@ from captioning.vocabulary import PAD, UNK
 from model import attention_loss
 from support.distribution import local_replica_ids, replica_rows, run_replicas, sum_processes, value_of_chief
 
-_COLLAPSE = 0.8  # a validation CIDEr below this share of the best means that the captions have broken down
+_COLLAPSE = 0.8  # below this share of the best validation CIDEr, training has collapsed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +61,7 @@ def _collect_images(images, vocabulary, features_dir):
 
 
 def train_epochs(state, prepared, measure_loss, samples, stop_if_asked, config):
-    """Raise the CIDEr of sampled captions for `self_critical_epochs`, behind the epochs of cross-entropy.
+    """Train `self_critical_epochs` on the CIDEr of sampled captions, after the epochs of cross-entropy.
 
     Args:
       state: TrainingState
@@ -87,7 +86,7 @@ def train_epochs(state, prepared, measure_loss, samples, stop_if_asked, config):
 
 
 def _begin(state, measure_cider, run_dir):
-    """End the epochs of cross-entropy: go on from the best of them, whose CIDEr is then to be beaten."""
+    """End the epochs of cross-entropy: continue from the best of them, whose CIDEr is the one to beat."""
     progress = state.progress
     restored = restore_best(state, run_dir)
     progress.best_cider = value_of_chief(measure_cider)
@@ -99,7 +98,7 @@ def _begin(state, measure_cider, run_dir):
 
 
 def _train_epoch(state, images, epoch, config, stop_if_asked=lambda: None):
-    """One pass over the images, or what is left of it: say captions by chance, compare them, and learn from that.
+    """One pass over the images, or what is left of it: sample captions, compare them, and learn from that.
 
     Args:
       images: ImageSet
@@ -186,7 +185,7 @@ def _policy_replica(state, features, captions, advantages, config):
         loss = _policy_gradient_loss(captions, logits, advantages) * word_share
         term = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
         total = state.scaled_optimizer.scale_loss(loss + term)
-    # No gradient is the detector's: what the model says itself is no proof of what an image shows.
+    # The detector gets no gradient: a sampled caption does not prove what an image shows.
     return apply_gradients(state, tape.gradient(total, state.trainable_variables), loss)
 
 
@@ -260,9 +259,8 @@ def _behind_samples(of_samples, of_references):
 def _policy_gradient_loss(captions, logits, advantages):
     """REINFORCE: the cross-entropy of each word times the advantage of its caption, averaged over the words.
 
-    What sampling may not say is barred from the softmax here too. Otherwise these words, which no sample ever has,
-    would gain whenever a sample loses, until they have all the probability. So <unk>, which references hold, cannot be
-    learned and is left out.
+    Mask the same banned words as in sampling; otherwise they gain probability whenever a sample loses. <unk> is one of
+    them, so where a reference has it, it is left out.
 
     Args:
       captions: int (B, T), samples and references: <start>, words, <end> where it is not cut off, then <pad>.

@@ -30,7 +30,7 @@ class Progress(tf.train.experimental.PythonState):
       history: list of dicts, a row of history.csv for each epoch.
       cross_entropy_epochs: epochs that were done when the self-critical ones began, -1 where they have not.
       best_cider: the highest validation CIDEr since then.
-      rate_factor: what the self-critical learning rate is multiplied with; each return to the best halves it.
+      rate_factor: factor of the self-critical learning rate; each return to the best halves it.
     """
 
     epoch: int = 0
@@ -147,7 +147,7 @@ def _last_epoch(progress, config):
 
 
 def announce_start(state, restored, config):
-    """Say where the training goes on, and at which learning rate."""
+    """Print where the training starts or continues, and its learning rate."""
     folder, progress = config.run_dir, state.progress
     done, epochs = f"after epoch {progress.epoch}", config.epochs
     if progress.cross_entropy_epochs >= 0:

@@ -1,4 +1,4 @@
-"""What all workers of a training on several hosts must have alike."""
+"""Check that all workers of a training on several hosts have the same settings and data."""
 
 import hashlib
 import json
