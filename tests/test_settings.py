@@ -14,12 +14,13 @@ from captioning.settings import (
     dataset_option,
     differing_settings,
     make_config,
+    naming_commands,
     quote,
     read_settings,
 )
 from config import PRESETS, Config
 from strategies import TEXT, check_one_line
-from support.errors import UserError
+from support.errors import FileError, UserError, mended_by
 from support.files import read_json, write_json
 
 
@@ -117,6 +118,30 @@ def test_commands_in_messages_name_the_data_set(dataset, option):
 @pytest.mark.parametrize(("value", "text"), [(7, "7"), (None, "None"), ("my photos", "'my photos'"), ("", "''")])
 def test_values_in_messages_can_be_typed(value, text):
     assert quote(value) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("data/train.json", "run python data_utils.py --dataset demo"),
+        ("cache/a.npy", "run python data_utils.py --dataset demo"),
+        ("data/run/config.json", "give another --run_dir, .* run python train_image_caption_model.py --dataset demo"),
+        ("data/run", "give another --run_dir, .* run python train_image_caption_model.py --dataset demo"),
+    ],
+)
+def test_the_command_that_makes_a_folder_anew_is_named(path, command):
+    given = {"dataset": "demo", "data_dir": "data", "features_dir": "cache", "run_dir": "data/run"}
+    with pytest.raises(UserError, match=f"^{path} is damaged: {command}$"), naming_commands(make_config(given)):
+        raise FileError(path, "is damaged")
+
+
+def test_a_file_outside_of_all_folders_and_a_remedy_that_is_known_stay(tmp_path):
+    config = make_config({"data_dir": "data"})
+    with pytest.raises(UserError, match="^database/a.json is damaged$"), naming_commands(config):
+        raise FileError("database/a.json", "is damaged")
+    with pytest.raises(UserError, match="^data/a.json is damaged: delete it$"), naming_commands(config):
+        with mended_by("delete it"):
+            raise FileError("data/a.json", "is damaged")
 
 
 # --- Anything on the command line ---------------------------------------------------------------------------------

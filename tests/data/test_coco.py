@@ -105,7 +105,7 @@ def test_images_without_a_usable_caption_are_left_out_and_long_captions_are_refe
 )
 def test_a_wrong_captions_file_is_one_line(tmp_path, text):
     (tmp_path / "captions_train2014.json").write_text(text)
-    with pytest.raises(UserError, match="captions_train2014.json .*: put COCO's own file there") as raised:
+    with pytest.raises(UserError, match="captions_train2014.json ") as raised:
         read_coco_captions(tmp_path / "captions_train2014.json", 40)
     check_one_line(raised.value)
 

@@ -171,3 +171,13 @@ def test_names_and_features_in_the_other_spelling_of_unicode_are_found(tmp_path)
     assert len(prepared.train + prepared.validation) == 4
     names = {image.file_name for image in prepared.train + prepared.validation}
     assert names == {f"{name}.jpg" for name in taken_apart}  # the last two have no image, and keep their names
+
+
+def test_a_wrong_captions_file_of_coco_is_one_line_that_says_what_mends_it(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match=r"other.json does not have .* COCO captions: name another by --test_captions$"):
+        read("--coco_dir", tmp_path, "--test_captions", tmp_path / "other.json")
+    (tmp_path / "annotations" / "captions_train2014.json").write_text("[]")
+    with pytest.raises(UserError, match=r"captions_train2014.json does not have .* COCO captions: put COCO's own file"):
+        read("--coco_dir", tmp_path)

@@ -300,5 +300,5 @@ def test_features_that_are_missing_or_changed_are_one_line(config, damage, probl
 
 
 def test_features_of_another_network_are_one_line(config):
-    with pytest.raises(UserError, match=r"another network's \(a network\) than those .* \(another\)$"):
+    with pytest.raises(UserError, match=r"another network \(a network\) than those .* \(another\)$"):
         _check_features(IMAGES, features_folder(config), "another")
