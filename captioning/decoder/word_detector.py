@@ -1,9 +1,9 @@
 """Where in an image each word is seen, learned from captions, which say only that it is there.
 
-A detector must find each word of the captions at some location, and not in images that nobody said it of. So it
+A detector must find each word of the captions at some location, and not in images whose captions do not have it. So it
 learns where the word is (multiple-instance learning with a noisy-or: Fang et al., 2015, arXiv 1411.4952). It takes the
 captioner's encoded features as they are: no gradient reaches them, and its own are clipped apart. So captions are the
-same with it or without. Letters of shapes as in model.py; W counts the words that the captions of a batch say.
+same with it or without. Letters of shapes as in model.py; W counts the words in the captions of a batch.
 """
 
 import keras
@@ -13,7 +13,7 @@ from keras import layers
 from captioning.vocabulary import PAD, SPECIAL_WORDS
 from support.distribution import sum_replicas
 
-# At first all locations together see a word in 6 % of the images: most words of a batch are said of few of them.
+# At first all locations together see a word in 6 % of the images: most words of a batch are in the captions of few.
 _FIRST_BIAS = -7.0
 # At each step the detector learns from one of so many captions. It learns soon, and all would take four times as long.
 _STEPS_BETWEEN_TURNS = 4

@@ -3,14 +3,13 @@
   manifest.jsonl                  the network's identity, then a line for each feature file
   manifest-<time>-<token>.jsonl   the same, of a process that is at work or was stopped: its journal
 
-A line has the size, modification time and CRC-32 of the feature file, and of the image that it was made from. A file
-that still has this size and time is taken for unchanged and not read. If only the time differs, as after copying the
-folder, the file is read, and its CRC-32 decides.
+A line has the size, modification time and CRC-32 of the feature file, and of its image. A file of the same size and
+time counts as unchanged and is not read. If only the time differs, as after copying the folder, the CRC-32 decides.
 
-The lines of a batch are written, and are on the disk, before its features take their names. What a kill or a power cut
-leaves in between is a line without a feature, or with a shorter one, which is made again. A feature without a line is
-made again too. Each process writes a journal of its own, so that several hosts can add features at once. A
-run that has the folder for itself merges the journals into the manifest.
+The lines of a batch are on the disk before its features take their names. So a kill or a power cut can leave a line
+without a whole feature, which is made again, as is a feature without a line. Each process writes a journal of its own,
+so that several hosts can add features at once. A run that has the folder for itself merges the journals into the
+manifest.
 """
 
 import contextlib

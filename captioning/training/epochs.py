@@ -1,4 +1,4 @@
-"""What every epoch of training begins with, shows and checks."""
+"""What epochs of both phases share: their counters, their progress bar and the check of the loss."""
 
 import zlib
 
@@ -11,7 +11,7 @@ from support.errors import UserError
 
 
 def begin_epoch(progress, epoch, order, samples=1):
-    """Start the counters of an epoch anew, unless it is the one that was stopped, in the same order.
+    """Reset the counters of an epoch, unless it is the one that was stopped, in the same order.
 
     Args:
       epoch: int, epochs finished before.

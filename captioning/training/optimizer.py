@@ -11,8 +11,8 @@ from support.distribution import sum_replicas
 def scheduled_rate(config, epochs_done):
     """The learning rate after some epochs of cross-entropy, which need not be a whole number.
 
-    It depends on the share of `config.epochs` that is done and on nothing else. So a run that is continued with another
-    batch size goes on where it was. One that gets more epochs goes on at the rate that the longer schedule has there.
+    It depends only on the share of `config.epochs` that is done. So a run continued with another batch size keeps its
+    rate, and one that gets more epochs continues at the rate of the longer schedule.
     """
     return config.learning_rate * _decay(config.schedule, epochs_done / config.epochs)
 
@@ -32,11 +32,11 @@ class SummedAdam(keras.optimizers.Adam):
 
     Its arithmetic is Keras's, in one pass over each weight where Keras makes a dozen. Gradients whose norm is within
     `global_clipnorm` are not touched. Keras has no public way to either, so this class overrides and reads private
-    names. tests/test_optimizer.py guards them, and requirements.txt keeps Keras below the next minor release.
+    names. tests/training/test_optimizer.py guards them, and requirements.txt keeps Keras below the next minor release.
 
     Args:
-      apart: int, how many weights, the last of those it is built with, have a norm of their own that is clipped. They
-        do not change how the others learn.
+      apart: int, how many of the last weights are clipped apart, by their own norm, so that they do not change how the
+        others learn.
       *args, **options: of keras.optimizers.Adam, with `global_clipnorm`. Each weight needs a gradient at each step.
     """
 
@@ -54,7 +54,7 @@ class SummedAdam(keras.optimizers.Adam):
     def _clip_together(self, gradients):
         if not gradients:
             return []
-        # As in Keras, the parts of the embedding's gradient, one for each word said, count one by one.
+        # As in Keras, the parts of the embedding's gradient, one for each word of the batch, count one by one.
         norm, limit = tf.linalg.global_norm(gradients), self.global_clipnorm
         gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
         return tf.cond(
