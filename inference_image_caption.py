@@ -18,7 +18,7 @@ from captioning import settings
 from captioning.evaluation import evaluate
 from captioning.export import bundle, saved_model
 from captioning.features import cache, image_files
-from captioning.inference import caption_images, own_images
+from captioning.inference import caption_images, own_images, results
 from captioning.training import run_folder
 from config import Config
 from support import devices
@@ -33,7 +33,8 @@ def add_options(parser):
         "--image",
         nargs="+",
         metavar="FILE_FOLDER_OR_URL",
-        help="caption these images instead of validation images; http and https addresses are fetched",
+        help="caption these images instead of validation images; http and https addresses are fetched, and a JSON file "
+        "may list images as COCO's image_info files do",
     )
     parser.add_argument("--evaluate", action="store_true", help="score the captions of the whole split")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
@@ -51,6 +52,7 @@ def add_options(parser):
         help=f"of a bundle (default: {', '.join(' for '.join(pair[::-1]) for pair in bundle.DEFAULT_WEIGHTS.items())})",
     )
     parser.add_argument("--output", metavar="DIR", help="where captions and figures go (default: <run_dir>/captions)")
+    parser.add_argument("--results", metavar="FILE", help="also write the captions in COCO's results format")
     parser.add_argument(
         "--attention",
         choices=("drawn", "all"),
@@ -94,6 +96,14 @@ def caption(options, config):
             images = choose_images(split_images(options.split, config), config)
             make_batches = lambda wanted: cache.cached_batches(wanted, config)  # noqa: E731
             caption_images.write_captions(captioner, images, make_batches, output, options, config)
+            write_results(images, output, options.results)
+
+
+def write_results(images, output, path):
+    """Write the captions of these images in COCO's results format, if that is wanted."""
+    if path:
+        count = results.write_results(path, images, output / "captions.jsonl")
+        print(f"{count} captions are in {printable(path)}, in COCO's results format")
 
 
 def check_options(options):
@@ -101,6 +111,8 @@ def check_options(options):
     asked = [f"--{name}" for name in ("image", "evaluate", "export") if getattr(options, name)]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} do not go together: run the script once for each")
+    if options.results and (options.evaluate or options.export):
+        raise UserError("--results does not go with --evaluate, which writes such files itself, nor with --export")
     if not options.export and (options.format or options.weights):
         raise UserError("--format and --weights say how to export: give --export DIR too")
     bundle.check_weights(options.format or "savedmodel", options.weights)
@@ -153,6 +165,7 @@ def caption_own(output, options, config):
     fetched = own_images.fetch_images(images, config.download_workers, skipped)
     make_batches = lambda wanted: own_images.extract_batches(network, wanted, config, skipped)  # noqa: E731
     done = caption_images.write_captions(captioner, fetched, make_batches, output, options, config, skipped)
+    write_results(images, output, options.results)
     if done < len(images):
         print(f"{len(images) - done} of {len(images)} images have no caption; the lines above say why")
         sys.exit(1)

@@ -12,6 +12,7 @@ from captioning.data.captioned_images import (
     clean_id,
     find_caption_problem,
     get_fields,
+    id_order,
     is_text,
     split_file_name,
 )
@@ -61,6 +62,24 @@ def captions_of(data, path, max_words, scored=False):
         raise FileError(path, f"has usable captions for {len(usable)} images, but {needed}{reason}")
     rejected.report()
     return usable
+
+
+def read_image_list(path):
+    """The images that a file in COCO's layout lists, with captions or without, such as image_info_test2014.json.
+
+    Returns:
+      list of CaptionedImage without captions, by ascending image id
+
+    Raises:
+      FileError: the file cannot be read, or lists no image that can be used.
+    """
+    data, rejected = read_json(path), RejectedRecords(path)
+    records = data.get("images") if isinstance(data, dict) else None
+    images = _read_coco_images(records, rejected) if isinstance(records, list) else {}
+    if not images:
+        raise FileError(path, f'does not list "images" as COCO\'s files do{rejected.main_reason()}')
+    rejected.report()
+    return sorted(images.values(), key=lambda image: id_order(image.image_id))
 
 
 def _check_kind(data, path):

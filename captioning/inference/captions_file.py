@@ -161,7 +161,7 @@ def _parse_record(line):
     return None
 
 
-def _read_records(path):
+def read_records(path):
     """The CaptionRecords of a captions file, one after the other. Lines that are none are left out."""
     with open(path, "rb") as file:
         yield from filter(None, map(_parse_record, file))
@@ -211,7 +211,7 @@ def begin_captions(path, maker, anew=False):
     if path.exists() and not anew:
         keep_latest(path)
     if anew or not path.exists() or not path.stat().st_size:
-        figures = {record.figure for record in _read_records(path)} if path.exists() else set()
+        figures = {record.figure for record in read_records(path)} if path.exists() else set()
         with replacing(path) as temporary:
             temporary.touch()
         _delete_figures(figures, path.parent)
@@ -268,7 +268,7 @@ def find_finished(path, images, num_figures, all_attention):
     """
     positions = {image_key(image.name, image.path): number for number, image in enumerate(images)}
     finished = set()
-    for record in _read_records(path):
+    for record in read_records(path):
         number = positions.get(record.key)
         if number is None:
             continue
@@ -325,5 +325,5 @@ def write_table(path, records_path):
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)
         table.writerow(("image", "caption"))
-        for record in _read_records(records_path):
+        for record in read_records(records_path):
             table.writerow(f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in (record.image, record.caption))

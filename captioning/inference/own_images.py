@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from captioning.data.coco import read_image_list
 from captioning.features.cache import ImageToCaption
 from captioning.features.extraction import extract_features
 from captioning.features.inception import extraction_graphs
 from support.downloads import download_all
-from support.errors import UserError, printable
+from support.errors import FileError, UserError, mended_by, printable
 
 _EXTRACTED = 300  # images whose features are held in memory before they are captioned
 _MOST_IMAGE_BYTES = 50_000_000  # bytes of an image fetched from an address
@@ -30,7 +31,7 @@ def find_images(names, output, skipped):
     """The image files that are named, those in the folders that are named, at any depth, and those of addresses.
 
     Args:
-      names: list of str, files, folders and http or https addresses.
+      names: list of str, files, folders, http or https addresses, and JSON files that list images as COCO's do.
       output: pathlib.Path of the folder that captions go to. What is in it is left out of a folder that holds it.
         Images of addresses are to be downloaded to `output`/downloads, see `fetch_images`.
       skipped: Counter of what is left out, by kind, such as files in folders that are no images; it is added to.
@@ -46,6 +47,8 @@ def find_images(names, output, skipped):
         path = pathlib.Path(name)
         if is_address(name):
             images.append(ImageToCaption(output / "downloads" / _local_name(name), name))
+        elif path.suffix.lower() == ".json":
+            images += _listed_images(path)
         elif os.path.isdir(path):  # unlike path.is_dir, no error where the name is too long
             _check_output(path, output)
             images += [ImageToCaption(file, str(file)) for file in _walk_folder(path, output.resolve(), skipped)]
@@ -58,6 +61,22 @@ def find_images(names, output, skipped):
     for image in images:
         different.setdefault(os.path.abspath(image.path), image)
     return list(different.values())
+
+
+@mended_by("name a file such as annotations/image_info_test2014.json behind --image, with its images in test2014/")
+def _listed_images(path):
+    """The images that a file in COCO's layout lists. They are in its own folder, or where COCO's archives put them.
+
+    Raises:
+      UserError: the file cannot be used, or none of its images is there.
+    """
+    listed, split = read_image_list(path), path.stem.rpartition("_")[2]
+    places = [path.parent, path.parent.parent / split, path.parent.parent]
+    for place in places:
+        paths = [place / image.folder / image.file_name for image in listed]
+        if any(map(os.path.isfile, paths)):
+            return [ImageToCaption(file, str(file), image.image_id) for file, image in zip(paths, listed, strict=True)]
+    raise FileError(path, f"lists {len(listed)} images, none of which is in {', '.join(map(str, places))}")
 
 
 def _check_output(folder, output):
