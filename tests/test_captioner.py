@@ -35,6 +35,7 @@ def write_run(folder, config, vocabulary=VOCABULARY, names=("best", "last")):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
+    (folder / "network.json").write_text(json.dumps("a network"))
     for number, name in enumerate(names, 1):
         captioner_checkpoint(tiny.encoder, tiny.decoder).write(folder / name / f"ckpt-{number}")
     return tiny
@@ -138,6 +139,7 @@ def test_the_best_checkpoint_is_taken(tmp_path, capsys):
     loaded = load_captioner(config)
     assert loaded.checkpoint == "best/ckpt-1"
     assert loaded.vocabulary == saved.vocabulary
+    assert loaded.network == "a network"
     for ours, theirs in zip(loaded.decoder.weights, saved.decoder.weights, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert capsys.readouterr().out == ""

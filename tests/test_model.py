@@ -186,7 +186,7 @@ def test_the_recurrence_is_keras_own_gru(captioner, features):
 
 def test_mean_and_scale_of_the_features_do_not_matter(features):
     mean = np.random.default_rng(5).standard_normal(CHANNELS).astype(np.float32)
-    plain, _ = model.build_captioner(SMALL, VOCABULARY)
+    plain, _ = model.build_captioner(SMALL, VOCABULARY, NO_MEAN)
     normalising, _ = model.build_captioner(SMALL, VOCABULARY, mean, feature_std=10.0)
     assert plain(features).numpy().std() > 0.1
     np.testing.assert_allclose(plain(features), normalising(features * 10 + mean), rtol=1e-3, atol=1e-4)
@@ -194,7 +194,7 @@ def test_mean_and_scale_of_the_features_do_not_matter(features):
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_weights_are_float32_and_the_same_in_every_precision(precision, captioner):
-    encoder, decoder = model.build_captioner(SMALL, VOCABULARY, feature_std=0.5, precision=precision)
+    encoder, decoder = model.build_captioner(SMALL, VOCABULARY, NO_MEAN, feature_std=0.5, precision=precision)
     fresh = model.build_captioner(SMALL, VOCABULARY, NO_MEAN, feature_std=0.5)
     for mine, theirs in zip(encoder.weights + decoder.weights, fresh[0].weights + fresh[1].weights, strict=True):
         assert mine.dtype == "float32"

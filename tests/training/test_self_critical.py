@@ -10,16 +10,16 @@ import train_image_caption_model as training
 from captioning.captioner import caption_batch
 from captioning.decoder.rules import _BANNED_WORDS
 from captioning.evaluation.metrics import quick_score
-from captioning.features.cache import ImageToCaption, feature_path, features_folder, load_data
+from captioning.features.cache import ImageToCaption, dataset_images, feature_path, features_folder, load_data
 from captioning.settings import make_config, read_settings
-from captioning.training import self_critical
-from captioning.training.batches import image_batches
+from captioning.training import batches, self_critical
+from captioning.training.batches import image_batches, shares_of_batch
 from captioning.training.checkpoints import list_checkpoints
 from captioning.training.cider_reward import CiderReward
 from captioning.training.epochs import begin_epoch
 from captioning.training.optimizer import self_critical_rate
 from captioning.training.run_folder import load_captioner
-from captioning.training.sampling import _draw_words, sample_captions
+from captioning.training.sampling import _draw_words, longest_sample, sample_captions
 from captioning.training.saving import return_to_best
 from captioning.training.self_critical import (
     ImageSet,
@@ -27,6 +27,7 @@ from captioning.training.self_critical import (
     _collect_images,
     _compare_samples,
     _policy_gradient_loss,
+    _policy_step,
     _score_samples,
     _validation_cider,
 )
@@ -83,7 +84,7 @@ def test_words_are_drawn_as_often_as_their_probability():
 
 def test_samples_are_captions_of_words_that_may_be_said(sampled):
     captions = sample(sampled)
-    assert captions.shape[0] == 6 * SAMPLES and captions.shape[1] <= 10
+    assert captions.shape == (6 * SAMPLES, 10)  # however soon the last of them ends
     assert (captions[:, 0] == START).all()
     for row in captions[:, 1:].tolist():
         ended = row.index(END) if END in row else len(row)
@@ -115,8 +116,9 @@ def test_a_image_without_doubt_is_sampled_as_it_is_decoded(sampled):
     captions = sample(sampled).reshape(SAMPLES, 6, -1)
     greedy = greedy_decode(state.encoder, state.decoder, features, config.max_words).words.numpy()
     kernel.assign(before)
+    greedy = np.pad(greedy, ((0, 0), (0, config.max_words - greedy.shape[1])), constant_values=PAD)
     for number in range(SAMPLES):
-        np.testing.assert_array_equal(captions[number, :, 1:], greedy[:, : captions.shape[2] - 1])
+        np.testing.assert_array_equal(captions[number, :, 1:], greedy)
     assert len({tuple(row) for row in greedy.tolist()}) > 1
 
 
@@ -167,7 +169,8 @@ def test_a_reference_of_each_image_stands_behind_its_replicas_samples(replicas, 
     long = [START, *range(4, 40), END]
     images = ImageSet(None, None, [[[START, 7, END], [START, 8, END]], [long], [[START, 9, END]] * 3])
     positions = np.array([2, 1, 0, -1])
-    captions = np.arange(100, 124).reshape(8, 3)  # (R b S, T), two samples of each image
+    captions = np.full((8, 21), PAD)  # (R b S, T), two samples of each image
+    captions[:, :3] = np.arange(100, 124).reshape(8, 3)
     advantages = np.arange(8, dtype=np.float32)
     config = make_config({"reference_weight": 0.25})
     joined, weights = _add_references(images, positions, captions, advantages, 3, config)
@@ -177,8 +180,7 @@ def test_a_reference_of_each_image_stands_behind_its_replicas_samples(replicas, 
     )
     np.testing.assert_allclose(weights, [0.25 if row == "r" else advantages[row] for row in order])
     is_sample = np.array([row != "r" for row in order])
-    np.testing.assert_array_equal(joined[is_sample, :3], captions)
-    assert (joined[is_sample, 3:] == PAD).all()
+    np.testing.assert_array_equal(joined[is_sample], captions)
     references = joined[~is_sample].tolist()
     assert references[0] == [START, 9, END] + [PAD] * 18  # the fourth epoch's is the first of three
     assert references[1] == long[:21]  # cut where the longest sample ends
@@ -226,9 +228,9 @@ def test_an_unknown_word_of_a_reference_teaches_nothing():
 
 def test_a_replicas_share_of_the_words_is_of_those_that_are_learned(monkeypatch):
     captions = tf.constant([[START, 5, UNK, END], [START, UNK, UNK, PAD], [PAD, PAD, PAD, PAD]])
-    monkeypatch.setattr(training, "sum_replicas", lambda counts: tf.constant([8.0, 4.0]))
-    assert [float(share) for share in training.shares_of_batch(captions)] == [5 / 8, 2 / 4]
-    assert [float(share) for share in training.shares_of_batch(captions, UNK)] == [2 / 8, 2 / 4]
+    monkeypatch.setattr(batches, "sum_replicas", lambda counts: tf.constant([8.0, 4.0]))
+    assert [float(share) for share in shares_of_batch(captions)] == [5 / 8, 2 / 4]
+    assert [float(share) for share in shares_of_batch(captions, UNK)] == [2 / 8, 2 / 4]
 
 
 def test_the_loss_of_no_caption_is_0():
@@ -243,9 +245,9 @@ def test_batches_hold_each_images_features_and_position(trained):
     config = settings_of(trained, trained / "run", "--images_per_step", "4")
     images = load_data(config).train[:6]
     paths = tf.constant([str(feature_path(image, features_folder(config))) for image in images])
-    batches = [(features.numpy(), positions.numpy()) for features, positions in image_batches(paths, ORDER, config)]
-    assert [positions.tolist() for _, positions in batches] == [[5, 0, 3, 1], [2, 4, -1, -1]]
-    for features, positions in batches:
+    read = [(features.numpy(), positions.numpy()) for features, positions in image_batches(paths, ORDER, config)]
+    assert [positions.tolist() for _, positions in read] == [[5, 0, 3, 1], [2, 4, -1, -1]]
+    for features, positions in read:
         assert features.shape == (4, 64, 2048)
         for feature, position in zip(features, positions, strict=True):
             np.testing.assert_array_equal(feature, np.load(feature_path(images[position], features_folder(config))))
@@ -298,9 +300,9 @@ def test_the_cider_of_samples_is_on_the_scale_of_validation(trained, monkeypatch
         drawn.update({position: by_sample[:, b] for b, position in enumerate(positions) if position >= 0})
         return captions
 
-    monkeypatch.setattr(training, "sample_captions", record)
+    monkeypatch.setattr(self_critical, "sample_captions", record)
     images = _collect_images(prepared.train, prepared.vocabulary, features_folder(config))
-    row = training.self_critical_epoch(state, images, 0, config)
+    row = self_critical._train_epoch(state, images, 0, config)
     references = {position: prepared.train[position].references for position in drawn}
     write = lambda words: " ".join(prepared.vocabulary[i] for i in words if i not in (PAD, START, END))  # noqa: E731
     ciders = [
@@ -335,7 +337,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_cider(taught, trained):
     captioner = load_captioner(config)
     assert captioner.checkpoint == f"best/ckpt-{chosen['epoch']}"
     prepared = load_data(config)
-    images = training.dataset_images(prepared.validation, config)
+    images = dataset_images(prepared.validation, config)
     cider = _validation_cider(captioner, images, prepared.vocabulary, config)
     assert cider == pytest.approx(float(chosen["validation_cider"]), abs=1e-6)
 
@@ -357,16 +359,16 @@ def test_a_run_stopped_in_this_phase_goes_on_and_ends_as_if_nothing_had_been(tau
 
 
 def interrupt_at(monkeypatch, batch):
-    real, read = training.image_batches, []
+    real, read = self_critical.image_batches, []
 
-    def batches(*args):
+    def counted(*args):
         for item in real(*args):
             read.append(1)
             if len(read) == batch:
                 signal.raise_signal(signal.SIGINT)
             yield item
 
-    monkeypatch.setattr(training, "image_batches", batches)
+    monkeypatch.setattr(self_critical, "image_batches", counted)
 
 
 def test_more_epochs_of_cross_entropy_come_too_late(taught, trained, tmp_path, capsys):
@@ -381,7 +383,7 @@ def test_more_epochs_of_cross_entropy_come_too_late(taught, trained, tmp_path, c
 
 def test_captions_that_break_down_take_the_run_back_to_its_best(trained, tmp_path, monkeypatch, capsys):
     ciders = iter([0.5, 0.6, 0.47, 0.55])  # at the start, then after each epoch; 0.47 is under 0.8 of 0.6
-    monkeypatch.setattr(training, "validation_cider", lambda *args: next(ciders))
+    monkeypatch.setattr(self_critical, "_validation_cider", lambda *args: next(ciders))
     continue_run(trained, tmp_path, "--self_critical_epochs", "3")
     printed = capsys.readouterr().out
     assert "self-critical epochs begin with the weights of best/ckpt-2, at a validation CIDEr of 0.500" in printed
@@ -404,7 +406,7 @@ def test_the_phase_begins_with_the_best_weights_of_cross_entropy(trained, tmp_pa
     progress.epoch = 5  # as if three epochs had made it no better
     best = load_captioner(config)
     expected = best.encoder.trainable_variables + best.decoder.trainable_variables
-    training.begin_self_critical(state, lambda: 0.25, config.run_dir)
+    self_critical._begin(state, lambda: 0.25, config.run_dir)
     for weight, value in zip(state.trainable_variables, expected, strict=True):
         np.testing.assert_array_equal(weight, value)
     assert (progress.best_cider, progress.cross_entropy_epochs, progress.epoch) == (0.25, 5, 5)
@@ -483,7 +485,8 @@ def test_each_sample_is_taught_with_its_own_image(taught, trained):
     state = training.open_run(prepared, config)
     paths = [feature_path(image, features_folder(config)) for image in prepared.train[:2]]
     features = np.stack([np.load(path) for path in paths])  # (B, P, F)
-    captions = np.array([[START, 5 + i, 6 + i, END] for i in range(6)])  # (B S, T)
+    captions = np.full((6, 1 + longest_sample(config)), PAD)  # (B S, T)
+    captions[:, :4] = [[START, 5 + i, 6 + i, END] for i in range(6)]
     advantages = np.array([1, -2, 3, -4, 5, -6], np.float32)
     images = _collect_images(prepared.train, prepared.vocabulary, features_folder(config))
     captions, advantages = _add_references(images, np.arange(2), captions, advantages, 0, config)
@@ -491,7 +494,7 @@ def test_each_sample_is_taught_with_its_own_image(taught, trained):
     by_caption = tf.constant(features[[0, 1] * 4])  # first samples, second samples, third samples, references
     logits, _ = state.decoder.teacher_forcing(tf.constant(captions), state.encoder(by_caption))
     expected = float(_policy_gradient_loss(tf.constant(captions), logits, tf.constant(advantages)))
-    loss = training.train_step(state, tf.constant(features), tf.constant(captions), config, tf.constant(advantages))
+    loss = _policy_step(state, tf.constant(features), tf.constant(captions), tf.constant(advantages), config)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
