@@ -38,7 +38,7 @@ def replicas(config, devices=None):
       devices: list of str, what to compute on; the GPUs of this machine if not given.
 
     Raises:
-      UserError: what open_strategy raises, or another worker stopped.
+      UserError: what _open_strategy raises, or another worker stopped.
     """
     strategy = _open_strategy(config, devices)
     try:

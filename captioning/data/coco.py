@@ -161,7 +161,7 @@ def read_instances(path, image_ids):
       of boxes [x, y, w, h] in pixels).
 
     Raises:
-      UserError: as in `coco_groundings`.
+      UserError: as `find_groundings` does.
     """
     data = read_json(path, _INSTANCES_REMEDY)
     keys = ("categories", "images", "annotations")

@@ -137,7 +137,7 @@ def _read_settings_file(data_dir, remedy):
 
 
 def load_prepared(config):
-    """Read what script 1 prepared, and check it; `check_features` checks that the features are there.
+    """Read what script 1 prepared, and check it. `load_data` in features/cache.py checks the features too.
 
     Returns:
       Prepared

@@ -1,7 +1,7 @@
 """The feature cache: a folder with one .npy file for each image, named after the image file's stem.
 
 A feature file holds (P, F) numbers, float16 or float32. The manifest beside the files tells which network made them
-from which images (see feature_manifest.py). random_statistics.npz belongs to a network of random weights.
+from which images (see manifest.py). random_statistics.npz belongs to a network of random weights.
 """
 
 import collections
@@ -107,7 +107,7 @@ def load_data(config):
 
 
 def measure_features(images, config):
-    """Measure the features of the first MEASURED_IMAGES of a list of CaptionedImage.
+    """Measure the features of the first `_MEASURED_IMAGES` of a list of CaptionedImage.
 
     Returns:
       (float32 (F,), each channel's mean over images and locations; float, standard deviation from these means)

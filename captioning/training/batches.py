@@ -70,7 +70,7 @@ def bucket_by_length(lengths, batch_size, rng):
 def caption_batches(captions, order, config):
     """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption.
 
-    A graph is made for each size of a batch, so there must be few. T is a multiple of LENGTH_STEP, and the last batch
+    A graph is made for each size of a batch, so there must be few. T is a multiple of _LENGTH_STEP, and the last batch
     is filled up with empty captions. Of several processes each reads its share of every batch.
 
     Args:
@@ -111,7 +111,7 @@ def _read_features(paths, config):
 
 
 def _parallel_batches(config):
-    """How many batches are read at a time: one on each core, but no more than READ_AHEAD bytes hold."""
+    """How many batches are read at a time: one on each core, but no more than _READ_AHEAD bytes hold."""
     batch_bytes = config.batch_size * LOCATIONS * CHANNELS * tf.as_dtype(config.feature_dtype).size
     return max(1, min(usable_cores(), _READ_AHEAD // batch_bytes))
 
@@ -126,7 +126,7 @@ def _count_tokens(captions, order, config):
 
 
 def _padded_length(length):
-    """The T of a batch whose longest caption has this length: the next multiple of LENGTH_STEP."""
+    """The T of a batch whose longest caption has this length: the next multiple of _LENGTH_STEP."""
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 

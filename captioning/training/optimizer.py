@@ -32,7 +32,7 @@ class SummedAdam(keras.optimizers.Adam):
 
     Its arithmetic is Keras's, in one pass over each weight where Keras makes a dozen. Gradients whose norm is within
     `global_clipnorm` are not touched. Keras has no public way to either, so this class overrides and reads private
-    names. tests/test_optimizer.py guards them, and requirements.txt keeps Keras below the next minor release.
+    names. tests/training/test_optimizer.py guards them, and requirements.txt keeps Keras below the next minor release.
 
     Args:
       apart: int, how many weights, the last of those it is built with, have a norm of their own that is clipped. They
