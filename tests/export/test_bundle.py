@@ -368,7 +368,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
     monkeypatch.setattr(export_bundle, "_write_litert", half)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         export("litert", tmp_path)
-    assert set(os.listdir(tmp_path)) == {"network.json", ".bundle.export.lock"}
+    assert set(os.listdir(tmp_path)) == {".bundle.export.lock"}
 
 
 def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
@@ -400,14 +400,14 @@ def test_a_model_that_no_file_can_hold_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="take --format savedmodel") as raised:
         export("litert", tmp_path)
     assert "\n" not in str(raised.value)
-    assert os.listdir(tmp_path) == ["network.json"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_onnx_without_its_converter_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
     with pytest.raises(UserError, match="pip install tf2onnx"):
         export("onnx", tmp_path)
-    assert set(os.listdir(tmp_path)) == {"network.json", ".bundle.export.lock"}
+    assert set(os.listdir(tmp_path)) == {".bundle.export.lock"}
 
 
 # --- Number types -----------------------------------------------------------------------------------------------
