@@ -475,7 +475,7 @@ def test_a_kill_around_a_feature_costs_no_more_than_that_feature(config, images,
     """os._exit is as SIGKILL: nothing is tidied up."""
     code = (
         "import os, sys, json\n"
-        "sys.path.insert(0, 'tests')\n"
+        "sys.path.insert(0, 'tests/features')\n"
         "import test_extraction as test\n"
         "config, moment = test.make_config(json.loads(sys.argv[1])), sys.argv[2]\n"
         "images = [test.CaptionedImage(n, f'{n}.png') for n in range(test.COUNT)]\n"
@@ -568,7 +568,7 @@ def test_batches_go_to_all_devices_in_turn(tmp_path):
     code = (
         "import json, pathlib, sys\n"
         "import tensorflow as tf\n"
-        "from captioning import extraction\n"
+        "from captioning.features import extraction\n"
         "cpu, = tf.config.list_physical_devices('CPU')\n"
         "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)\n"
         "halves = tf.config.list_logical_devices('CPU')\n"
