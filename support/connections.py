@@ -23,7 +23,7 @@ def get(url, headers, timeout):
 
     Args:
       headers: dict of str to str.
-      timeout: float, seconds that the server may be silent. After so many seconds it must have sent LEAST_SPEED bytes
+      timeout: float, seconds that the server may be silent. After so many seconds it must have sent _LEAST_SPEED bytes
         for each second more, headers among them, or reading ends with a timeout.
 
     Returns:

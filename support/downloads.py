@@ -153,7 +153,7 @@ def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_o
       size: int, bytes of the file; None to believe the length that the server announces.
       sha256: str, hexadecimal digest of the file, which is checked when all of it has come; None for no check.
       attempts: int, tries in all. After the second wrong digest or file too long there is no other.
-      timeout: float, seconds that the server may be silent, and after which it must keep up `connections.LEAST_SPEED`.
+      timeout: float, seconds that the server may be silent, and after which it must keep up `connections._LEAST_SPEED`.
       back_off: float, seconds before the second attempt, doubled before each further one.
       limit: int, bytes that a file may have at most where `size` is None.
 
@@ -206,7 +206,7 @@ def _fetch(url, path, size, sha256, timeout, progress, limit):
     except WrongPart:
         part.unlink(missing_ok=True)
         raise
-    except OSError as error:  # of the disk: open_url and read_pieces turn the network's errors into others
+    except OSError as error:  # of the disk: _open_url and _read_pieces turn the network's errors into others
         raise UserError(f"cannot write {path}: {files.reason_and_remedy(error, path.parent)}") from error
 
 

@@ -21,11 +21,11 @@ import time
 
 import hypothesis
 import numpy as np
-import test_image_files
 
 import hostile_captions
 from captioning.features.feature_files import check_feature_file
 from conftest import options, weights, write_coco
+from features import test_image_files
 from strategies import files_of
 
 ROOT = pathlib.Path(__file__).parent.parent

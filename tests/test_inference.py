@@ -12,7 +12,9 @@ import tensorflow as tf
 from PIL import Image
 
 import inference_image_caption as inference
-from captioning.inference import own_images as own_images
+from captioning.export import saved_model
+from captioning.inference import own_images
+from captioning.training import run_folder
 from conftest import full_disk, options
 from support.errors import UserError
 from tiny_captioner import colour_network
@@ -29,7 +31,7 @@ def records(path):
 @pytest.fixture
 def own_network(monkeypatch):
     """The run's features were made elsewhere; a stand-in for the network that made them."""
-    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: colour_network)
+    monkeypatch.setattr(run_folder, "run_network", lambda config, keep=False: colour_network)
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_no_more_figures_are_drawn_than_asked_for(trained, tmp_path, capsys, mos
     assert (f"open {tmp_path / 'index.html'}" in printed) == (most > 0)
 
 
-def test_a_image_damaged_since_its_features_were_made_costs_its_figure_alone(trained, tmp_path, monkeypatch, capsys):
+def test_an_image_damaged_since_its_features_were_made_costs_its_figure_alone(trained, tmp_path, monkeypatch, capsys):
     def plot(caption, path):
         drawn.append(path)
         if len(drawn) == 2:
@@ -151,14 +153,14 @@ def test_images_from_the_web_among_files_and_bad_ones(trained, tmp_path, server,
     assert kept == {"red_png", "notes_txt"}
 
 
-def test_a_image_from_the_web_is_seen_anew_each_time(trained, tmp_path, server, monkeypatch):
+def test_an_image_from_the_web_is_seen_anew_each_time(trained, tmp_path, server, monkeypatch):
     seen = []
 
     def network(pixels):
         seen.append(np.asarray(pixels).mean((0, 1, 2)).tolist())
         return tf.zeros((len(pixels), 64, 2048))
 
-    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: network)
+    monkeypatch.setattr(run_folder, "run_network", lambda config, keep=False: network)
     for colour in ((255, 0, 0), (0, 0, 255)):
         Image.new("RGB", (30, 30), colour).save(server.folder / "webcam.png")
         infer(trained, "--image", f"{server.url}/webcam.png", "--output", str(tmp_path))
@@ -201,7 +203,7 @@ def seen(monkeypatch):
         seen.numbers += numbers
         return colour_network(pixels)
 
-    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: network)
+    monkeypatch.setattr(run_folder, "run_network", lambda config, keep=False: network)
     return seen
 
 
@@ -320,8 +322,8 @@ def test_only_one_thing_is_done_at_a_time(alone, asked):
 
 def test_an_exported_model_computes_in_float32(trained, tmp_path, monkeypatch):
     exported = []
-    monkeypatch.setattr(inference, "run_network", lambda config, keep=False: config.extract_precision)
-    monkeypatch.setattr(inference, "export_captioner", lambda _, network, config, folder: exported.append(network))
+    monkeypatch.setattr(run_folder, "run_network", lambda config, keep=False: config.extract_precision)
+    monkeypatch.setattr(saved_model, "export_captioner", lambda _, network, config, folder: exported.append(network))
     infer(trained, "--export", str(tmp_path / "model"), "--extract_precision", "bfloat16")
     assert exported == ["float32"]
 
@@ -336,7 +338,7 @@ def test_inference_before_training_names_the_command(trained, tmp_path):
 # --- A run that stands on its own -------------------------------------------------------------------------------
 
 
-def test_a_run_folder_alone_captions_a_image(alone, own_network):
+def test_a_run_folder_alone_captions_an_image(alone, own_network):
     inference.main(["--run_dir", "runs/x", "--image", "a.png"])
     (record,) = records(alone / "runs" / "x" / "captions" / "captions.jsonl")
     assert record["image"] == "a.png"

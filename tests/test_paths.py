@@ -62,7 +62,7 @@ def test_the_link_goes_with_what_was_restored(folder):
 
 def test_features_and_events_are_read_and_written_there(folder):
     np.save(folder / "1.npy", np.ones((LOCATIONS, CHANNELS), np.float16))
-    assert tf.reduce_all(read_feature(str(folder / "1.npy")) == 1)
+    assert tf.reduce_all(read_feature(str(folder / "1.npy"), "float16") == 1)
     pytest.importorskip("tensorboard")
     with tensorboard_log(types.SimpleNamespace(tensorboard="yes", run_dir=str(folder))) as writer:
         log_epoch(writer, {"epoch": 1, "loss": 1.0}, 0.1, [])

@@ -63,7 +63,7 @@ def test_a_small_demo_from_drawing_to_figures(tmp_path):
     assert "inside" in metrics["greedy"]["attention"]["maps"]["attention weights"]  # None where no object was named
 
 
-def test_a_run_folder_moved_alone_to_an_empty_place_captions_a_image(tmp_path):
+def test_a_run_folder_moved_alone_to_an_empty_place_captions_an_image(tmp_path):
     """Its network has random weights, whose statistics come from the data."""
     old, new = tmp_path / "old", tmp_path / "new"
     places = ["--coco_dir", str(old / "scenes"), "--data_dir", str(old / "data"), "--run_dir", str(old / "run")]

@@ -44,7 +44,7 @@ def plot_attention(caption, path):
 
 
 def _read_panel(path):
-    """An image file as RGB, as large as a panel: PANEL_WIDTH wide and at most three times as high."""
+    """An image file as RGB, as large as a panel: _PANEL_WIDTH wide and at most three times as high."""
     try:
         with open_image(path) as opened:
             image = upright_rgb(opened, _PANEL_WIDTH)

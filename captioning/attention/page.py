@@ -30,7 +30,7 @@ from support.files import replacing
 
 _TEMPLATES = pathlib.Path(__file__).parent / "page_files"
 _MARK = '<meta name="generator" content="attention page">'  # tells our own pages from other files of such a name
-_HEAD_BYTES = 1000  # of a file, in which MARK is to be found
+_HEAD_BYTES = 1000  # of a file, in which _MARK is to be found
 
 _PAGE_BYTES = 15_000_000  # a page of `page_size` images stays below this, whatever the images are
 _END_BYTES = 50_000  # kept free for the script and the links between pages
@@ -162,7 +162,7 @@ def _write_page(path, images, header, page_size):
 
     Args:
       header: (title, introduction, tables).
-      page_size: int, the number of images that are to fit in PAGE_BYTES.
+      page_size: int, the number of images that are to fit in `_PAGE_BYTES`.
     """
     start = _page_start(*header)
     max_bytes = (_PAGE_BYTES - _END_BYTES - len(start.encode())) // page_size  # for an image
@@ -377,7 +377,7 @@ def _word_html(caption, position, size):
 
 
 def _shade(probability):
-    """How dark a word is: 0 (FAINTEST or less likely) to SHADES (certain), in even steps of the logarithm."""
+    """How dark a word is: 0 (_FAINTEST or less likely) to _SHADES (certain), in even steps of the logarithm."""
     share = 1 - math.log(max(probability, _FAINTEST)) / math.log(_FAINTEST)
     return round(_SHADES * share)
 

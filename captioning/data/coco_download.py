@@ -68,10 +68,10 @@ def find_annotations(config, shard=None):
 
 
 def _fetch_archive(name, folder, wanted=None, shard=None):
-    """Download one of COCO_ARCHIVES and unpack it.
+    """Download one of _COCO_ARCHIVES and unpack it.
 
     Args:
-      name: str, key of COCO_ARCHIVES.
+      name: str, key of _COCO_ARCHIVES.
       folder: path of the folder to unpack into. The archive stays there too.
       wanted: function of a member's name, whether to unpack it. None stands for all.
       shard: (number, count) of a shard, or None. A shard downloads to a file of its own, which it deletes afterwards.

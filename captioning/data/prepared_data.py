@@ -136,7 +136,7 @@ def _read_settings_file(data_dir):
 
 
 def load_prepared(config):
-    """Read what script 1 prepared, and check it; `features.cache.load_data` checks the features.
+    """Read what script 1 prepared, and check it. `load_data` in features/cache.py checks the features too.
 
     Returns:
       Prepared

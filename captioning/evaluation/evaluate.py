@@ -95,7 +95,7 @@ def evaluate(captioner, images, split, output, config):
 def _name_files(split, config):
     """What the names of a split's files have in common: the split, and the settings of decoding that are no defaults.
 
-    The default is that of the data set's preset. A beam width is named where it adds a run to EVALUATED_WIDTHS. So two
+    The default is that of the data set's preset. A beam width is named where it adds a run to _EVALUATED_WIDTHS. So two
     ways of decoding have files of their own, such as metrics_test_length_penalty0.5.json.
     """
     default = make_config({"dataset": config.dataset})

@@ -24,7 +24,7 @@ def read_images(images):
 
     Returns:
       pixels: uint8 (B, 299, 299, 3), as image_files.load_image returns them, white where the status is not OK.
-      statuses: string (B,), OK, UNREADABLE or TOO_LARGE.
+      statuses: string (B,), OK, _UNREADABLE or _TOO_LARGE.
     """
     return tf.map_fn(_read_image, images, fn_output_signature=(tf.uint8, tf.string))  # (B, 299, 299, 3), (B,)
 

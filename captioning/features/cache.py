@@ -104,7 +104,7 @@ def load_data(config):
 
 
 def measure_features(images, features_dir):
-    """Measure the features of the first _MEASURED_IMAGES of a list of CaptionedImage.
+    """Measure the features of the first `_MEASURED_IMAGES` of a list of CaptionedImage.
 
     Returns:
       (float32 (F,), each channel's mean over images and locations; float, standard deviation from these means)

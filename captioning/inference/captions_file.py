@@ -133,7 +133,7 @@ def restore_prediction(record, image=None):
 
     Args:
       record: CaptionRecord
-      image: Image whose path and references, if any, count instead of the record's, as files may move; or None.
+      image: ImageToCaption or None. Its path and references count instead of the record's, as files may move.
     """
     return GeneratedCaption(
         path=image.path if image else pathlib.Path(record.file or record.image),

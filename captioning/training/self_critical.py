@@ -174,7 +174,7 @@ def _policy_step(state, features, captions, advantages, config):
 
 
 def _policy_replica(state, features, captions, advantages, config):
-    """A replica's part of policy_step: what is summed over the replicas is what one replica would compute."""
+    """A replica's part of _policy_step: what is summed over the replicas is what one replica would compute."""
     features, captions, advantages = map(replica_rows, (features, captions, advantages))
     word_share, caption_share = shares_of_batch(captions, left_out=UNK)
     copies = tf.shape(captions)[0] // tf.shape(features)[0]  # S + 1

@@ -191,13 +191,13 @@ def test_odd_numbers_do_no_harm(tmp_path, photograph, log_probs):
     assert json.loads(words[1]["data-boxes"]) == [[0, 0, 1, 0.25]]
 
 
-def test_a_image_without_captions_and_a_caption_without_words(tmp_path, photograph):
+def test_an_image_without_captions_and_a_caption_without_words(tmp_path, photograph):
     images = [PageImage("dog", photograph, []), make_image(photograph, [])]
     assert "(no words)" in write_pages(tmp_path, "Dogs", images)[0].read_text(encoding="utf-8")
     assert "No images." in write_pages(tmp_path, "Dogs", [])[0].read_text(encoding="utf-8")
 
 
-def test_a_image_that_cannot_be_read_keeps_its_caption(tmp_path):
+def test_an_image_that_cannot_be_read_keeps_its_caption(tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"<b>no image")
     page = Page(write_pages(tmp_path, "Dogs", [make_image(broken), make_image(tmp_path / "gone.jpg")])[0])

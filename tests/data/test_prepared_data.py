@@ -28,16 +28,26 @@ def make(root, **settings):
     return make_config({**places, "num_examples": None, "inception_weights": "random", **settings})
 
 
-def prepare(config, skipped=None):
+def prepare(config):
     """Prepare COCO's layout from cached features, as script 1 does."""
     images = read_coco_captions(f"{config.coco_dir}/annotations/captions_train2014.json", config.max_words)
     train, validation = _split_by_image(images, config.val_fraction, config.seed)
     assert find_missing(images, config) == []
     splits = {"train": train, "validation": validation}
-    kept = leave_out(splits, skipped or {}, config.max_words)
-    measured = measure_features(kept["train"], features_folder(config))
-    save_prepared(kept, skipped or {}, *measured, cached_network(features_folder(config)), config)
+    save(splits, {}, config)
     return splits
+
+
+def save(splits, skipped, config):
+    """Save as script 1 does what is left of splits."""
+    kept = leave_out(splits, skipped, config.max_words)
+    save_prepared(
+        kept,
+        skipped,
+        *measure_features(kept["train"], features_folder(config)),
+        cached_network(features_folder(config)),
+        config,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +93,7 @@ def test_one_line_says_that_characters_are_the_words(copied, capsys):
     chinese = dataclasses.replace(prepared.train[0], captions=["一只狗 dog"])
     for images, count in ((prepared.train, 0), ([chinese], 1)):
         capsys.readouterr()
-        save_prepared({"train": images, "validation": prepared.validation}, {}, copied)
+        save({"train": images, "validation": prepared.validation}, {}, copied)
         lines = [line for line in capsys.readouterr().out.splitlines() if "characters are the words" in line]
         assert len(lines) == count and all(line.startswith("Han: ") for line in lines)
     assert set(load_data(copied).vocabulary[4:]) == {"一", "只", "狗", "dog"}
@@ -101,7 +111,7 @@ def test_karpathys_data_have_a_test_split(copied):
     config = dataclasses.replace(copied, dataset="karpathy")
     prepared = load_data(copied)
     splits = {"train": prepared.train, "validation": prepared.validation[:2], "test": prepared.validation[2:]}
-    save_prepared(splits, {}, config)
+    save(splits, {}, config)
     loaded = load_data(config)
     assert [len(loaded.train), len(loaded.validation), len(loaded.test)] == [19, 2, 3]
     with pytest.raises(UserError, match="prepared with --dataset karpathy, not coco"):
@@ -110,12 +120,12 @@ def test_karpathys_data_have_a_test_split(copied):
 
 def test_skipped_images_are_left_out_and_named(copied):
     images = load_data(copied).train
-    save_prepared({"train": images, "validation": images[:3]}, {images[0].file_name: "a reason"}, copied)
+    save({"train": images, "validation": images[:3]}, {images[0].file_name: "a reason"}, copied)
     prepared = load_data(copied)
     assert len(prepared.train) == len(images) - 1 and len(prepared.validation) == 2
     assert json.loads(pathlib.Path(copied.data_dir, "skipped.json").read_text()) == {images[0].file_name: "a reason"}
     with pytest.raises(UserError, match=r"no readable validation images are left \(1 skipped\): check the image"):
-        save_prepared({"train": images, "validation": images[:1]}, {images[0].file_name: "a reason"}, copied)
+        save({"train": images, "validation": images[:1]}, {images[0].file_name: "a reason"}, copied)
 
 
 def test_the_words_are_the_training_captions_and_the_draw_keeps_all_references(copied):
@@ -127,7 +137,7 @@ def test_the_words_are_the_training_captions_and_the_draw_keeps_all_references(c
         name: [dataclasses.replace(image, captions=captions[image.image_id]) for image in split]
         for name, split in (("train", train), ("validation", validation))
     }
-    save_prepared(splits, {}, copied)
+    save(splits, {}, copied)
     prepared = load_data(copied)
     own_words = {f"word{image.image_id}" for image in train}
     assert {word for word in prepared.vocabulary if word.startswith("word")} == own_words
@@ -138,7 +148,7 @@ def test_leftovers_of_a_killed_run_go(copied):
     leftover = pathlib.Path(copied.data_dir, ".tmp-999999999-1-train.json")
     leftover.touch()
     prepared = load_data(copied)
-    save_prepared({"train": prepared.train, "validation": prepared.validation}, {}, copied)
+    save({"train": prepared.train, "validation": prepared.validation}, {}, copied)
     assert not leftover.exists()
 
 

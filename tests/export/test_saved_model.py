@@ -147,7 +147,7 @@ def encoded(kind, width, height):
         ("JPEG", (300 * 325, 1200 * 1300 - 1), "too large"),
     ],
 )
-def test_a_image_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch, kind, limits, status):
+def test_an_image_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch, kind, limits, status):
     for module in (graph_images, image_files):
         monkeypatch.setattr(module, "MOST_PIXELS", limits[0])
         monkeypatch.setattr(module, "MOST_FILE_PIXELS", limits[1])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import strategies  # noqa: F401  draws the same examples in every run
 from captioning.data.captioned_images import CaptionedImage
-from captioning.features import cache as feature_cache
+from captioning.features import feature_files
 from captioning.features.cache import _check_features, cached_network, feature_path, features_folder, random_statistics
 from captioning.features.feature_files import (
     check_feature_file,
@@ -166,7 +166,7 @@ def test_pipelines_keep_the_order_and_do_without_the_tuning_thread():
 
 def test_pipelines_use_the_cores_that_the_process_may_use(monkeypatch):
     used = []
-    monkeypatch.setattr(feature_cache, "usable_cores", lambda: 3)
+    monkeypatch.setattr(feature_files, "usable_cores", lambda: 3)
     original = tf.data.Dataset.map
     monkeypatch.setattr(
         tf.data.Dataset, "map", lambda *args, **kwargs: used.append(kwargs) or original(*args, **kwargs)

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from captioning.data.captioned_images import CaptionedImage, image_path
+from captioning.data.captioned_images import CaptionedImage, image_path, name_features
 from captioning.features import extraction
 from captioning.features.cache import feature_path, features_folder, random_statistics
 from captioning.features.extraction import _CALIBRATION_IMAGES, cache_features, calibration_paths, extract_features
@@ -24,6 +24,7 @@ from support.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 COUNT = 6
+READING = ("support.file_states.read_state", "captioning.features.missing.check_feature_file")  # of features
 
 
 @pytest.fixture
@@ -101,14 +102,14 @@ def test_every_image_is_extracted_once_and_a_full_cache_is_not_read(config, imag
 
     before = contents(features_folder(config))
     assert sorted(before) == [*(f"{number}.npy" for number in range(COUNT)), _MANIFEST]
-    for name in ("file_states.read_state", "extraction.check_feature_file", "extraction.load_image"):
-        forbid(monkeypatch, f"captioning.{name}")
+    for name in (*READING, "captioning.features.extraction.load_image"):
+        forbid(monkeypatch, name)
     assert run(images, config) == 0
     assert contents(features_folder(config)) == before
     assert "features: 6 of 6 are in" in capsys.readouterr().out
 
 
-def test_a_image_that_changed_is_extracted_again_and_no_other(config, images, network, capsys):
+def test_an_image_that_changed_is_extracted_again_and_no_other(config, images, network, capsys):
     run(images, config)
     draw(images[2], config, 200)
     network.clear()
@@ -119,7 +120,7 @@ def test_a_image_that_changed_is_extracted_again_and_no_other(config, images, ne
     assert run(images, config) == 0
 
 
-def test_a_image_replaced_by_one_of_another_ending_is_a_change(config, images, network):
+def test_an_image_replaced_by_one_of_another_ending_is_a_change(config, images, network):
     run(images, config)
     images[1] = dataclasses.replace(images[1], file_name="1.jpg")
     draw(images[1], config, 99)
@@ -143,7 +144,7 @@ def test_a_copy_of_everything_without_its_times_is_not_extracted_again(config, i
     assert {entry.image.mtime_ns for entry in manifest(config).entries.values()} == {5}
 
 
-def test_a_image_that_changes_while_it_is_read_is_extracted_again(config, images, network, monkeypatch):
+def test_an_image_that_changes_while_it_is_read_is_extracted_again(config, images, network, monkeypatch):
     load_image = extraction.load_image
 
     def load_and_change(path):
@@ -277,22 +278,17 @@ def test_a_run_that_began_anew_and_was_stopped_before_it_calibrated_is_continued
     assert manifest(config).network == network_identity(after, random_statistics(features_folder(config)))
 
 
-@pytest.mark.parametrize("ignores", [False, True])
-def test_names_that_differ_in_case_alone_need_a_disk_that_tells_them_apart(config, network, monkeypatch, ignores):
-    """A stand-in for the disk: `exists` is what a disk that ignores case would answer."""
-    images = [CaptionedImage(1, "A.png"), CaptionedImage(2, "b.png"), CaptionedImage(3, "a.png")]
-    if ignores:
-        monkeypatch.setattr(pathlib.Path, "exists", exists_in_any_case)
-        with pytest.raises(UserError, match=r"features of A and a would be one file.*name a --features_dir on another"):
-            find_missing(images, config)
-    assert not list(features_folder(config).glob(".*"))
-    assert find_missing(images[:2], config) == images[:2]
-    if not ignores:
-        assert find_missing(images, config) == images
-
-
-def exists_in_any_case(path):
-    return path.parent.is_dir() and path.name.lower() in [name.lower() for name in os.listdir(path.parent)]
+def test_images_whose_names_differ_in_case_alone_have_features_of_their_own(config, network):
+    """Also on a disk that ignores case."""
+    names = ("A.png", "b.png", "a.png")
+    images = name_features({"train": [CaptionedImage(n, name, str(n)) for n, name in enumerate(names)]})["train"]
+    for image in images:
+        draw(image, config, 10 * image.image_id)
+    assert run(images, config) == 3
+    assert [brightness_of(image, config) for image in images] == [0, 10, 20]
+    assert len({feature_path(image, config).name.casefold() for image in images}) == 3
+    assert feature_path(images[1], config).name == "b.npy"
+    assert run(images, config) == 0
 
 
 def test_another_network_is_refused_though_nothing_is_missing(config, images, network, tmp_path):
@@ -391,8 +387,8 @@ def test_features_made_elsewhere_are_used_as_a_whole_and_read_once(config, image
     assert len(manifest(config).entries) == COUNT
     before = contents(features_folder(config))
 
-    for name in ("file_states.read_state", "extraction.check_feature_file"):
-        forbid(monkeypatch, f"captioning.{name}")
+    for name in READING:
+        forbid(monkeypatch, name)
     for weights in ("imagenet", "nowhere.h5"):  # which is of no importance
         assert find_missing(images, dataclasses.replace(config, inception_weights=weights)) == []
     assert capsys.readouterr().out.count("already, made elsewhere\n") == 2
@@ -483,7 +479,7 @@ def test_a_kill_around_a_feature_costs_no_more_than_that_feature(config, images,
     """os._exit is as SIGKILL: nothing is tidied up."""
     code = (
         "import os, sys, json\n"
-        "sys.path.insert(0, 'tests')\n"
+        "sys.path.insert(0, 'tests/features')\n"
         "import test_extraction as test\n"
         "config, moment = test.make_config(json.loads(sys.argv[1])), sys.argv[2]\n"
         "images = [test.CaptionedImage(n, f'{n}.png') for n in range(test.COUNT)]\n"
@@ -576,7 +572,7 @@ def test_batches_go_to_all_devices_in_turn(tmp_path):
     code = (
         "import json, pathlib, sys\n"
         "import tensorflow as tf\n"
-        "from captioning import extraction\n"
+        "from captioning.features import extraction\n"
         "cpu, = tf.config.list_physical_devices('CPU')\n"
         "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)\n"
         "halves = tf.config.list_logical_devices('CPU')\n"

@@ -14,6 +14,7 @@ from captioning.features.image_files import load_image
 from captioning.features.inception import extraction_graphs, extraction_precision, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.settings import make_config
+from support.devices import has_fast_bfloat16
 from support.errors import UserError
 
 SHARED = pathlib.Path(__file__).parent.parent.parent.parent / "shared"
@@ -250,7 +251,9 @@ def gpu(monkeypatch):
         monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [Gpu] if kind == "GPU" else [])
         monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
 
-    return pretend
+    has_fast_bfloat16.cache_clear()
+    yield pretend
+    has_fast_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -318,7 +321,7 @@ def test_fast_features_are_float32s_up_to_rounding():
     )
     norms = np.linalg.norm(exact, axis=-1) * np.linalg.norm(fast, axis=-1)
     assert ((exact * fast).sum(-1) / norms).mean() > 0.999
-    assert error(fast, exact) < 0.013  # 0.017 where each weight is rounded for itself, see rounding.py
+    assert error(fast, exact) < 0.013  # 0.017 where each weight is rounded for itself, see bfloat16_weights.py
 
 
 # --- Compiling once

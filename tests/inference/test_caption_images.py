@@ -298,7 +298,7 @@ def test_anew_begins_again(tiny, images, tmp_path):
     assert figures(output) == "" and not (output / "index.html").exists()
 
 
-def test_a_image_that_changes_between_being_read_and_its_line_is_captioned_again(tiny, images, tmp_path):
+def test_an_image_that_changes_between_being_read_and_its_line_is_captioned_again(tiny, images, tmp_path):
     class Late(Source):
         def __call__(self, wanted):
             for batch, features in super().__call__(wanted):
@@ -354,7 +354,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_named_warning_and_the_rest_goes_on(
     assert caption(tiny, images, output) == "a"  # the same command tries it again, and nothing else
 
 
-def test_a_image_damaged_since_its_features_were_made_has_a_caption_and_no_figure(tiny, images, tmp_path, capsys):
+def test_an_image_damaged_since_its_features_were_made_has_a_caption_and_no_figure(tiny, images, tmp_path, capsys):
     images[0].path.write_bytes(b"broken")
     caption(tiny, images, tmp_path / "out")
     assert captions(tmp_path / "out")["a"]
@@ -386,7 +386,7 @@ def test_if_no_image_can_be_read_there_is_no_page(tiny, images, tmp_path, capsys
 @pytest.mark.parametrize(
     "name", [b"caf\xe9.png", b"b" * 250 + b".png", "犬".encode() * 80 + b".png", b"<img src=x onerror=alert(1)>.png"]
 )
-def test_any_name_of_a_image_will_do(tiny, tmp_path, name):
+def test_any_name_of_an_image_will_do(tiny, tmp_path, name):
     (tmp_path / "images").mkdir()
     path = tmp_path / "images" / os.fsdecode(name)
     try:

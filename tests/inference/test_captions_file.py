@@ -319,7 +319,7 @@ def delete(images):
 
 
 @pytest.mark.parametrize("change", [change_time, change_size, delete])
-def test_a_image_that_has_changed_is_not_finished_and_its_line_stays_until_the_new_one_is_there(
+def test_an_image_that_has_changed_is_not_finished_and_its_line_stays_until_the_new_one_is_there(
     tmp_path, images, change
 ):
     path = write_finished(images, tmp_path / "out")
@@ -363,7 +363,7 @@ def test_images_that_are_not_asked_for_stay_with_their_figures(tmp_path, images)
     assert names(path) == "abcde" and figures(path.parent) == ["a", "b"]
 
 
-def test_a_image_is_the_same_from_another_folder_and_another_one_of_its_name_is_not(tmp_path, images, monkeypatch):
+def test_an_image_is_the_same_from_another_folder_and_another_one_of_its_name_is_not(tmp_path, images, monkeypatch):
     path = write_finished(images[:1], tmp_path / "out", num_figures=0)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.jpg").write_bytes(bytes(100))
@@ -379,7 +379,7 @@ def test_a_image_is_the_same_from_another_folder_and_another_one_of_its_name_is_
     assert [record.key for record in _read_records(path)] == [str(images[0].path), str(tmp_path / "deep" / "a.jpg")]
 
 
-def test_a_image_has_one_line_whatever_the_file_held(tmp_path, images):
+def test_an_image_has_one_line_whatever_the_file_held(tmp_path, images):
     path = write_finished(images, tmp_path / "out")
     path.write_bytes(2 * path.read_bytes())
     begin_captions(path, MAKER)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 from captioning.features.cache import ImageToCaption
-from captioning.inference import own_images as own_images
+from captioning.inference import own_images
 from captioning.inference.own_images import describe_skipped, extract_batches, fetch_images, find_images
 from captioning.settings import make_config
 from support.errors import UserError
@@ -248,7 +248,7 @@ def test_images_from_the_web_among_files_and_bad_ones(tmp_path, server, monkeypa
         assert reason in line
 
 
-def test_a_image_from_the_web_is_fetched_anew(tmp_path, server):
+def test_an_image_from_the_web_is_fetched_anew(tmp_path, server):
     images = find([f"{server.url}/webcam.png"], tmp_path)
     for colour in ((255, 0, 0), (0, 0, 255)):
         Image.new("RGB", (30, 30), colour).save(server.folder / "webcam.png")

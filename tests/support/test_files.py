@@ -176,7 +176,7 @@ def test_another_process_is_named_and_a_dead_ones_lock_does_not_block(tmp_path, 
 def test_a_file_system_without_locks_is_named_in_one_line_and_the_work_goes_on(
     tmp_path, monkeypatch, capsys, number, shared
 ):
-    refuse(monkeypatch, "lock_file", number)
+    refuse(monkeypatch, "_lock_file", number)
     inside = False
     with files.locked(tmp_path / "run", shared=shared):
         inside = True
@@ -187,7 +187,7 @@ def test_a_file_system_without_locks_is_named_in_one_line_and_the_work_goes_on(
 
 
 def test_a_lock_that_cannot_be_had_for_another_reason_is_the_users_error(tmp_path, monkeypatch, capsys):
-    refuse(monkeypatch, "lock_file", errno.EIO)
+    refuse(monkeypatch, "_lock_file", errno.EIO)
     with pytest.raises(UserError, match="cannot lock .*choose another folder"), files.locked(tmp_path):
         pytest.fail("the block ran")
     assert capsys.readouterr().out == ""
