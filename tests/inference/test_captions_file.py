@@ -12,7 +12,6 @@ from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.inference.captions_file import (
     _DECODING_SETTINGS,
     CaptionRecord,
-    _read_records,
     appending,
     begin_captions,
     describe_maker,
@@ -24,6 +23,7 @@ from captioning.inference.captions_file import (
     keep_latest,
     make_record,
     read_record,
+    read_records,
     restore_prediction,
     write_table,
 )
@@ -86,7 +86,7 @@ def record_of(prediction, figure="", keep_attention=True):
 
 def names(path):
     """The images' names, without folder and ending, in the order of the lines."""
-    return "".join(pathlib.PurePath(record.image).stem for record in _read_records(path))
+    return "".join(pathlib.PurePath(record.image).stem for record in read_records(path))
 
 
 def figures(folder):
@@ -116,7 +116,7 @@ def test_a_record_comes_back_from_its_line(tmp_path, words, name, evidence):
     prediction = dataclasses.replace(predict(ImageToCaption(tmp_path / "a.jpg", name), words, evidence), image_id=7)
     record = record_of(prediction, "a.png")
     (tmp_path / "captions.jsonl").write_bytes(2 * record.line())
-    assert list(_read_records(tmp_path / "captions.jsonl")) == [record, record]
+    assert list(read_records(tmp_path / "captions.jsonl")) == [record, record]
     again = restore_prediction(record, ImageToCaption(tmp_path / "a.jpg", name, ["a dog"]))
     for field in ("path", "name", "words", "image_id", "caption"):
         assert getattr(again, field) == getattr(prediction, field)
@@ -189,7 +189,7 @@ def test_a_file_that_is_gone_has_a_state_that_no_file_has(tmp_path):
 def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
     good = CaptionRecord("good", "a dog", -1.5, 1, 2)
     (tmp_path / "captions.jsonl").write_bytes(good.line() + line + b"\n" + good.line() + line)
-    assert list(_read_records(tmp_path / "captions.jsonl")) == [good, good]
+    assert list(read_records(tmp_path / "captions.jsonl")) == [good, good]
 
 
 def test_single_records_are_found_among_many(tmp_path):
@@ -330,7 +330,7 @@ def test_an_image_that_has_changed_is_not_finished_and_its_line_stays_until_the_
     with appending(path) as add:
         add(record_of(predict(images[0], ("a", "cat")), keep_attention=False))
     keep_latest(path)
-    assert names(path) == "bcdea" and list(_read_records(path))[-1].caption == "a cat"
+    assert names(path) == "bcdea" and list(read_records(path))[-1].caption == "a cat"
     assert figures(path.parent) == ["b"]  # a's showed what it was
 
 
@@ -376,7 +376,7 @@ def test_an_image_is_the_same_from_another_folder_and_another_one_of_its_name_is
         add(record_of(predict(here), keep_attention=False))
     monkeypatch.chdir(tmp_path)
     keep_latest(path)
-    assert [record.key for record in _read_records(path)] == [str(images[0].path), str(tmp_path / "deep" / "a.jpg")]
+    assert [record.key for record in read_records(path)] == [str(images[0].path), str(tmp_path / "deep" / "a.jpg")]
 
 
 def test_an_image_has_one_line_whatever_the_file_held(tmp_path, images):
@@ -414,7 +414,7 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_added(tmp_path, images):
     with appending(path) as add:
         for count, image in enumerate(images, 1):
             add(record_of(predict(image)))
-            assert len(list(_read_records(path))) == count
+            assert len(list(read_records(path))) == count
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_lines_before(tmp_path, images):
@@ -425,7 +425,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_lines_before(tmp_path, images):
             add(line)
     assert str(raised.value).startswith(f"cannot write {path}: ") and "MB free there" in str(raised.value)
     assert len(path.read_bytes()) == 3 * len(line.line()) + 20
-    assert list(_read_records(path)) == 3 * [line]
+    assert list(read_records(path)) == 3 * [line]
 
 
 def test_a_folder_that_is_no_folder_is_one_line(tmp_path):
