@@ -1,5 +1,8 @@
 """A few kills at random moments, of the many that tests/soak.py causes."""
 
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -9,6 +12,12 @@ import data_utils
 import soak
 import train_image_caption_model as training
 from conftest import options, write_coco
+
+
+@pytest.mark.slow
+def test_the_soak_starts_by_the_command_that_it_names():
+    environment = {**os.environ, "PYTHONPATH": "."}
+    subprocess.run([sys.executable, "tests/soak.py", "--help"], cwd=soak.ROOT, env=environment, check=True)
 
 
 @pytest.mark.slow

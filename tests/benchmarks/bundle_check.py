@@ -11,6 +11,7 @@ the machine does; wall seconds do.
 
 import support.before_tensorflow  # noqa: F401, I001  must come first
 
+import collections
 import dataclasses
 import pathlib
 import resource
@@ -65,7 +66,7 @@ def main(argv):
             bundles[kind] = folder / kind.replace(":", "_")
             if not bundles[kind].exists():
                 export_bundle(captioner, network, *kind.split(":"), config, bundles[kind])
-        expected = said_by_script_3(captioner, extract_batches(network, images, exact), config)
+        expected = said_by_script_3(captioner, extract_batches(network, images, exact, collections.Counter()), config)
         cached = said_by_script_3(captioner, cached_batches(images, config), config)
         report(bundles, images, expected, cached, options.python)
         time_cold_starts(bundles, images[0], options, config)

@@ -498,8 +498,8 @@ def test_a_kill_around_a_feature_costs_no_more_than_that_feature(config, images,
         "test.extraction.feature_network = lambda *args: network\n"
         "test.cache_features(images, [], config)\n"
     )
-    places = json.dumps({"coco_dir": config.coco_dir, "data_dir": config.data_dir})
-    done = subprocess.run([sys.executable, "-c", code, places, moment], cwd=ROOT, capture_output=True, text=True)
+    given = json.dumps({name: getattr(config, name) for name in ("coco_dir", "data_dir", "extract_batch")})
+    done = subprocess.run([sys.executable, "-c", code, given, moment], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
     lost = 1 if moment == "after a feature" else 2  # of the second batch
     assert len(find_missing(images, config)) == lost
