@@ -86,10 +86,8 @@ def _check_features(images, features_dir, network):
         others = f", and {len(paths) - 1} others are too" if len(paths) > 1 else ""
         raise FileError(paths[0], f"is {problem}{others}")
     if manifest.network != network:
-        raise FileError(
-            features_dir,
-            f"holds features of another network ({manifest.network}) than those that were prepared ({network})",
-        )
+        problem = f"holds features of another network ({manifest.network}) than those that were prepared ({network})"
+        raise FileError(features_dir, problem)
 
 
 def load_data(config):

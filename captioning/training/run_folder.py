@@ -86,11 +86,8 @@ def check_run_fits(folder, config, prepared):
     check_model_settings(folder, config)
     known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"))
     if known != prepared.vocabulary:
-        raise FileError(
-            folder,
-            f"was trained with another vocabulary ({len(known)} words) than {config.data_dir}'s "
-            f"({len(prepared.vocabulary)} words)",
-        )
+        theirs = f"{config.data_dir}'s ({len(prepared.vocabulary)} words)"
+        raise FileError(folder, f"was trained with another vocabulary ({len(known)} words) than {theirs}")
     _check_network(folder, config.data_dir, prepared)
 
 
@@ -109,10 +106,8 @@ def _check_network(folder, data_dir, prepared):
     """Raise FileError where the run in `folder` was trained on features of another network."""
     network = _features_network(folder)
     if network != prepared.network:
-        raise FileError(
-            folder,
-            f"was trained on features of another network ({network}) than {data_dir}'s ({prepared.network})",
-        )
+        theirs = f"{data_dir}'s ({prepared.network})"
+        raise FileError(folder, f"was trained on features of another network ({network}) than {theirs}")
 
 
 def check_model_settings(folder, config):
@@ -130,14 +125,7 @@ def check_model_settings(folder, config):
 
 
 def _features_network(folder):
-    """The identity of the network that made the features which the run in `folder` was trained on.
-
-    Returns:
-      str, MADE_ELSEWHERE where another program made them.
-
-    Raises:
-      FileError: the file is missing or damaged.
-    """
+    """The identity of the network whose features the run was trained on, a str; MADE_ELSEWHERE for another program."""
     return read_json(pathlib.Path(folder, _NETWORK), str)
 
 

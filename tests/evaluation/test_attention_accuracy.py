@@ -110,7 +110,7 @@ def test_mass_inside_is_the_share_of_the_map_in_the_boxes():
     scores = attention_accuracy([Grounding(weights, SIZE, [half_a_cell])])["maps"]
     assert scores["attention weights"]["mass_inside"] == pytest.approx(0.75 / 2)
     assert scores["uniform (chance)"]["mass_inside"] == pytest.approx(20 * 30 / (320 * 240))
-    assert scores["middle"]["mass_inside"] == 0
+    assert scores["centre"]["mass_inside"] == 0
 
 
 def test_things_off_the_middle_are_counted_apart():
@@ -144,7 +144,7 @@ def test_guesses_that_know_nothing_of_the_word_stand_beside_the_maps():
         "attention weights": 0,
         "weights of another image": 1,
         "feature norm": 0,
-        "middle": 0,
+        "centre": 0,
     }
 
 

@@ -435,7 +435,7 @@ def test_the_best_weights_are_what_the_guard_brings_back(taught, trained):
     state = training.open_run(prepared, config)
     for weight in state.trainable_variables:
         weight.assign(weight + 1)
-    return_to_best(state, 0.1, config)
+    return_to_best(state, 0.1, config.run_dir)
     best = load_captioner(config)
     expected = best.encoder.trainable_variables + best.decoder.trainable_variables
     for weight, value in zip(state.trainable_variables, expected, strict=True):
