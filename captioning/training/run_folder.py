@@ -99,23 +99,25 @@ def check_run_fits(folder, config, prepared):
             f"{folder} was trained with another vocabulary ({len(known)} words) "
             f"than {config.data_dir}'s ({len(prepared.vocabulary)} words): {remedy}"
         )
-    _check_network(folder, config, prepared)
+    check_network(folder, config, prepared, remedy)
 
 
 def check_other_data(folder, config, prepared):
     """For captioning, which needs the run's own words only: check the network, and say where the data are others."""
-    _check_network(folder, config, prepared)
-    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), other_folder(config))
-    if known != prepared.vocabulary:
+    remedy = other_folder(config)
+    check_network(folder, config, prepared, remedy)
+    known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"), remedy)
+    saved = read_json(pathlib.Path(folder, "config.json"), remedy, dict)
+    keeps_words = (saved.get("keep_vocabulary"), saved.get("data_dir")) == ("yes", config.data_dir)
+    if known != prepared.vocabulary and not keeps_words:
         print(
             f"note: {folder} was not trained on {config.data_dir} (the vocabularies differ): "
             "its images may be among those trained on"
         )
 
 
-def _check_network(folder, config, prepared):
-    """Raise UserError where the run in `folder` was trained on features of another network."""
-    remedy = other_folder(config)
+def check_network(folder, config, prepared, remedy):
+    """Raise UserError, which ends in `remedy`, where the run in `folder` was trained on features of another network."""
     network = _read_network(folder, remedy)
     if network != prepared.network:
         raise UserError(
@@ -124,9 +126,9 @@ def _check_network(folder, config, prepared):
         )
 
 
-def check_model_settings(folder, config):
+def check_model_settings(folder, config, remedy=None):
     """Raise UserError where the run in `folder` has other sizes than `config`."""
-    remedy = other_folder(config)
+    remedy = remedy or other_folder(config)
     path = pathlib.Path(folder, "config.json")
     saved = read_json(path, remedy, dict)
     for name in MODEL_SETTINGS:
@@ -202,14 +204,26 @@ def load_captioner(config):
     Raises:
       UserError: nothing was trained there, or with other sizes than `config` has, or no checkpoint can be read.
     """
-    folder = pathlib.Path(config.run_dir)
-    check_model_settings(folder, config)
-    vocabulary = read_vocabulary(folder / "vocabulary.json", other_folder(config))
+    captioner = read_captioner(config.run_dir, config, other_folder(config))
+    if captioner is None:
+        raise UserError(_nothing_trained(config))
+    return captioner
+
+
+def read_captioner(folder, config, remedy):
+    """The Captioner of the run in `folder`, as `load_captioner` chooses it, or None where there is no checkpoint.
+
+    Raises:
+      UserError: it has other sizes than `config`, or cannot be read; the message ends in `remedy`.
+    """
+    folder = pathlib.Path(folder)
+    check_model_settings(folder, config, remedy)
+    vocabulary = read_vocabulary(folder / "vocabulary.json", remedy)
     encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(CHANNELS, np.float32))
     folders = [folder / "best", folder / "last"]
-    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, other_folder(config))
+    checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), folders, remedy)
     if checkpoint is None:
-        raise UserError(_nothing_trained(config))
+        return None
     name = f"{checkpoint.parent.name}/{checkpoint.name}"
-    network = _read_network(folder, other_folder(config))
+    network = _read_network(folder, remedy)
     return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint), network)
