@@ -13,8 +13,10 @@ from captioning.features.cache import load_data
 from captioning.settings import make_config
 from captioning.training import start_from
 from captioning.training.run_folder import load_captioner
+from captioning.training.workers import check_same_training
 from captioning.vocabulary import SPECIAL_WORDS
 from conftest import options, rows, weights, write_features
+from support import distribution
 from support.errors import UserError
 from tiny_captioner import SIZES, VOCABULARY, tiny_captioner
 
@@ -182,9 +184,8 @@ def test_a_run_that_is_killed_as_it_begins_begins_in_the_end(trained, others, tm
         raise PowerCut
 
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr(
-            *((training, "validate") if moment == "before measuring" else (start_from, "save_last")), cut_power
-        )
+        place = (training, "validate") if moment == "before measuring" else (start_from, "save_last")
+        patch.setattr(*place, cut_power)
         training.main(argv)
     assert [path.name for path in (tmp_path / "run" / "last").glob("*.index")] == ["ckpt-0.index"]
     training.main(argv)
@@ -207,9 +208,9 @@ def test_with_keep_vocabulary_the_old_words_say_the_other_captions(trained, othe
     capsys.readouterr()
     inference_image_caption.main(["--run_dir", str(tmp_path / "run"), "--evaluate"])
     assert "was not trained on" not in capsys.readouterr().out
-    inference_image_caption.main(
-        ["--run_dir", str(tmp_path / "run"), "--data_dir", str(trained / "data"), "--evaluate"]
-    )
+    theirs = ["--data_dir", str(trained / "data")]
+    inference_image_caption.main(["--run_dir", str(tmp_path / "run"), "--evaluate", *theirs])
+    assert "was not trained on" in capsys.readouterr().out
 
 
 def test_a_last_checkpoint_is_taken_where_no_best_one_can_be_read(trained, others, tmp_path, capsys):
@@ -300,3 +301,18 @@ def test_a_run_that_began_from_none_does_not_begin_from_one_later(trained, tmp_p
     path.write_text(json.dumps({name: saved[name] for name in saved if name != "start_from"}))  # of older code
     argv = [*options(trained), "--run_dir", str(tmp_path / "run"), "--start_from", str(trained / "run")]
     refused(argv, "was begun with --start_from '', not .*: give --start_from '', or give another --run_dir")
+
+
+def test_workers_that_begin_from_other_weights_are_refused(others, monkeypatch):
+    """The second of two workers has another run, or a copy of the same."""
+    cluster = {"cluster": {"worker": ["h:1", "h:2"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
+    config = make_config({"strategy": "multiworker", "start_from": "old"})
+    start = dataclasses.replace(tiny_captioner(make_config(SIZES)), identity="a0a0")
+    monkeypatch.setattr(distribution, "_gather_texts", lambda text: [text, text])
+    check_same_training(prepared_of(others), config, start)
+    monkeypatch.setattr(distribution, "_gather_texts", lambda text: [text, text.replace("a0a0", "b1b1")])
+    with pytest.raises(
+        UserError, match=r"--start_from is not .*\(a0a0 on .*, b1b1 on .*\): give every worker the same"
+    ):
+        check_same_training(prepared_of(others), config, start)
