@@ -7,12 +7,11 @@ import pytest
 import tensorflow as tf
 
 import data_utils
-import inference_image_caption
 import train_image_caption_model as training
 from captioning.features.cache import load_data
 from captioning.settings import make_config
 from captioning.training import start_from
-from captioning.training.run_folder import load_captioner
+from captioning.training.run_folder import check_other_data, load_captioner
 from captioning.training.workers import check_same_training
 from captioning.vocabulary import SPECIAL_WORDS
 from conftest import options, rows, weights, write_features
@@ -22,7 +21,6 @@ from tiny_captioner import SIZES, VOCABULARY, tiny_captioner
 
 IMAGES = 12
 NEW = {"horse", "sleeps"}
-LOST = {"dog", "cat", "boat", "on", "left", "it's", "near", "there", "here", "is", "alone", "the"}
 
 
 def write_table(root, count=IMAGES):
@@ -164,7 +162,7 @@ def test_the_weights_it_begins_with_stay_the_best_until_an_epoch_is_better(train
     argv = [*options(trained), "--run_dir", str(run), "--start_from", str(trained / "run"), "--learning_rate", "3"]
     training.main([*argv, "--epochs", "9", "--patience", "1"])
     printed = capsys.readouterr().out
-    validation = json.loads(json.dumps(rows(trained)))[-1]["validation_loss"]
+    validation = rows(trained)[-1]["validation_loss"]
     assert f"validation loss before the first step: {float(validation):.3f} nats per word" in printed
     assert "no better validation loss for 1 epochs" in printed
     assert f"trained 1 epochs; the best is what they began with, {float(validation):.3f} nats" in printed
@@ -176,18 +174,19 @@ class PowerCut(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", ["before measuring", "behind best"])
-def test_a_run_that_is_killed_as_it_begins_begins_in_the_end(trained, others, tmp_path, monkeypatch, moment):
+def test_a_run_that_is_killed_as_it_begins_begins_in_the_end(trained, others, tmp_path, monkeypatch):
+    """Before the start is measured, and then between `best` and `last`."""
     argv = command(others, tmp_path / "run", trained / "run")
 
     def cut_power(*args):
         raise PowerCut
 
-    with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        place = (training, "validate") if moment == "before measuring" else (start_from, "save_last")
-        patch.setattr(*place, cut_power)
-        training.main(argv)
-    assert [path.name for path in (tmp_path / "run" / "last").glob("*.index")] == ["ckpt-0.index"]
+    for place in ((training, "validate"), (start_from, "save_last")):
+        with monkeypatch.context() as patch, pytest.raises(PowerCut):
+            patch.setattr(*place, cut_power)
+            training.main(argv)
+        assert [path.name for path in (tmp_path / "run" / "last").glob("*.index")] == ["ckpt-0.index"]
+    assert (tmp_path / "run" / "best" / "ckpt-0.index").exists()
     training.main(argv)
     training.main(command(others, tmp_path / "whole", trained / "run"))
     expected = weights(tmp_path, run="whole")
@@ -206,11 +205,11 @@ def test_with_keep_vocabulary_the_old_words_say_the_other_captions(trained, othe
     training.main([*argv, "--epochs", "2"])
     assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
     capsys.readouterr()
-    inference_image_caption.main(["--run_dir", str(tmp_path / "run"), "--evaluate"])
-    assert "was not trained on" not in capsys.readouterr().out
-    theirs = ["--data_dir", str(trained / "data")]
-    inference_image_caption.main(["--run_dir", str(tmp_path / "run"), "--evaluate", *theirs])
-    assert "was not trained on" in capsys.readouterr().out
+    for root, is_other in ((others, False), (trained, True)):
+        config = make_config({"data_dir": str(root / "data")})
+        data = dataclasses.replace(prepared_of(root), vocabulary=[*SPECIAL_WORDS, "other"])
+        check_other_data(tmp_path / "run", config, data)
+        assert ("was not trained on" in capsys.readouterr().out) == is_other
 
 
 def test_a_last_checkpoint_is_taken_where_no_best_one_can_be_read(trained, others, tmp_path, capsys):
