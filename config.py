@@ -44,6 +44,8 @@ class Config:
 
     # Training
     run_dir: str = "runs/coco"  # folder for checkpoints, history.csv, loss.png and captions
+    start_from: str = ""  # folder of a trained run, to go on from its weights on other data
+    keep_vocabulary: Literal["yes", "no"] = "no"  # with start_from: keep that run's words, instead of the data's
     epochs: Annotated[int, (1, None)] = 8  # passes over the training captions, at most
     batch_size: Annotated[int, (1, 8_192)] = 64  # B: captions per optimiser step
     learning_rate: Annotated[float, (1e-8, 10.0)] = 1e-3  # Adam's step size

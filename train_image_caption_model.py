@@ -19,7 +19,8 @@ from captioning.data import prepared_data
 from captioning.decoder.word_detector import detection_loss
 from captioning.features.cache import features_folder, load_data
 from captioning.features.feature_files import reading_features
-from captioning.training import batches, checkpoints, epochs, optimizer, run_folder, saving, self_critical, workers
+from captioning.training import batches, checkpoints, epochs, optimizer, run_folder, saving
+from captioning.training import self_critical, start_from, workers
 from captioning.training.samples import Samples, choose_samples, save_and_show
 from captioning.training.state import LOWER_RATE, EpochRow, TrainingState, announce_end, announce_start
 from captioning.training.tensorboard import tensorboard_log
@@ -38,7 +39,8 @@ def main(argv):
     config = settings.make_config(given)
     with settings.naming_commands(config):
         saved = prepared_data.read_prepared_settings(config.data_dir)
-    config = settings.adopt_settings(given, saved, settings.DATA_SETTINGS, config.data_dir)
+        config = settings.adopt_settings(given, saved, settings.DATA_SETTINGS, config.data_dir)
+        config = start_from.adopt_start(given, config)
     devices.set_up_devices()
     with settings.naming_commands(config), distribution.replicas(config.strategy):
         train_captioner(config)
@@ -47,13 +49,16 @@ def main(argv):
 def train_captioner(config):
     """Train as the settings say, or continue to; all processes of a run that has several call this."""
     prepared = load_data(config)
-    workers.check_same_training(prepared, config)
+    start = start_from.read_start(prepared, config)
+    prepared = start_from.choose_words(prepared, start, config)
+    workers.check_same_training(prepared, config, start)
     features_dir = features_folder(config)
     train = batches.collect_captions(prepared.train, features_dir)
     validation = batches.collect_captions(prepared.validation, features_dir)
     with locked(config.run_dir) if distribution.is_chief() else contextlib.nullcontext():
-        state = open_run(prepared, config)
+        state = open_run(prepared, config, start)
         progress = state.progress
+        measure_loss = lambda: validate(state, validation, config, stop_if_asked)  # noqa: E731
         try:
             with (
                 interrupts_held_back() as stop_if_asked,
@@ -61,9 +66,9 @@ def train_captioner(config):
                 tensorboard_log(config) as writer,
             ):
                 samples = Samples(choose_samples(prepared.validation, config), prepared.vocabulary, writer)
+                start_from.measure_start(state, measure_loss, config)
                 train_epochs(state, train, validation, samples, stop_if_asked, config)
                 if config.self_critical_epochs:
-                    measure_loss = lambda: validate(state, validation, config, stop_if_asked)  # noqa: E731
                     self_critical.train_epochs(state, prepared, measure_loss, samples, stop_if_asked, config)
         except KeyboardInterrupt:
             saving.save_last(state, config.run_dir)
@@ -75,8 +80,11 @@ def train_captioner(config):
 # --- The run folder ---------------------------------------------------------------------------------------------
 
 
-def open_run(prepared, config):
+def open_run(prepared, config, start=None):
     """Build models and optimizer, and restore the last checkpoint of `run_dir` if there is one.
+
+    Args:
+      start: Captioner whose weights a new run begins with, or None.
 
     Returns:
       TrainingState
@@ -103,6 +111,8 @@ def open_run(prepared, config):
         precision = "mixed_bfloat16" if devices.has_fast_bfloat16() else "float32"
     state = build_state(prepared, precision, config)
     restored = checkpoints.restore_newest(state, [folder / "last"])
+    if start and not restored:
+        start_from.take_weights(state, start, prepared.vocabulary, config)
     if precision == "mixed_float16":  # after restoring: a checkpoint of another precision has no loss scale
         state.loss_scale = keras.optimizers.LossScaleOptimizer(state.optimizer)
         state.loss_scale.build(state.trainable_variables)

@@ -88,21 +88,23 @@ def check_run_fits(folder, config, prepared):
     if known != prepared.vocabulary:
         theirs = f"{config.data_dir}'s ({len(prepared.vocabulary)} words)"
         raise FileError(folder, f"was trained with another vocabulary ({len(known)} words) than {theirs}")
-    _check_network(folder, config.data_dir, prepared)
+    check_network(folder, config.data_dir, prepared)
 
 
 def check_other_data(folder, data_dir, prepared):
     """For captioning, which needs only the run's vocabulary: check the network, and say if the data differ."""
-    _check_network(folder, data_dir, prepared)
+    check_network(folder, data_dir, prepared)
     known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"))
-    if known != prepared.vocabulary:
+    saved = read_json(pathlib.Path(folder, "config.json"), dict)
+    keeps_words = (saved.get("keep_vocabulary"), saved.get("data_dir")) == ("yes", data_dir)
+    if known != prepared.vocabulary and not keeps_words:
         print(
             f"note: {folder} was not trained on {data_dir} (the vocabularies differ): "
             "its images may be among those trained on"
         )
 
 
-def _check_network(folder, data_dir, prepared):
+def check_network(folder, data_dir, prepared):
     """Raise FileError where the run in `folder` was trained on features of another network."""
     network = _features_network(folder)
     if network != prepared.network:
@@ -110,8 +112,8 @@ def _check_network(folder, data_dir, prepared):
         raise FileError(folder, f"was trained on features of another network ({network}) than {theirs}")
 
 
-def check_model_settings(folder, config):
-    """Raise UserError where the run in `folder` has other sizes than `config`."""
+def check_model_settings(folder, config, remedy=None):
+    """Raise UserError where the run in `folder` has other sizes than `config`; another run mends it, or `remedy`."""
     path = pathlib.Path(folder, "config.json")
     saved = read_json(path, dict)
     for name in MODEL_SETTINGS:
@@ -120,7 +122,7 @@ def check_model_settings(folder, config):
     for name, before, now in differing_settings(config, saved, MODEL_SETTINGS):
         raise UserError(
             f"{folder} was trained with --{name} {before}, not {now}: "
-            f"give --{name} {before}, or {other_run(config.dataset)}"
+            f"give --{name} {before}, or {remedy or other_run(config.dataset)}"
         )
 
 
@@ -183,13 +185,25 @@ def load_captioner(config):
     Raises:
       UserError: nothing was trained there, or with other sizes than `config` has, or no checkpoint can be read.
     """
-    folder = pathlib.Path(config.run_dir)
+    captioner = read_captioner(config.run_dir, config)
+    if captioner is None:
+        raise UserError(_nothing_trained(config))
+    return captioner
+
+
+def read_captioner(folder, config):
+    """The Captioner of the run in `folder`, as `load_captioner` chooses it, or None where there is no checkpoint.
+
+    Raises:
+      UserError: it has other sizes than `config`, or cannot be read.
+    """
+    folder = pathlib.Path(folder)
     check_model_settings(folder, config)
     vocabulary = read_vocabulary(folder / "vocabulary.json")
     encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(CHANNELS, np.float32))
     checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), [folder / "best", folder / "last"])
     if checkpoint is None:
-        raise UserError(_nothing_trained(config))
+        return None
     name = f"{checkpoint.parent.name}/{checkpoint.name}"
     network = _features_network(folder)
     return Captioner(encoder, decoder, vocabulary, name, checkpoint_digest(checkpoint), network)

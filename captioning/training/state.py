@@ -20,7 +20,7 @@ class Progress(tf.train.experimental.PythonState):
     Attributes:
       epoch: epochs finished.
       best_epoch: the epoch whose weights are in `best`: the one of the lowest validation loss, or, once a self-critical
-        epoch has raised it, of the highest validation CIDEr.
+        epoch has raised it, of the highest validation CIDEr. 0 stands for the weights that a run begins with.
       best_loss: the lowest validation loss of the cross-entropy epochs, in nats per word.
       order: checksum of the order of the epoch begun last.
       captions_done: captions of that epoch that were trained on.
@@ -170,5 +170,6 @@ def announce_end(progress, run_dir):
     score = f"{progress.best_loss:.3f} nats per word"
     if best.get("validation_cider") is not None:
         score = f"validation CIDEr {best['validation_cider']:.3f}"
-    print(f"trained {progress.epoch} epochs; the best is {progress.best_epoch}, {score}")
+    name = progress.best_epoch or "what they began with"
+    print(f"trained {progress.epoch} epochs; the best is {name}, {score}")
     print(f"checkpoints, history.csv, loss.png and samples.html are in {run_dir}")

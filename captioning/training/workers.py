@@ -7,17 +7,22 @@ from captioning.settings import MODEL_SETTINGS, TRAINING_SETTINGS
 from support.distribution import check_same_everywhere
 
 
-def check_same_training(prepared, config):
+def check_same_training(prepared, config, start=None):
     """Raise UserError where the workers of a training have other settings or data. Paths may be others on each.
 
     Args:
       prepared: Prepared, what this worker is to train on.
+      start: Captioner that the run begins from, or None.
     """
     if config.strategy != "multiworker":
         return
-    names = ("seed", "max_words", *MODEL_SETTINGS, *TRAINING_SETTINGS)
+    names = ("seed", "max_words", "keep_vocabulary", *MODEL_SETTINGS, *TRAINING_SETTINGS)
     settings = {f"--{name}": getattr(config, name) for name in names}
     check_same_everywhere(settings, "give every worker the same value")
+    check_same_everywhere(
+        {"the checkpoint of --start_from": start.identity if start else "none to be read"},
+        "give every worker the same --start_from, or a copy of it, and one --run_dir that all of them share",
+    )
     data = {
         "the vocabulary": _describe_list(prepared.vocabulary, "words"),
         "the training split": _describe_images(prepared.train),
