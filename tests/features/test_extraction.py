@@ -286,8 +286,8 @@ def test_images_whose_names_differ_in_case_alone_have_features_of_their_own(conf
         draw(image, config, 10 * image.image_id)
     assert run(images, config) == 3
     assert [brightness_of(image, config) for image in images] == [0, 10, 20]
-    assert len({feature_path(image, config).name.casefold() for image in images}) == 3
-    assert feature_path(images[1], config).name == "b.npy"
+    assert len({feature_path(image, features_folder(config)).name.casefold() for image in images}) == 3
+    assert feature_path(images[1], features_folder(config)).name == "b.npy"
     assert run(images, config) == 0
 
 
