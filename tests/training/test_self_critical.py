@@ -485,7 +485,7 @@ def test_each_sample_is_taught_with_its_own_image(taught, trained):
     state = training.open_run(prepared, config)
     paths = [feature_path(image, features_folder(config)) for image in prepared.train[:2]]
     features = np.stack([np.load(path) for path in paths])  # (B, P, F)
-    captions = np.full((6, 1 + longest_sample(config)), PAD)  # (B S, T)
+    captions = np.full((6, 1 + longest_sample(config.max_words)), PAD)  # (B S, T)
     captions[:, :4] = [[START, 5 + i, 6 + i, END] for i in range(6)]
     advantages = np.array([1, -2, 3, -4, 5, -6], np.float32)
     images = _collect_images(prepared.train, prepared.vocabulary, features_folder(config))

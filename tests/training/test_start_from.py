@@ -208,7 +208,7 @@ def test_with_keep_vocabulary_the_old_words_say_the_other_captions(trained, othe
     for root, is_other in ((others, False), (trained, True)):
         config = make_config({"data_dir": str(root / "data")})
         data = dataclasses.replace(prepared_of(root), vocabulary=[*SPECIAL_WORDS, "other"])
-        check_other_data(tmp_path / "run", config, data)
+        check_other_data(tmp_path / "run", config.data_dir, data)
         assert ("was not trained on" in capsys.readouterr().out) == is_other
 
 
