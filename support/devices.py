@@ -38,7 +38,6 @@ def _has_idle_gpu():
     return not hidden and (pathlib.Path("/proc/driver/nvidia/gpus").is_dir() or shutil.which("nvidia-smi") is not None)
 
 
-@functools.cache
 def has_fast_bfloat16():
     """Whether the device that TensorFlow computes on multiplies bfloat16 faster than float32.
 
@@ -51,8 +50,11 @@ def has_fast_bfloat16():
         flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
     except OSError:  # not Linux; float32 is right everywhere
         return False
-    if not flags & {"avx512_bf16", "amx_bf16"}:
-        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"}) and _multiplies_bfloat16_faster()
+
+
+@functools.cache
+def _multiplies_bfloat16_faster():
     return _time_product(tf.bfloat16) < 0.8 * _time_product(tf.float32)
 
 

@@ -14,6 +14,7 @@ import re
 import unicodedata
 
 from captioning.vocabulary import count_words
+from support.errors import UserError
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and the names of temporary files are longer
 _LONGEST_CAPTION = 10_000  # letters; a longer one is no caption but a damaged file
@@ -292,3 +293,11 @@ def add_captions(images, captions, max_words, rejected):
         dataclasses.replace(image, captions=to_train_on[image.image_id], references=references[image.image_id])
         for image in sorted(images, key=lambda image: id_order(image.image_id))
     ]
+
+
+def check_validation(images, max_words):
+    """Raise UserError if no validation image has a caption that is short enough for the validation loss."""
+    if not any(image.captions for image in images):
+        raise UserError(
+            f"all captions of the {len(images)} validation images are longer than --max_words {max_words}: raise it"
+        )

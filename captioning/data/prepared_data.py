@@ -12,8 +12,7 @@ import pathlib
 
 import numpy as np
 
-from captioning.data.captioned_images import CaptionedImage, clean_folder, clean_id, find_name_problem
-from captioning.data.splits import check_validation
+from captioning.data.captioned_images import CaptionedImage, check_validation, clean_folder, clean_id, find_name_problem
 from captioning.settings import DATA_SETTINGS, quote
 from captioning.vocabulary import build_vocabulary, encode_captions, read_vocabulary
 from captioning.words import character_scripts

@@ -6,6 +6,7 @@ import math
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from captioning.data.captioned_images import check_validation
 from support.errors import UserError
 
 
@@ -83,11 +84,3 @@ def complete_splits(splits, config):
         if common := sum(image.name in names for image in images):
             print(f"note: {common} of {len(images)} images of {split} are trained on too, so its scores are too good")
     return {"train": train, "validation": validation} | {name: splits[name] for name in ("test",) if name in splits}
-
-
-def check_validation(images, max_words):
-    """Raise UserError if no validation image has a caption that is short enough for the validation loss."""
-    if not any(image.captions for image in images):
-        raise UserError(
-            f"all captions of the {len(images)} validation images are longer than --max_words {max_words}: raise it"
-        )

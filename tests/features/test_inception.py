@@ -14,7 +14,6 @@ from captioning.features.image_files import load_image
 from captioning.features.inception import extraction_graphs, extraction_precision, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.settings import make_config
-from support.devices import has_fast_bfloat16
 from support.errors import UserError
 
 SHARED = pathlib.Path(__file__).parent.parent.parent.parent / "shared"
@@ -251,9 +250,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [Gpu] if kind == "GPU" else [])
         monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
 
-    has_fast_bfloat16.cache_clear()
-    yield pretend
-    has_fast_bfloat16.cache_clear()
+    return pretend
 
 
 @pytest.mark.parametrize(
