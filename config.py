@@ -69,7 +69,7 @@ class Config:
     length_penalty: Annotated[float, (0.0, 2.0)] = 1.0  # beams are ranked by log-probability / length to this power
     repeat_block: Annotated[int, (0, 5)] = 2  # no sequence of this many words comes twice in a caption; 0: allowed
     plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
-    attention_map: Literal["evidence", "weights"] = "evidence"  # what figures show, see attention/evidence.py
+    attention_map: Literal["weights", "evidence"] = "weights"  # what figures draw: attention weights, or evidence
     figures: Annotated[int, (0, None)] = 100  # attention figures to draw at most, of the first images
     decode_batch: Annotated[int, (1, 8_192)] = 100  # images decoded at a time
 

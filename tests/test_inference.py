@@ -83,7 +83,7 @@ def test_no_more_figures_are_drawn_than_asked_for(trained, tmp_path, capsys, mos
 
 
 def test_an_image_damaged_since_its_features_were_made_costs_its_figure_alone(trained, tmp_path, monkeypatch, capsys):
-    def plot(caption, path):
+    def plot(caption, path, attention_map):
         drawn.append(path)
         if len(drawn) == 2:
             raise ValueError(f"{caption.path} cannot be drawn (it is gone)")

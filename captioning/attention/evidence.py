@@ -1,8 +1,9 @@
 """Which locations made the model say a word: attention weights, times how much each location speaks for the word.
 
-Attention weights alone say little on photographs. A location counts by its weight, by what is there, and by whether
-that speaks for the word (Kobayashi et al., 2020, arXiv 2004.10102, show the second for Transformers). With a the
-attention weights, v the encoded features, x the features and c the context vector at a word w,
+It is not what the model attended to: the attention weights are, which say little on photographs. A location counts by
+its weight, by what is there, and by whether that speaks for the word (Kobayashi et al., 2020, arXiv 2004.10102, show
+the second for Transformers). With a the attention weights, v the encoded features, x the features and c the context
+vector at a word w,
 
   g = d log p(w) / d c                            how the context vector should change to make the word likelier
   s_p                                             the share of location p in what the detector sees of w

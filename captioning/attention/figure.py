@@ -7,7 +7,7 @@ from unicodedata import east_asian_width
 import numpy as np
 from matplotlib.figure import Figure
 
-from captioning.attention.maps import peak_over_mean, scale_light, upsample
+from captioning.attention.maps import scale_light, upsample
 from captioning.features.image_files import open_image, upright_rgb
 from support.files import replacing
 
@@ -15,7 +15,7 @@ _PANEL_WIDTH, _GAP, _LINE, _LETTER = 190, 6, 24, 8  # pixels of a figure: of a p
 _DPI = 80
 
 
-def plot_attention(caption, path):
+def plot_attention(caption, path, attention_map="weights"):
     """Draw the image, and for each word the image lit where its map is high.
 
     The light is scaled from the least to the most of all the caption's maps, so a uniform map gives uniform light.
@@ -23,6 +23,7 @@ def plot_attention(caption, path):
     Args:
       caption: GeneratedCaption
       path: path of the PNG file.
+      attention_map: "weights" or "evidence", which must then be known.
 
     Raises:
       ValueError: the image file is gone or damaged.
@@ -31,16 +32,25 @@ def plot_attention(caption, path):
     image = _read_panel(caption.path)
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)
     panels = [("", pixels)]
-    maps = caption.shown_maps()  # (words, P)
-    for word, weights, light in zip(caption.words, maps, scale_light(maps), strict=True):
+    name, maps = _named_maps(caption, attention_map)
+    for word, light in zip(caption.words, scale_light(maps), strict=True):
         smooth = upsample(light, image.size)  # (height, width)
-        panels.append((f"{word} {peak_over_mean(weights):.1f}x", pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
+        panels.append((word, pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
     # A line of its own, as one from right to left would take the rest with it.
-    title = f"{caption.caption or '(no words)'}\n({caption.map_name()}; number = peak / mean of the map)"
+    title = f"{caption.caption or '(no words)'}\n{name}"
     figure = _lay_out_panels(panels, image.size, title)
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # `letters_in_fonts` has said so
         figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # the usual 6 takes a fifth of a second
+
+
+def _named_maps(caption, attention_map):
+    """What a figure draws, as (its name, (words, P))."""
+    return (
+        ("evidence", caption.evidence)
+        if attention_map == "evidence"
+        else ("attention weights", caption.attention_weights)
+    )
 
 
 def _read_panel(path):

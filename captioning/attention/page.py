@@ -1,5 +1,7 @@
 """The page of attention: an HTML file that lights each image where the model looked for each word of its caption.
 
+Its reader switches between two maps of each word: attention weights and evidence.
+
 The file needs nothing but a browser. Images, attention, style and script are all inside, and its Content Security
 Policy lets the browser fetch nothing and run no other script. Many images become several files that link each other.
 """
@@ -124,11 +126,6 @@ def write_pages(folder, title, images, tables=(), page_size=100, file_name="inde
                 file.write(_page_end(first, number, len(temporaries)))
     remove_further_pages(first, len(paths))
     return paths
-
-
-def describe_light(caption):
-    """What the light on a page shows, for its introduction. GeneratedCaption, one of those on the page -> str."""
-    return f"The light shows the {caption.map_name()}. It goes from the least to the most of each caption."
 
 
 # --- Pages --------------------------------------------------------------------------------------------------------
@@ -350,20 +347,17 @@ def _caption_html(caption, size):
 def _word_html(caption, position, size):
     """A word as a button. Its attributes hold what the page's script needs.
 
-    data-weights: the word's light, a byte each, in base64. 0 is the caption's least weight, 255 its largest.
+    data-weights, data-evidence and their peaks: see `_map_attributes`; no evidence where it is not known.
     data-joined: there where the word is a character that has no blanks beside it.
-    data-peak: the largest weight of the word's map over its mean.
     data-boxes: JSON of boxes [x, y, width, height] in shares of the image's width and height.
     data-sure: see `_shade`.
     """
     generated = caption.generated
     word = _to_html(generated.words[position])
-    maps = np.nan_to_num(np.asarray(generated.shown_maps(), np.float64)).clip(0)  # (words, P)
-    levels = np.rint(scale_light(maps)[position] * 255).astype(np.uint8)  # (P,)
-    data = f'data-weights="{base64.b64encode(levels.tobytes()).decode()}"'
+    data = _map_attributes("weights", generated.attention_weights, position)
+    if generated.evidence is not None:
+        data += " " + _map_attributes("evidence", generated.evidence, position)
     data += " data-joined" * is_character(generated.words[position])
-    if maps[position].any():
-        data += f' data-peak="{peak_over_mean(maps[position]):.1f}"'
     boxes = _relative_boxes(caption.boxes.get(position, ()), size)
     if boxes:
         data += f' data-boxes="{json.dumps(boxes)}"'
@@ -374,6 +368,18 @@ def _word_html(caption, position, size):
         title += f": probability {probability:.2f}" if probability >= 0.005 else ": probability under 0.01"
         data += f' data-sure="{_shade(probability)}"'
     return f'<button type="button" class="word" {data} title="{title}" aria-label="{title}">{word}</button>'
+
+
+def _map_attributes(name, maps, position):
+    """A word's map as attributes of its button.
+
+    data-<name>: the word's light, a byte each, in base64. 0 is the least of the caption's maps, 255 the most.
+    data-<name>-peak: the largest value of the word's map over its mean.
+    """
+    maps = np.nan_to_num(np.asarray(maps, np.float64)).clip(0)  # (words, P)
+    levels = np.rint(scale_light(maps)[position] * 255).astype(np.uint8)  # (P,)
+    data = f'data-{name}="{base64.b64encode(levels.tobytes()).decode()}"'
+    return data + (f' data-{name}-peak="{peak_over_mean(maps[position]):.1f}"' if maps[position].any() else "")
 
 
 def _shade(probability):

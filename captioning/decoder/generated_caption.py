@@ -43,11 +43,3 @@ class GeneratedCaption:
     def log_probability(self):
         """Natural logarithm of the whole caption's probability."""
         return float(np.sum(self.log_probs))
-
-    def shown_maps(self):
-        """What figures and pages show: the evidence where it is known, else the attention weights. (len(words), P)."""
-        return self.attention_weights if self.evidence is None else self.evidence
-
-    def map_name(self):
-        """The name of what `shown_maps` returns, for figures and pages."""
-        return "attention weights" if self.evidence is None else "evidence: what was seen there for the word"

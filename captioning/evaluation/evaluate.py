@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from captioning.attention.boxes import boxes_by_position, find_groundings
-from captioning.attention.page import PageCaption, PageImage, describe_light, write_pages
+from captioning.attention.page import PageCaption, PageImage, write_pages
 from captioning.captioner import caption_batch, explain_references
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo import scores as demo_scores
@@ -76,10 +76,10 @@ def evaluate(captioner, images, split, output, config):
     pages = write_pages(
         output,
         f"Best, middle and worst captions of the {split} split",
-        _score_pages(runs, images, config.attention_map),
+        _score_pages(runs, images),
         tables=[_score_table(metrics)],
         file_name=f"evaluation_{name}.html",
-        intro=f"{_introduce_page(runs, config.attention_map)} Scored: {how}.",
+        intro=f"{_introduce_page(runs)} Scored: {how}.",
     )
     print(printable(f"scored: {how}"))
     print(format_table(metrics))
@@ -171,19 +171,13 @@ def _score_table(metrics):
     return rows
 
 
-def _introduce_page(runs, attention_map):
-    """What is on the page, in two sentences."""
+def _introduce_page(runs):
+    """What is on the page, in a sentence."""
     name, first = next(iter(runs.items()))
-    which = f"These images have the best, the middle and the worst CIDEr of all {len(first.captions)}, {name}."
-    return f"{which} {describe_light(_shown_caption(first.captions[0], attention_map))}"
+    return f"These images have the best, the middle and the worst CIDEr of all {len(first.captions)}, {name}."
 
 
-def _shown_caption(caption, attention_map):
-    """The caption with the map that the settings want to see. Scores need the evidence in any case."""
-    return caption if attention_map == "evidence" else dataclasses.replace(caption, evidence=None)
-
-
-def _score_pages(runs, images, attention_map):
+def _score_pages(runs, images):
     """PageImages of the best, the middle and the worst score of the first run, all runs' captions side by side."""
     first = next(iter(runs.values()))
     by_score = sorted(images, key=lambda image: -first.ciders[image.image_id])
@@ -200,7 +194,7 @@ def _score_pages(runs, images, attention_map):
             shown.add(image.name)
             page_captions = [
                 PageCaption(
-                    _shown_caption(captions[name][image.image_id], attention_map),
+                    captions[name][image.image_id],
                     name,
                     f"CIDEr {run.ciders[image.image_id]:.2f}",
                     boxes[name].get(image.image_id, {}),

@@ -2,7 +2,7 @@
 
 encoder     pixels -> what the decoder needs to know of an image
 decoder     one word of K captions -> log-probabilities of the next
-evidence    a word that was said -> the map that figures show
+evidence    a word that was said -> the maps that figures draw
 
 captioner.json, vocabulary.json, README.md and caption.py lie beside them. For LiteRT, decoder and evidence are two
 signatures of one file, which share their weights. Letters of shapes as in model.py; K captions are decoded at a time.
@@ -161,7 +161,7 @@ def _word_evidence(decoder, words, said, hidden, encoded_features, keys, feature
       encoded_features, keys, feature_norms: float (1, P, D), (1, P, U) and (1, P).
 
     Returns:
-      dict of next_hidden (1, U) and evidence (1, P)
+      dict of next_hidden (1, U), attention_weights (1, P) and evidence (1, P)
     """
     sightings = decoder.detector(encoded_features, said[0])[:, :, 0]  # (1, P)
     state = words, encoded_features, hidden, keys
@@ -176,8 +176,9 @@ def _word_evidence(decoder, words, said, hidden, encoded_features, keys, feature
             log_probs = tf.gather(tf.nn.log_softmax(ban_words(logits)), said[0, 0], axis=1)  # (P,)
         gradients = backwards.gradient(log_probs, moved, ones)  # (P, P, D)
     gains = forwards.gradient(gradients, ones, directions)[tf.newaxis]  # (1, P)
-    logs = tf.math.log(weights[:1, :, 0] + 1e-30) + gains + tf.math.log(sightings * feature_norms + 1e-30)  # (1, P)
-    return {"next_hidden": next_hidden[:1], "evidence": tf.nn.softmax(logs)}
+    weights = weights[:1, :, 0]  # (1, P)
+    logs = tf.math.log(weights + 1e-30) + gains + tf.math.log(sightings * feature_norms + 1e-30)  # (1, P)
+    return {"next_hidden": next_hidden[:1], "attention_weights": weights, "evidence": tf.nn.softmax(logs)}
 
 
 # --- LiteRT -----------------------------------------------------------------------------------------------------

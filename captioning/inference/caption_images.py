@@ -13,7 +13,6 @@ from captioning.attention.fonts import letters_in_fonts
 from captioning.attention.page import (
     PageCaption,
     PageImage,
-    describe_light,
     is_page,
     remove_further_pages,
     write_pages,
@@ -62,7 +61,7 @@ def write_captions(captioner, images, make_batches, output, options, config, ski
     """
     path = output / "captions.jsonl"
     begin_captions(path, describe_maker(config, captioner.identity), options.anew)
-    finished = find_finished(path, images, config.figures, options.attention == "all")
+    finished = find_finished(path, images, config.figures, options.attention == "all", config.attention_map)
     if finished:
         again = f"--anew deletes all captions in {printable(output)} and begins again"
         print(f"{len(finished)} of {len(images)} images were captioned before ({again})")
@@ -97,11 +96,10 @@ def _caption_missing(captioner, images, finished, make_batches, path, options, c
     with bar, fonts, appending(path) as add:
         for batch, features in make_batches(missing):
             shown = all_attention or any(image.path in drawn for image in batch)
-            with_evidence = shown and config.attention_map == "evidence"
-            for prediction in caption_batch(captioner, batch, features, config, with_evidence):
+            for prediction in caption_batch(captioner, batch, features, config, with_evidence=shown):
                 is_drawn = prediction.path in drawn
-                figure = _draw_figure(prediction, path.parent) if is_drawn else ""
-                add(make_record(prediction, states[prediction.path], figure, is_drawn or all_attention))
+                figure = _draw_figure(prediction, path.parent, config.attention_map) if is_drawn else ("", "")
+                add(make_record(prediction, states[prediction.path], *figure, is_drawn or all_attention))
                 if few:
                     _print_caption(prediction)
             done += len(batch)
@@ -109,18 +107,18 @@ def _caption_missing(captioner, images, finished, make_batches, path, options, c
     return done
 
 
-def _draw_figure(prediction, output):
-    """Draw the figure of an image. Returns its file name, or "" where it cannot be drawn, which is printed."""
+def _draw_figure(prediction, output, attention_map):
+    """Draw the figure of an image. Returns its file name and map, or "" for both where it cannot be drawn."""
     name = figure_name(prediction)
     try:
-        plot_attention(prediction, output / name)
+        plot_attention(prediction, output / name, attention_map)
     except UserError:  # the disk is full
         raise
     except Exception as error:  # the others are as good without it
         reason = " ".join(str(error).split())
         tqdm.write(printable(f"warning: no figure of {prediction.name}: {reason}"))
-        return ""
-    return name
+        return "", ""
+    return name, attention_map
 
 
 def _print_caption(prediction):
@@ -165,7 +163,7 @@ def _write_attention_pages(images, records_path, output, config):
         PageImage(caption.path.name, caption.path, [PageCaption(caption, boxes=boxes.get(caption.image_id, {}))])
         for caption in captions()
     )
-    return write_pages(output, "Where the model looked", pages, intro=describe_light(next(captions())))[0]
+    return write_pages(output, "Where the model looked", pages)[0]
 
 
 def _boxes_to_show(predictions, config):

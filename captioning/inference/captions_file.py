@@ -22,7 +22,8 @@ from support.file_states import find_stat
 from support.files import read_json, reason_and_remedy, replacing, write_json
 
 # Settings that the captions depend on, besides the model.
-_DECODING_SETTINGS = ("beam_width", "length_penalty", "repeat_block", "max_words", "attention_map")
+_DECODING_SETTINGS = ("beam_width", "length_penalty", "repeat_block", "max_words")
+_FORMER_SETTINGS = ("attention_map",)  # in a made_by.json of before each line told what its figure draws
 _LONGEST_STEM = 120  # bytes of an image's name in that of its figure; file systems allow 255, temporary files need some
 _FORMULA = (
     "=",
@@ -51,6 +52,7 @@ class CaptionRecord:
       image_id: int or str, or None for an image that is not of the data set.
       file: str, the absolute path of the image's file, "" where `image` is that.
       figure: str, the name of its figure in the same folder, "" for none.
+      figure_map: str, what the figure draws, as config.attention_map says it; "" in lines of before this was kept.
       words, log_probs, attention_weights, evidence, references: as in GeneratedCaption. None where attention is not
         kept.
     """
@@ -63,6 +65,7 @@ class CaptionRecord:
     image_id: int | str | None = None
     file: str = ""
     figure: str = ""
+    figure_map: str = ""
     words: list[str] | None = None
     log_probs: list[float] | None = None
     attention_weights: list[list[float]] | None = None
@@ -93,13 +96,13 @@ def image_key(name, path):
     return name if is_address(name) else os.path.abspath(path)
 
 
-def make_record(prediction, state, figure="", keep_attention=True):
+def make_record(prediction, state, figure="", figure_map="", keep_attention=True):
     """The CaptionRecord of a GeneratedCaption.
 
     Args:
       prediction: GeneratedCaption
       state: the `file_state` of the image before it was read, so that a change since then shows in the next run.
-      figure: str, as in CaptionRecord.
+      figure, figure_map: str, as in CaptionRecord.
       keep_attention: bool
     """
     file = os.path.abspath(prediction.path)
@@ -111,6 +114,7 @@ def make_record(prediction, state, figure="", keep_attention=True):
         prediction.image_id,
         "" if file == prediction.name else file,
         figure,
+        figure_map,
     )
     if not keep_attention:
         return record
@@ -220,7 +224,7 @@ def begin_captions(path, maker, anew=False):
     choices = "name another folder behind --output, or give --anew, which deletes the captions that are there"
     try:
         with mended_by(choices):
-            before = read_json(note, dict)
+            before = {name: value for name, value in read_json(note, dict).items() if name not in _FORMER_SETTINGS}
     except UserError as error:
         raise UserError(f"it is not known what made the captions in {path}: {error}") from None
     if differing := [name for name in {**maker, **before} if before.get(name) != maker.get(name)]:
@@ -251,17 +255,18 @@ def _delete_figures(names, folder):
             (folder / pathlib.PurePath(name).name).unlink()
 
 
-def find_finished(path, images, num_figures, all_attention):
+def find_finished(path, images, num_figures, all_attention, figure_map):
     """Which images need no caption any more, by a captions file.
 
     An image is finished if its file has not changed, and if its figure and its attention are there where they are
-    wanted.
+    wanted. A figure that draws another map is drawn anew.
 
     Args:
       path: pathlib.Path of captions.jsonl.
       images: list of ImageToCaption.
       num_figures: int, how many of the images, the first ones, get a figure.
       all_attention: bool, whether the attention of the others is kept too.
+      figure_map: str, what figures draw, as config.attention_map says it.
 
     Returns:
       set of the keys of finished images, see `image_key`
@@ -273,16 +278,23 @@ def find_finished(path, images, num_figures, all_attention):
         if number is None:
             continue
         drawn = number < num_figures
-        if _is_finished(record, images[number], path.parent, drawn, drawn or all_attention):
+        if _is_finished(record, images[number], path.parent, drawn and figure_map, drawn or all_attention):
             finished.add(record.key)
     return finished
 
 
-def _is_finished(record, image, folder, drawn, with_attention):
-    """Whether a record holds what is wanted of an image, and the image is still the same file."""
-    if with_attention and record.attention_weights is None:
+def _is_finished(record, image, folder, figure_map, with_attention):
+    """Whether a record holds what is wanted of an image, and the image is still the same file.
+
+    Args:
+      figure_map: str, what the image's figure is to draw; "" or False where none is wanted.
+      with_attention: bool, whether both maps are to be there.
+    """
+    if with_attention and (record.attention_weights is None or record.evidence is None):
         return False
-    if (drawn or record.figure) and not (record.figure and (folder / record.figure).exists()):
+    if figure_map and record.figure_map != figure_map:
+        return False
+    if (figure_map or record.figure) and not (record.figure and (folder / record.figure).exists()):
         return False
     return file_state(image.path) == (record.size, record.modified)
 

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from captioning.attention.page import PageCaption, PageImage, describe_light, write_pages
+from captioning.attention.page import PageCaption, PageImage, write_pages
 from captioning.captioner import Captioner, caption_batch
 from captioning.features.cache import ImageToCaption, cached_batches, dataset_images
 from captioning.inference.captions_file import CaptionRecord, file_state, make_record, restore_prediction
@@ -71,8 +71,7 @@ def _show_samples(samples, state, row, config):
     captioner = Captioner(state.encoder, state.decoder, samples.vocabulary, f"epoch {epoch}")
     greedy = dataclasses.replace(config, beam_width=1)
     batches = cached_batches(images, greedy)
-    with_evidence = config.attention_map == "evidence"
-    predictions = [caption for batch in batches for caption in caption_batch(captioner, *batch, greedy, with_evidence)]
+    predictions = [c for batch in batches for c in caption_batch(captioner, *batch, greedy, with_evidence=True)]
     for prediction in predictions:
         print(printable(f"  {prediction.path.name}: {prediction.caption}"))
     log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)
@@ -80,8 +79,7 @@ def _show_samples(samples, state, row, config):
     epochs.append(SampledEpoch(epoch, [make_record(each, file_state(each.path)) for each in predictions]))
     write_json(folder / "samples.json", [dataclasses.asdict(each) for each in epochs])
     shown = epochs if len(epochs) <= _SHOWN_EPOCHS else [epochs[0], *epochs[1 - _SHOWN_EPOCHS :]]
-    intro = describe_light(predictions[0])
-    write_pages(folder, "What the training learns", _sample_pages(images, shown), file_name="samples.html", intro=intro)
+    write_pages(folder, "What the training learns", _sample_pages(images, shown), file_name="samples.html")
 
 
 @mended_by("delete it, and the samples begin anew")

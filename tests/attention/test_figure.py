@@ -1,9 +1,11 @@
+import dataclasses
 import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from captioning.attention import figure
 from captioning.attention.figure import _GAP, _LINE, _PANEL_WIDTH, plot_attention
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.training.saving import _plot_losses
@@ -63,6 +65,31 @@ def test_the_light_of_a_panel_falls_where_the_weight_is(tmp_path):
     assert abs(row / 190 - 1.5 / 8) < 0.1
     assert abs(column / 190 - 6.5 / 8) < 0.1
     assert panel[-20:, :20].max() < 100
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "name"),
+    [((), 14, "attention weights"), (("weights",), 14, "attention weights"), (("evidence",), 50, "evidence")],
+)
+def test_a_figure_draws_attention_weights_unless_evidence_is_wanted_and_names_them(
+    tmp_path, monkeypatch, given, place, name
+):
+    Image.new("RGB", (190, 190), "white").save(tmp_path / "image.png")
+    caption = dataclasses.replace(
+        make_caption(tmp_path / "image.png", ["dog"], np.eye(64)[[14]]), evidence=np.eye(64)[[50]]
+    )
+    texts, lay_out = [], figure._lay_out_panels
+
+    def note(panels, size, title):
+        texts.extend([*(word for word, _ in panels), title])
+        lit = panels[1][1].mean(axis=2)
+        row, column = np.unravel_index(lit.argmax(), lit.shape)
+        assert 8 * (8 * row // 190) + 8 * column // 190 == place
+        return lay_out(panels, size, title)
+
+    monkeypatch.setattr(figure, "_lay_out_panels", note)
+    plot_attention(caption, tmp_path / "figure.png", *given)
+    assert texts == ["", "dog", f"dog\n{name}"]
 
 
 @pytest.mark.parametrize("epochs", [1, 9])

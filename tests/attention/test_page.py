@@ -58,8 +58,9 @@ def look_at(*places):
 def make_caption(words, log_probs=None, path="dog.png", **rest):
     places = [(i % 8, 2 * i % 8) for i in range(len(words))]
     log_probs = np.log(np.linspace(0.9, 0.2, len(words) + 1)) if log_probs is None else log_probs
-    attention_weights = look_at(*places) if words else np.zeros((0, 64))
-    return GeneratedCaption(pathlib.Path(path), str(path), words, log_probs, attention_weights, **rest)
+    maps = [look_at(*seen) if words else np.zeros((0, 64)) for seen in (places, [place[::-1] for place in places])]
+    rest = {"evidence": maps[1], **rest}
+    return GeneratedCaption(pathlib.Path(path), str(path), words, log_probs, maps[0], **rest)
 
 
 def make_image(path, words=DOG, **rest):
@@ -156,11 +157,12 @@ def test_words_carry_attention_and_probability(tmp_path, photograph):
         f"{word}: probability {probability}" for word, probability in zip(DOG, probabilities, strict=True)
     ]
     assert all(word["title"] == word["aria-label"] for word in words)
-    for word, weights in zip(words, caption.attention_weights, strict=True):
-        levels = np.frombuffer(base64.b64decode(word["data-weights"]), np.uint8)
-        least, most = caption.attention_weights.min(), caption.attention_weights.max()  # of the whole caption
-        np.testing.assert_allclose(levels / 255, np.sqrt((weights - least) / (most - least)), atol=0.003)
-        assert float(word["data-peak"]) == pytest.approx(64 * weights.max(), abs=0.05)
+    for name, maps in (("weights", caption.attention_weights), ("evidence", caption.evidence)):
+        least, most = maps.min(), maps.max()  # of the whole caption
+        for word, weights in zip(words, maps, strict=True):
+            levels = np.frombuffer(base64.b64decode(word[f"data-{name}"]), np.uint8)
+            np.testing.assert_allclose(levels / 255, np.sqrt((weights - least) / (most - least)), atol=0.003)
+            assert float(word[f"data-{name}-peak"]) == pytest.approx(64 * weights.max(), abs=0.05)
     assert page.all("img")[0]["alt"] == "a dog catches a frisbee"
 
 
@@ -186,7 +188,8 @@ def test_odd_numbers_do_no_harm(tmp_path, photograph, log_probs):
     boxes = {0: [[np.nan, 0, 1, 1]], 1: [[-50, 0, 1000, 60]]}
     page = Page(write_pages(tmp_path, "Dogs", [PageImage("dog", photograph, [PageCaption(caption, boxes=boxes)])])[0])
     words = page.all("button", **{"class": "word"})
-    assert [word.get("data-peak") for word in words] == [None, None, None, "1.0", "64.0"]
+    assert [word.get("data-weights-peak") for word in words] == [None, None, None, "1.0", "64.0"]
+    assert not any("data-evidence" in word for word in words)  # it is not known
     assert "data-boxes" not in words[0]
     assert json.loads(words[1]["data-boxes"]) == [[0, 0, 1, 0.25]]
 
@@ -316,6 +319,7 @@ def chromium(tmp_path_factory):
 def browser(chromium):
     """A browser of 1200x1400 pixels that is light, has asked for nothing special, and must not complain."""
     chromium.get("about:blank")
+    chromium.execute_cdp_cmd("Storage.clearDataForStorageKey", {"storageKey": "file:///", "storageTypes": "all"})
     chromium.get_log("browser")
     emulate(chromium)
     yield chromium
@@ -324,7 +328,7 @@ def browser(chromium):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Two pages; on the first a landscape with two captions and boxes, and a portrait with one."""
+    """Two pages; on the first a landscape with two captions and boxes, and a portrait with one of unknown evidence."""
     folder = tmp_path_factory.mktemp("page")
     wide = write_photograph(folder / "wide.png")
     high = write_photograph(folder / "high.png", (150, 200))
@@ -334,7 +338,8 @@ def page(tmp_path_factory):
     captions = [PageCaption(greedy, "greedy", "CIDEr 0.83", boxes), PageCaption(beams, "3 beams")]
     first = PageImage("wide.png", wide, captions)
     scores = [["", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"], ["greedy", 59.7, 16.3, 18.6, 43.8, 0.432]]
-    return write_pages(folder, "Dogs", [first, make_image(high), make_image(wide)], [scores], page_size=2)[0]
+    second = PageImage("high.png", high, [PageCaption(make_caption(DOG, evidence=None))])
+    return write_pages(folder, "Dogs", [first, second, make_image(wide)], [scores], page_size=2)[0]
 
 
 def emulate(browser, width=1200, height=1400, **features):
@@ -391,7 +396,10 @@ def pixels(frame):
 
 
 def light_of(weights, size):
-    """What a page shows for a word of the dog's caption: light from the caption's least weight to its largest."""
+    """What a page shows for a word of the dog's caption: light from the caption's least weight to its largest.
+
+    The evidence there has the same least and largest value.
+    """
     maps = make_caption(DOG).attention_weights
     return upsample(np.sqrt((weights - maps.min()) / np.ptp(maps)), size)
 
@@ -571,8 +579,7 @@ def test_slider_and_heat_map(browser, page):
     press(browser, "END")
     assert_lit(browser, frame, bare, weights, darkness=1)
 
-    find(browser, "fieldset label", 1).click()
-    settle(browser)
+    choose(browser, "heat")
     overlay = overlay_of(browser)
     light = light_of(weights, (240, 180))
     np.testing.assert_allclose(overlay[..., 3], 255 * 0.75, atol=1)
@@ -583,9 +590,111 @@ def test_slider_and_heat_map(browser, page):
     light = light_on(frame, weights)[..., 0]
     assert heated[light > 0.9].mean() > heated[(light > 0.4) & (light < 0.6)].mean() > heated[light < 0.1].mean()
     assert find(browser, ".scale").is_displayed()
-    find(browser, "fieldset label").click()
-    settle(browser)
+    choose(browser, "light")
     assert_lit(browser, frame, bare, weights, darkness=1)
+
+
+def choose(browser, value):
+    """Click a choice of the bar."""
+    find(browser, f"label:has([value={value}])").click()
+    settle(browser)
+
+
+def chosen_map(browser):
+    return [found.get_attribute("value") for found in browser.find_elements("css selector", "[name=map]:checked")]
+
+
+@pytest.mark.slow
+def test_attention_and_evidence_are_switched_and_the_choice_is_remembered(browser, page):
+    open_page(browser, page)
+    frame, caption = find(browser, ".frame"), make_caption(DOG)
+    bare = pixels(frame)
+    assert chosen_map(browser) == ["weights"]
+    find(browser, ".word", 3).click()
+    settle(browser)
+    assert_lit(browser, frame, bare, caption.attention_weights[3])
+    choose(browser, "evidence")
+    assert active_words(browser) == [DOG[3]]  # the word stays, its map is another
+    assert_lit(browser, frame, bare, caption.evidence[3])
+    peak = 64 * caption.evidence[3].max()
+    assert find(browser, ".status").text == f"a: probability 0.05, peak {peak:.1f}×"
+    find(browser, ".play").click()  # a caption that is played shows it too
+    find(browser, ".play").click()
+    settle(browser)
+    assert_lit(browser, frame, bare, caption.evidence[0])
+    for other in (page, page.with_name("index_2.html")):
+        open_page(browser, other)
+        assert chosen_map(browser) == ["evidence"]
+    open_page(browser, page)
+    find(browser, ".word", 2).click()
+    settle(browser)
+    assert_lit(browser, find(browser, ".frame"), bare, caption.evidence[2])
+    choose(browser, "weights")
+    open_page(browser, page)
+    assert chosen_map(browser) == ["weights"]
+
+
+@pytest.mark.slow
+def test_a_caption_of_unknown_evidence_says_so(browser, page):
+    open_page(browser, page)
+    find(browser, "article:nth-of-type(2) .word", 2).click()
+    settle(browser)
+    status = find(browser, ".status", 1)
+    assert status.text.startswith("catches: ") and status.text.endswith("×")
+    choose(browser, "evidence")
+    assert not overlay_of(browser)[..., 3].any()  # the bare image
+    assert status.text.endswith(", no evidence was kept")
+
+
+@pytest.mark.slow
+def test_the_map_is_switched_by_keys(browser, page):
+    open_page(browser, page)
+    frame, caption = find(browser, ".frame"), make_caption(DOG)
+    bare = pixels(frame)
+    find(browser, ".word", 3).click()
+    browser.execute_script("arguments[0].focus()", find(browser, "[name=map]"))
+    press(browser, "ARROW_RIGHT")
+    assert chosen_map(browser) == ["evidence"]
+    assert_lit(browser, frame, bare, caption.evidence[3])
+    outline = "return getComputedStyle(document.activeElement.nextElementSibling).outlineStyle"
+    assert browser.execute_script(outline) == "solid"
+    press(browser, "TAB")  # one stop for each group
+    assert browser.execute_script("return document.activeElement.name") == "show"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["evidence", "heat"])
+def test_a_click_in_the_bar_leaves_the_image_where_it_is(browser, page, value):
+    emulate(browser, height=600)
+    open_page(browser, page)
+    script = f"""
+        document.querySelector("article:nth-of-type(2) .play").scrollIntoView({{block: "start"}});
+        const {{x, y, width, height}} = document.querySelector("label:has([value={value}])").getBoundingClientRect();
+        return [x + width / 2, y + height / 2]"""
+    x, y = browser.execute_script(script)
+    top = "return document.querySelector('article:nth-of-type(2) .frame').getBoundingClientRect().top"
+    before = browser.execute_script(top)
+    for kind in ("mousePressed", "mouseReleased"):  # as Selenium's own click scrolls first
+        event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+    settle(browser)
+    assert find(browser, f"[value={value}]").is_selected()
+    assert browser.execute_script(top) == pytest.approx(before, abs=1)
+    assert browser.execute_script("return scrollY") > 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["refused", "nonsense"])
+def test_a_browser_that_keeps_nothing_shows_attention(browser, page, kept):
+    broken = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
+    script = broken if kept == "refused" else "localStorage.setItem('attention page: map', 'nonsense')"
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    open_page(browser, page)
+    assert chosen_map(browser) == ["weights"]
+    find(browser, ".word", 3).click()
+    choose(browser, "evidence")
+    assert chosen_map(browser) == ["evidence"] and active_words(browser) == [DOG[3]]
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
 @pytest.mark.slow
@@ -613,10 +722,14 @@ def test_screen_readers_get_the_caption(browser, page):
     assert find(browser, ".play").accessible_name == "Play (greedy)"
     assert find(browser, "article").accessible_name.startswith("wide.png")
     assert find(browser, "#darkness").accessible_name == "Darkness"
-    assert [name.accessible_name for name in browser.find_elements("css selector", "fieldset input")] == [
-        "Light",
-        "Heat map",
+    choices = browser.find_elements("css selector", "fieldset input")
+    assert [name.accessible_name for name in choices] == ["Attention", "Evidence", "Light", "Heat map"]
+    assert [group.accessible_name for group in browser.find_elements("css selector", "fieldset")] == [
+        "Map",
+        "The map is shown as",
     ]
+    about = [find(browser, f"#{name.get_attribute('aria-describedby')}").text for name in choices[:2]]
+    assert about[0].startswith("The weights by which") and about[1].startswith("Attention, times")
     assert "A dog jumps." in find(browser, ".references").text
 
 
@@ -635,7 +748,8 @@ function ground(element) {
   const seeThrough = backgroundColor === "rgba(0, 0, 0, 0)" && element.parentElement;
   return seeThrough ? ground(element.parentElement) : backgroundColor;
 }
-return [...document.querySelectorAll("h1, h2, p, th, td, .word, .note, .references li, nav a, nav span, label span")]
+const texts = "h1, h2, p, dt, dd, th, td, .word, .note, .references li, nav a, nav span, label span";
+return [...document.querySelectorAll(texts)]
   .map((element) => [luminance(getComputedStyle(element).color), luminance(ground(element))].sort((a, b) => b - a))
   .map(([light, dark]) => (light + 0.05) / (dark + 0.05));
 """
@@ -667,7 +781,7 @@ def test_a_phone_needs_no_sideways_scroll(browser, tmp_path, photograph):
         open_page(browser, path)
         browser.execute_script("document.querySelectorAll('.word')[8].focus()")
         assert browser.execute_script("return document.documentElement.scrollWidth") == 360
-        find(browser, "fieldset label", 1).click()
+        find(browser, "label:has([value=heat])").click()
         assert browser.execute_script("return document.documentElement.scrollWidth") == 360
 
 

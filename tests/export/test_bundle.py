@@ -159,7 +159,7 @@ def bundle_format(exported):
     return json.loads((exported[1] / "captioner.json").read_text())["format"]
 
 
-def test_the_evidence_is_that_of_the_figures(exported, images):
+def test_the_maps_are_those_of_the_figures(exported, images):
     captioner, _, runner = exported
     encode, explain = (runner.load_model(name, bundle_format(exported)) for name in ("encoder", "evidence"))
     pixels = load_image(images[0])[None]
@@ -169,9 +169,22 @@ def test_the_evidence_is_that_of_the_figures(exported, images):
     )
     encoded = encode(pixels=pixels)
     np.testing.assert_allclose(encoded["feature_norms"], norms, rtol=1e-4)
-    found = runner.find_evidence(encoded, explain, words)  # (L, P)
-    np.testing.assert_allclose(found, evidence[0, :5], atol=1e-4)
-    assert np.abs(found - weights[0, :5]).max() > 0.01
+    found = runner.find_maps(encoded, explain, words)  # (L, P) each
+    np.testing.assert_allclose(found["weights"], weights[0, :5], atol=1e-4)
+    np.testing.assert_allclose(found["evidence"], evidence[0, :5], atol=1e-4)
+    assert np.abs(found["evidence"] - found["weights"]).max() > 0.01
+
+
+def test_the_figure_draws_attention_weights_unless_evidence_is_wanted(exported, images, tmp_path, monkeypatch):
+    _, _, runner = exported
+    drawn = []
+    monkeypatch.setattr(
+        runner, "draw_attention", lambda path, words, maps: drawn.append(maps) or Image.new("1", (1, 1))
+    )
+    monkeypatch.setattr(runner, "find_maps", lambda *_: {"weights": "the weights", "evidence": "the evidence"})
+    for more in ([], ["--attention_map", "evidence"], ["--attention_map", "weights"]):
+        assert runner.main([str(images[0]), "--figure", str(tmp_path / "a.png"), *more]) == 0
+    assert drawn == ["the weights", "the evidence", "the weights"]
 
 
 def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exported, images, tmp_path):

@@ -117,15 +117,16 @@ def test_captions_figures_a_table_and_a_page_are_written_and_the_last_line_names
 
 
 @pytest.mark.parametrize("attention", ["drawn", "all"])
-@pytest.mark.parametrize("kind", ["evidence", "weights"])
-def test_attention_is_kept_of_what_is_drawn_or_of_all(tiny, images, tmp_path, attention, kind):
-    caption(tiny, images, tmp_path / "out", attention=attention, attention_map=kind)
+def test_attention_is_kept_of_what_is_drawn_or_of_all(tiny, images, tmp_path, attention):
+    caption(tiny, images, tmp_path / "out", attention=attention)
     for number, record in enumerate(records(tmp_path / "out")):
         kept = number < 2 or attention == "all"
         assert ("attention_weights" in record) == ("words" in record) == ("log_probs" in record) == kept
-        assert ("evidence" in record) == (kept and kind == "evidence")
+        assert ("evidence" in record) == kept
+        assert record.get("figure_map") == ("weights" if number < 2 else None)
         if kept:
             assert np.shape(record["attention_weights"]) == (len(record["words"]), 64)
+            assert np.shape(record["evidence"]) == (len(record["words"]), 64)
             assert record["caption"] == " ".join(record["words"])
             assert record["log_probability"] == pytest.approx(sum(record["log_probs"]), abs=1e-3)
         else:
@@ -224,7 +225,39 @@ def test_what_makes_a_caption_old(tiny, images, tmp_path, change, again):
     assert figures(output) == "ab"
 
 
-@pytest.mark.parametrize("settings", [{"length_penalty": 0.5}, {"attention_map": "weights"}, {"identity": "another"}])
+def test_another_map_draws_the_figures_anew_and_nothing_else(tiny, images, tmp_path):
+    output = tmp_path / "out"
+    caption(tiny, images, output)
+    said, before = captions(output), {path: path.read_bytes() for path in output.glob("*.png")}
+    assert caption(tiny, images, output, attention_map="evidence") == "ab"
+    assert captions(output) == said
+    assert set(before) == set(output.glob("*.png")) and all(path.read_bytes() != before[path] for path in before)
+    assert caption(tiny, images, output, attention_map="evidence") == ""
+    assert caption(tiny, images, output) == "ab"
+    assert before == {path: path.read_bytes() for path in output.glob("*.png")}
+
+
+@pytest.mark.parametrize("kept", ["evidence", "weights"])
+def test_captions_of_before_both_maps_were_kept_are_gone_on_with(tiny, images, tmp_path, kept):
+    """Then made_by.json said what figures draw, not each line, and evidence was kept only where it was drawn."""
+    output, path = tmp_path / "out", tmp_path / "out" / "captions.jsonl"
+    caption(tiny, images[:5], output)
+    expected = {path: path.read_bytes() for path in output.glob("*.png")}
+    left_out = {"figure_map"} | ({"evidence"} if kept == "weights" else set())
+    lines = [{name: value for name, value in record.items() if name not in left_out} for record in records(output)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    maker = json.loads((output / "made_by.json").read_text())
+    (output / "made_by.json").write_text(json.dumps({**maker, "attention_map": kept}))
+    assert caption(tiny, images[5:], output) == "fg"  # other images: the old ones are shown as they are
+    assert headings(output / "index.html") == ["f.png", "g.png", "a.png", "b.png"]
+    page = (output / "index.html").read_text().rpartition("a.png</bdi>")[2]
+    assert "data-weights=" in page and ("data-evidence=" in page) == (kept == "evidence")
+    assert caption(tiny, images[:5], output) == "ab"  # the same images: their figures are drawn anew
+    assert "".join(sorted(captions(output))) == "abcdefg"
+    assert expected.items() <= {path: path.read_bytes() for path in output.glob("*.png")}.items()
+
+
+@pytest.mark.parametrize("settings", [{"length_penalty": 0.5}, {"identity": "another"}])
 def test_another_checkpoint_or_other_settings_are_one_line_and_cost_nothing(tiny, images, tmp_path, settings):
     output = tmp_path / "out"
     caption(tiny, images, output)
@@ -340,7 +373,7 @@ def test_more_figures_than_before_are_drawn(tiny, images, tmp_path):
 def test_a_figure_that_cannot_be_drawn_is_a_named_warning_and_the_rest_goes_on(
     tiny, images, tmp_path, monkeypatch, capsys
 ):
-    def plot(prediction, path):
+    def plot(prediction, path, attention_map):
         if prediction.path.stem == "a":
             raise RuntimeError("of a kind\nthat nobody thought of")
         path.touch()

@@ -1,29 +1,18 @@
 
 "use strict";
 
-const WORDS_PER_SECOND = 2.5; // while a caption is played: reading pace
-const CALM_WORDS_PER_SECOND = 1; // for readers who asked their system for less motion
+// Light on an image: from a map of attention to a canvas. It knows nothing of the page but the frame it is given.
+
 const FADE = 180; // milliseconds from one word's light to the next
 const OVERLAY_SIDE = 240; // pixels of an overlay's longer side; the browser scales it to the image
 const HEAT_OPACITY = 0.75; // of the heat map at the slider's end: the image stays visible below it
+const lessMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
 // matplotlib's "inferno" at 0, 1/8, ..., 1. It is perceptually ordered: more attention is always brighter.
 const INFERNO = [
   [0, 0, 4], [31, 12, 72], [87, 16, 110], [138, 34, 106], [188, 55, 84], [227, 89, 51], [249, 142, 9], [249, 203, 53],
   [252, 255, 164],
 ];
-
-const form = document.querySelector(".controls");
-const darkness = document.getElementById("darkness");
-const lessMotion = matchMedia("(prefers-reduced-motion: reduce)");
-const overlays = new WeakMap(); // frame element -> Overlay
-
-let hovered = null; // the word below the mouse
-let selected = null; // the word that was clicked, touched, reached with a key, or is played
-let shown = null; // the word whose light is on the image
-let playing = null; // {button, words, next, timer} while a caption is played
-
-// The mathematics of an attention map
 
 // The weights of Pillow's bicubic filter (a = -0.5) from 8 cells to `size` pixels. The edge cells go on outside.
 function bicubicTaps(size, cells) {
@@ -64,10 +53,6 @@ function upsample(weights, width, height) {
   return light;
 }
 
-function readWeights(word) {
-  return Uint8Array.from(atob(word.dataset.weights), (character) => character.charCodeAt(0));
-}
-
 // 256 colours from the few of INFERNO
 const heatColours = Array.from({ length: 256 }, (_, level) => {
   const place = (level / 255) * (INFERNO.length - 1);
@@ -75,18 +60,14 @@ const heatColours = Array.from({ length: 256 }, (_, level) => {
   return INFERNO[below].map((colour, i) => colour + (place - below) * (INFERNO[below + 1][i] - colour));
 });
 
-// The light on an image
-
-function showsHeat() {
-  return form.elements.show.value === "heat";
-}
-
-// A canvas over one image. It fades from what it shows to what it is to show.
+// A canvas over the image of a frame. It fades from what it shows to what it is to show.
+// `look` is a function that returns {heat: boolean, darkness: 0 to 1}.
 class Overlay {
-  constructor(frame) {
+  constructor(frame, look) {
     const [width, height] = sizeOf(frame.querySelector("img"));
     const scale = OVERLAY_SIDE / Math.max(width, height);
     this.frame = frame;
+    this.look = look;
     this.canvas = document.createElement("canvas");
     this.canvas.width = Math.max(Math.round(width * scale), 8);
     this.canvas.height = Math.max(Math.round(height * scale), 8);
@@ -98,12 +79,12 @@ class Overlay {
     frame.append(this.canvas);
   }
 
-  show(word) {
-    const light = word ? upsample(readWeights(word), this.canvas.width, this.canvas.height) : this.now.light;
-    const goal = { light, strength: word ? 1 : 0 };
-    this.frame.classList.toggle("heat", Boolean(word) && showsHeat());
-    this.drawBoxes(word);
-    this.fadeTo(goal);
+  // weights: a map's 64 numbers, 0 to 255, or null for the bare image. boxes: [x, y, width, height] in shares of it.
+  show(weights, boxes = []) {
+    const light = weights ? upsample(weights, this.canvas.width, this.canvas.height) : this.now.light;
+    this.frame.classList.toggle("heat", Boolean(weights) && this.look().heat);
+    this.drawBoxes(boxes);
+    this.fadeTo({ light, strength: weights ? 1 : 0 });
   }
 
   fadeTo(goal) {
@@ -122,8 +103,8 @@ class Overlay {
   draw() {
     const { data } = this.pixels;
     const { light, strength } = this.now;
-    const opacity = 255 * strength * (darkness.value / 100);
-    const heat = showsHeat();
+    const { heat, darkness } = this.look();
+    const opacity = 255 * strength * darkness;
     for (let i = 0; light && i < light.length; i++) {
       if (heat) {
         const colour = heatColours[Math.round(light[i] * 255)];
@@ -137,9 +118,9 @@ class Overlay {
     this.context.putImageData(this.pixels, 0, 0);
   }
 
-  drawBoxes(word) {
+  drawBoxes(boxes) {
     this.frame.querySelectorAll(".box").forEach((box) => box.remove());
-    for (const box of JSON.parse(word?.dataset.boxes ?? "[]")) {
+    for (const box of boxes) {
       const outline = document.createElement("div");
       outline.className = "box";
       ["left", "top", "width", "height"].forEach((side, i) => (outline.style[side] = `${100 * box[i]}%`));
@@ -159,11 +140,46 @@ function sizeOf(image) {
   return [image.getAttribute("width"), image.getAttribute("height")]; // of the file; image.width is that on the screen
 }
 
+// The page
+
+const WORDS_PER_SECOND = 2.5; // while a caption is played: reading pace
+const CALM_WORDS_PER_SECOND = 1; // for readers who asked their system for less motion
+
+const form = document.querySelector(".controls");
+const darkness = document.getElementById("darkness");
+const overlays = new WeakMap(); // frame element -> Overlay
+
+let hovered = null; // the word below the mouse
+let selected = null; // the word that was clicked, touched, reached with a key, or is played
+let shown = null; // the word whose light is on the image
+let playing = null; // {button, words, next, timer} while a caption is played
+
 function overlayOf(word) {
   const frame = word.closest("article").querySelector(".frame");
   if (!frame.querySelector("img")) return null; // the image could not be read
-  if (!overlays.has(frame)) overlays.set(frame, new Overlay(frame));
+  if (!overlays.has(frame)) overlays.set(frame, new Overlay(frame, look));
   return overlays.get(frame);
+}
+
+function look() {
+  return { heat: form.elements.show.value === "heat", darkness: darkness.value / 100 };
+}
+
+function chosenMap() {
+  return form.elements.map.value;
+}
+
+// The 64 numbers of a word's map, or null where this map is not known.
+function readMap(word) {
+  const text = word.dataset[chosenMap()];
+  return text ? Uint8Array.from(atob(text), (character) => character.charCodeAt(0)) : null;
+}
+
+function light(word) {
+  overlayOf(word)?.show(readMap(word), JSON.parse(word.dataset.boxes ?? "[]"));
+  const peak = word.dataset[`${chosenMap()}Peak`];
+  const more = peak ? `, peak ${peak}×` : readMap(word) ? "" : ", no evidence was kept";
+  statusOf(word).textContent = word.title + more;
 }
 
 // Show the word that is pointed at, or else the one that was chosen.
@@ -179,9 +195,7 @@ function refresh() {
   }
   if (word) {
     word.classList.add("active");
-    const peak = word.dataset.peak ? `, peak ${word.dataset.peak}×` : "";
-    statusOf(word).textContent = word.title + peak;
-    overlayOf(word)?.show(word);
+    light(word);
   }
 }
 
@@ -301,14 +315,39 @@ document.addEventListener("keydown", (event) => {
 
 form.addEventListener("submit", (event) => event.preventDefault());
 
-form.addEventListener("input", () => {
-  document.getElementById("darkness-name").textContent = showsHeat() ? "Strength" : "Darkness";
-  form.querySelector(".scale").hidden = !showsHeat();
-  if (!shown) return;
-  const overlay = overlayOf(shown);
-  overlay?.frame.classList.toggle("heat", showsHeat());
-  overlay?.draw();
+form.addEventListener("input", (event) => {
+  const { heat } = look();
+  document.getElementById("darkness-name").textContent = heat ? "Strength" : "Darkness";
+  form.querySelector(".scale").hidden = !heat;
+  if (event.target.name === "map") {
+    remember(chosenMap());
+    if (shown) light(shown);
+  } else if (shown) {
+    const overlay = overlayOf(shown);
+    overlay?.frame.classList.toggle("heat", heat && Boolean(readMap(shown)));
+    overlay?.draw();
+  }
 });
+
+// The choice of the map outlives the page, where the browser lets a file keep something.
+
+const CHOICE = "attention page: map";
+
+function remember(map) {
+  try {
+    localStorage.setItem(CHOICE, map);
+  } catch {
+    // the page then opens with attention weights, as it did the first time
+  }
+}
+
+function recall() {
+  try {
+    return localStorage.getItem(CHOICE);
+  } catch {
+    return null;
+  }
+}
 
 // The page as it starts
 
@@ -331,5 +370,6 @@ for (const words of document.querySelectorAll('[role="toolbar"]')) {
 const pages = document.querySelector("nav");
 if (pages) document.querySelector("header").append(pages.cloneNode(true)); // at the top, too
 drawScale();
+if (recall() === "evidence") form.elements.map.value = "evidence";
 form.hidden = false;
 form.dispatchEvent(new Event("input")); // the browser may have kept an earlier choice

@@ -31,6 +31,7 @@ def main(argv):
     for name, value in settings["decoding"].items():
         parser.add_argument(f"--{name}", type=type(value), default=value, metavar=str(value))
     parser.add_argument("--figure", metavar="PNG", help="draw where the model looked, for one image")
+    parser.add_argument("--attention_map", choices=("weights", "evidence"), default="weights", help="what it draws")
     options = parser.parse_args(argv)
     with contextlib.suppress(ImportError):
         __import__("pillow_heif").register_heif_opener()
@@ -47,8 +48,8 @@ def main(argv):
             words = [vocabulary[i] for i in found if i != END]
             print(printable(f"{path}: {join_words(words, settings['characters'])}"), flush=True)
             if options.figure:
-                maps = find_evidence(encoded, load_model("evidence", settings["format"]), found[: len(words)])
-                draw_attention(path, words, maps).save(options.figure)
+                maps = find_maps(encoded, load_model("evidence", settings["format"]), found[: len(words)])
+                draw_attention(path, words, maps[options.attention_map]).save(options.figure)
         except Exception as error:  # Pillow raises errors of many classes
             print(printable(f"{path}: {type(error).__name__}: {error}"), file=sys.stderr)
             failed += 1
@@ -135,13 +136,16 @@ def find_repeats(said, length):
     return [said[start + length - 1] for start in starts if (said[start : start + length - 1] == last).all()]
 
 
-def find_evidence(encoded, explain, words):
-    """For each word the locations that made the model say it, as weights that sum to 1. -> float (L, locations)"""
-    maps = []
+def find_maps(encoded, explain, words):
+    """Attention weights and evidence, the locations that made the model say a word; each float (L, locations)."""
+    weights, evidence = [], []
     for before, said in zip((START, *words), words, strict=False):
         step = explain(words=np.int32([[before]]), said=np.int32([[said]]), **encoded)
-        encoded, maps = encoded | {"hidden": step["next_hidden"]}, [*maps, step["evidence"][0]]
-    return np.array(maps or [[0.0]])  # a caption may have no words
+        encoded = encoded | {"hidden": step["next_hidden"]}
+        weights.append(step["attention_weights"][0])
+        evidence.append(step["evidence"][0])
+    nothing = [[0.0]]  # a caption may have no words
+    return {"weights": np.array(weights or nothing), "evidence": np.array(evidence or nothing)}
 
 
 def join_words(words, characters):
