@@ -148,7 +148,7 @@ class RNN_Decoder(keras.Model):
         """Predict each word from the true words before it. Only attention and GRU go word by word.
 
         Args:
-          captions: int (B, T), <start>, words, <end>, then <pad>. T must be known when a graph is made.
+          captions: int (B, T), <start>, words, <end>, then <pad>
           encoded_features: float (B, P, D)
           dropout_seed: int (2,), or None for no dropout.
 
@@ -158,16 +158,18 @@ class RNN_Decoder(keras.Model):
         """
         words = tf.transpose(captions)  # (T, B)
         embedded = variational_dropout(self.embedding(words[:-1]), self.dropout, dropout_seed, layer=0)  # (T-1, B, E)
+        word_gates = self.word_gates(embedded)  # (T-1, B, 3U)
         keys = self.attention.key_layer(encoded_features)  # (B, P, U)
-        hidden = self.initial_hidden(encoded_features)  # (B, U)
-        all_hidden, all_weights = [], []
-        for word_gates in tf.unstack(self.word_gates(embedded)):  # (B, 3U)
-            hidden, attention_weights = self.step(word_gates, hidden, encoded_features, keys)
-            all_hidden.append(hidden)
-            all_weights.append(attention_weights[:, :, 0])  # (B, P)
-        all_hidden = variational_dropout(tf.stack(all_hidden), self.dropout, dropout_seed, layer=1)  # (T-1, B, U)
+
+        def one_word(before, word_gates):
+            hidden, attention_weights = self.step(word_gates, before[0], encoded_features, keys)
+            return hidden, attention_weights[:, :, 0]  # (B, U), (B, P)
+
+        before = self.initial_hidden(encoded_features), tf.zeros(tf.shape(encoded_features)[:2])  # (B, U), (B, P)
+        all_hidden, all_weights = tf.scan(one_word, word_gates, before)  # (T-1, B, U), (T-1, B, P)
+        all_hidden = variational_dropout(all_hidden, self.dropout, dropout_seed, layer=1)  # (T-1, B, U)
         logits = self.output_layer(tf.boolean_mask(all_hidden, words[1:] != PAD))  # (N, V)
-        return logits, tf.stack(all_weights, axis=1)  # (N, V), (B, T-1, P)
+        return logits, tf.transpose(all_weights, (1, 0, 2))  # (N, V), (B, T-1, P)
 
 
 def build_captioner(config, vocab_size, feature_mean, feature_std=1.0, precision="float32"):

@@ -31,6 +31,7 @@ from support import devices, distribution
 from support.command_line import parse_command_line
 from support.errors import UserError
 from support.files import locked, remove_leftovers
+from support.forecast import Forecast
 from support.process import interrupts_held_back, run_script
 
 
@@ -151,22 +152,25 @@ def train_epochs(state, train, validation, samples, stop_if_asked, config):
     progress = state.progress
     if progress.cross_entropy_epochs >= 0:
         return  # the self-critical epochs have begun
+    left = config.epochs - progress.epoch
+    forecast = Forecast("training", left * len(train.lengths) - progress.captions_done, "captions")
     for epoch in range(progress.epoch, config.epochs):
         if epoch - progress.best_epoch >= config.patience:
             print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
             break
-        row = train_epoch(state, train, epoch, config, stop_if_asked)
+        row = train_epoch(state, train, epoch, config, stop_if_asked, forecast)
         row = dataclasses.replace(row, validation_loss=validate(state, validation, config, stop_if_asked))
         save_and_show(state, row, samples, config)
 
 
-def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):
+def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None, forecast=None):
     """Train one pass over the captions, or what is left of it where the epoch was stopped.
 
     Args:
       captions: CaptionSet
       epoch: int, epochs finished before.
       stop_if_asked: function called before each batch, as interrupts_held_back gives.
+      forecast: Forecast of all epochs, which is told of each batch.
 
     Returns:
       EpochRow, not yet validated
@@ -193,6 +197,8 @@ def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):
             before = now
             bar.set_postfix(loss=f"{progress.nats / progress.words:.3f}", refresh=False)
             bar.update(done)
+            if forecast and distribution.is_chief():
+                forecast.add(done)
 
             if now - saved > 60 * config.checkpoint_minutes:
                 saving.save_last(state, config.run_dir)
@@ -201,11 +207,9 @@ def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None):
     return EpochRow(epoch + 1, train_loss=progress.nats / progress.words, captions_per_second=rate)
 
 
-@tf.function
+@tf.function(reduce_retracing=True)  # one graph for captions of all lengths
 def train_step(state, features, captions, config):
     """One optimizer step on a batch. Returns the loss, float (), without the attention term.
-
-    TensorFlow makes a graph of it for each T, see `caption_batches`.
 
     Args:
       features: float (B, P, F)
@@ -251,7 +255,7 @@ def validate(state, captions, config, stop_if_asked=lambda: None):
     return loss
 
 
-@tf.function
+@tf.function(reduce_retracing=True)
 def validation_step(state, features, captions):
     return distribution.run_replicas(validate_replica, state, features, captions)
 

@@ -17,6 +17,7 @@ from captioning.features.inception import extraction_graphs, feature_network, ne
 from captioning.features.manifest import merge_journals, open_journal
 from support.devices import usable_cores
 from support.file_states import cancelling_pool, read_state
+from support.forecast import Forecast
 
 _EXTRACT_WORKERS = 3  # batches at work at a time on a CPU. A thread each reads a batch and then computes it.
 _CALIBRATION_IMAGES = 64  # training images that random weights get their batch-norm statistics from
@@ -53,6 +54,7 @@ def cache_features(images, calibration, config, shared=False):
         return load_image(path)
 
     network = feature_network(config, statistics, calibration)
+    forecast = Forecast("the features", len(targets), "images")
     with open_journal(folder, network_identity(config, statistics)) as journal:
         with (
             extraction_graphs(config.extract_precision),
@@ -67,6 +69,7 @@ def cache_features(images, calibration, config, shared=False):
                     bar.write(reason)
                     skipped[names[path]] = reason
                 bar.update(len(paths) + len(failed))
+                forecast.add(len(paths) + len(failed))
     if not shared:
         merge_journals(folder)
     return skipped

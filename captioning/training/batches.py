@@ -13,7 +13,6 @@ from support.devices import usable_cores
 from support.distribution import share_batches, sum_replicas
 
 _READ_AHEAD = 1_000_000_000  # bytes of features, at the most, that are read before they are needed
-_LENGTH_STEP = 4  # words: a batch's T is a multiple of this
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,8 +69,8 @@ def bucket_by_length(lengths, batch_size, rng):
 def caption_batches(captions, order, config):
     """A tf.data pipeline of (features (B, P, F), captions (B, T)), each batch padded to its longest caption.
 
-    A graph is made for each size of a batch, so there must be few. T is a multiple of 4, and the last batch
-    is filled up with empty captions. Of several processes each reads its share of every batch.
+    The last batch is filled up with empty captions, as a graph is made for each size of a batch. Of several processes
+    each reads its share of every batch.
 
     Args:
       captions: CaptionSet
@@ -84,7 +83,7 @@ def caption_batches(captions, order, config):
         return features, words
 
     positions = share_batches(order, config.batch_size) % len(captions.feature_paths)  # -1 is the last, the empty one
-    longest = _padded_length(np.maximum.reduceat(captions.lengths[order], batch_starts(len(order), config.batch_size)))
+    longest = np.maximum.reduceat(captions.lengths[order], batch_starts(len(order), config.batch_size))
     return parallel_map(
         read, (positions, longest), _parallel_batches(config.batch_size, config.feature_dtype)
     ).prefetch(2)
@@ -127,11 +126,6 @@ def batch_starts(count, batch_size):
 def _count_tokens(captions, order, batch_size):
     """The words to predict in each batch, with <end>. Returns float (number of batches,)."""
     return np.add.reduceat(captions.lengths[order] - 1.0, batch_starts(len(order), batch_size))
-
-
-def _padded_length(length):
-    """The T of a batch whose longest caption has this length: the next multiple of _LENGTH_STEP."""
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def counted_batches(captions, order, config):

@@ -30,8 +30,7 @@ def sample_captions(state, features, positions, config):
     """
     step = _sample_step.get_concrete_function(state, tf.TensorSpec((None, *features.shape[1:]), features.dtype), config)
     parts = [part.numpy() for part in step(state, features, config)]
-    # Always of one length: each length would need a graph of its own, and workers could differ in it.
-    longest = 1 + longest_sample(config.max_words)  # T
+    longest = max(part.shape[1] for part in parts)  # T
     captions = np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])  # (R b S, T)
     absent = np.tile(positions.reshape(len(parts), 1, -1) < 0, (1, config.samples_per_image, 1))  # (R, S, b)
     return np.where(absent.reshape(-1, 1), PAD, captions)

@@ -30,7 +30,8 @@ from captioning.training.saving import restore_best, return_to_best, save_last
 from captioning.training.state import SELF_CRITICAL, EpochRow
 from captioning.vocabulary import PAD, UNK
 from model import attention_loss
-from support.distribution import local_replica_ids, replica_rows, run_replicas, sum_processes, value_of_chief
+from support.distribution import is_chief, local_replica_ids, replica_rows, run_replicas, sum_processes, value_of_chief
+from support.forecast import Forecast
 
 _COLLAPSE = 0.8  # below this share of the best validation CIDEr, training has collapsed
 
@@ -76,8 +77,11 @@ def train_epochs(state, prepared, measure_loss, samples, stop_if_asked, config):
     measure_cider = lambda: _validation_cider(state, shown, prepared.vocabulary, config, stop_if_asked)  # noqa: E731
     if progress.cross_entropy_epochs < 0:
         _begin(state, measure_cider, config.run_dir)
-    for epoch in range(progress.epoch, progress.cross_entropy_epochs + config.self_critical_epochs):
-        row = _train_epoch(state, images, epoch, config, stop_if_asked)
+    last = progress.cross_entropy_epochs + config.self_critical_epochs
+    captions = len(images.captions) * config.samples_per_image  # of an epoch
+    forecast = Forecast("training", (last - progress.epoch) * captions - progress.captions_done, "captions")
+    for epoch in range(progress.epoch, last):
+        row = _train_epoch(state, images, epoch, config, stop_if_asked, forecast)
         loss, cider = measure_loss(), value_of_chief(measure_cider)
         print(f"validation CIDEr {cider:.3f}, of the sampled captions {row.sampled_cider:.3f}")
         if cider < _COLLAPSE * progress.best_cider:
@@ -97,13 +101,14 @@ def _begin(state, measure_cider, run_dir):
     )
 
 
-def _train_epoch(state, images, epoch, config, stop_if_asked=lambda: None):
+def _train_epoch(state, images, epoch, config, stop_if_asked=lambda: None, forecast=None):
     """One pass over the images, or what is left of it: sample captions, compare them, and learn from that.
 
     Args:
       images: ImageSet
       epoch: int, epochs finished before.
       stop_if_asked: function called before each batch, as interrupts_held_back gives.
+      forecast: Forecast of all epochs, which is told of each batch.
 
     Returns:
       EpochRow, not yet validated
@@ -132,6 +137,8 @@ def _train_epoch(state, images, epoch, config, stop_if_asked=lambda: None):
             before = now
             bar.set_postfix(cider=f"{progress.ciders / progress.captions_done:.3f}", refresh=False)
             bar.update(done)
+            if forecast and is_chief():
+                forecast.add(done)
 
             if now - saved > 60 * config.checkpoint_minutes:
                 save_last(state, config.run_dir)
@@ -161,7 +168,7 @@ def _sample_and_learn(state, images, features, positions, epoch, config):
     return float(loss), sum_processes(ciders.sum())
 
 
-@tf.function
+@tf.function(reduce_retracing=True)  # one graph for captions of all lengths
 def _policy_step(state, features, captions, advantages, config):
     """One optimizer step. Returns the loss, float (), without the attention term.
 
@@ -243,8 +250,9 @@ def _add_references(images, positions, captions, advantages, epoch, config):
         return captions, advantages
     choices = [images.captions[position] if position >= 0 else [[]] for position in positions]
     references = [choice[epoch % len(choice)][: 1 + longest_sample(config.max_words)] for choice in choices]
-    padded = [words + [PAD] * (captions.shape[1] - len(words)) for words in references]
-    references = np.array(padded, captions.dtype)  # (R b, T)
+    longest = max(captions.shape[1], *map(len, references))  # T
+    captions = np.pad(captions, ((0, 0), (0, longest - captions.shape[1])))  # (R b S, T)
+    references = np.array([words + [PAD] * (longest - len(words)) for words in references], captions.dtype)  # (R b, T)
     weights = np.full(len(references), config.reference_weight, np.float32)  # (R b,)
     return _behind_samples(captions, references), _behind_samples(advantages, weights)
 
