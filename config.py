@@ -23,6 +23,7 @@ class Config:
     caption_column: str = ""  # dataset table: the column of the captions, where it has no usual name
     image_source: Literal["each", "zip"] = "each"  # missing images: fetch each one needed, or the 13.5 GB zip file
     download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
+    contact: str = ""  # your e-mail or web address, for servers (as Wikimedia's) that refuse whoever gives none
     demo_images: Annotated[int, (10, 1_000_000)] = 2_500  # scenes drawn for the demo
     num_examples: Annotated[int, (2, None)] | None = 30_000  # captions drawn from the data set, None for all
     val_fraction: Annotated[float, (0.0, 0.9)] = 0.2  # share of the images kept for validation, if no file names them

@@ -36,10 +36,11 @@ def main(argv):
         prepared_data.retract_prepared(config.data_dir)
         skipped = fetch_images(missing, config, total=len(images))
         readable = [image for image in missing if image.name not in skipped]
-        skipped |= extraction.cache_features(readable, extraction.calibration_paths(splits, config), config)
+        cut = []
+        skipped |= extraction.cache_features(readable, extraction.calibration_paths(splits, config), config, cut=cut)
         splits = prepared_data.leave_out(splits, skipped, config.max_words)
         measured = cache.measure_features(splits["train"], features_dir)
-        prepared_data.save_prepared(splits, skipped, *measured, cache.cached_network(features_dir), config)
+        prepared_data.save_prepared(splits, skipped, *measured, cache.cached_network(features_dir), config, len(cut))
 
 
 def read_splits(config, shard=None):
@@ -82,9 +83,11 @@ def extract_shard(number, count, config):
     check_calibration(calibration, config)
     skipped = fetch_images(missing, config, shared=True, total=len(images))
     readable = [image for image in missing if image.name not in skipped]
-    skipped |= extraction.cache_features(readable, calibration, config, shared=True)
+    cut = []
+    skipped |= extraction.cache_features(readable, calibration, config, shared=True, cut=cut)
     print(
-        f"shard {number} of {count} is done: {len(images) - len(skipped)} images cached, {len(skipped)} skipped; "
+        f"shard {number} of {count} is done: {len(images) - len(skipped)} images cached, {len(skipped)} skipped"
+        f"{prepared_data.describe_cut(len(cut))}; "
         "when all shards are done, run the same command without --shard"
     )
 

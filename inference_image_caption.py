@@ -9,6 +9,7 @@ import support.before_tensorflow  # noqa: F401, I001  must come first
 
 import collections
 import dataclasses
+import os
 import pathlib
 import sys
 
@@ -33,13 +34,16 @@ def add_options(parser):
         "--image",
         nargs="+",
         metavar="FILE_FOLDER_OR_URL",
-        help="caption these images instead of validation images; http and https addresses are fetched, and a JSON file "
-        "may list images as COCO's image_info files do",
+        help="caption these images instead of validation images; http and https addresses are fetched, @list.txt names "
+        "one in each line, and a JSON file may list images as COCO's image_info files do",
     )
     parser.add_argument("--evaluate", action="store_true", help="score the captions of the whole split")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
     parser.add_argument(
-        "--export", metavar="DIR", help="write the captioner for use without this code, and no captions"
+        "--export",
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="write the captioner for use without this code, and no captions",
     )
     parser.add_argument(
         "--format",
@@ -51,8 +55,11 @@ def add_options(parser):
         choices=("float32", "float16", "int8"),
         help=f"of a bundle (default: {', '.join(' for '.join(pair[::-1]) for pair in bundle.DEFAULT_WEIGHTS.items())})",
     )
-    parser.add_argument("--output", metavar="DIR", help="where captions and figures go (default: <run_dir>/captions)")
-    parser.add_argument("--results", metavar="FILE", help="also write the captions in COCO's results format")
+    for name, kind, text in (
+        ("--output", "DIR", "where captions and figures go (default: <run_dir>/captions)"),
+        ("--results", "FILE", "also write the captions in COCO's results format"),
+    ):
+        parser.add_argument(name, metavar=kind, type=os.path.expanduser, help=text)
     parser.add_argument(
         "--attention",
         choices=("drawn", "all"),
@@ -162,10 +169,12 @@ def caption_own(output, options, config):
     images = own_images.find_images(options.image, output, skipped)
     network = run_folder.run_network(config, keep=True)  # before anything is downloaded, as it may not be had
     captioner = run_folder.load_captioner(config)  # meanwhile the network gets ready
-    fetched = own_images.fetch_images(images, config.download_workers, skipped)
-    make_batches = lambda wanted: own_images.extract_batches(network, wanted, config, skipped)  # noqa: E731
+    fetched, cut = own_images.fetch_images(images, config.download_workers, skipped, config.contact), []
+    make_batches = lambda wanted: own_images.extract_batches(network, wanted, config, skipped, cut)  # noqa: E731
     done = caption_images.write_captions(captioner, fetched, make_batches, output, options, config, skipped)
     write_results(images, output, options.results)
+    if cut:
+        print(printable(f"{len(cut)} JPEG files lack their end and are captioned all the same, such as {cut[0]}"))
     if done < len(images):
         print(f"{len(images) - done} of {len(images)} images have no caption; the lines above say why")
         sys.exit(1)

@@ -6,6 +6,7 @@ was trained with; the data set's preset; config.py.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shlex
 
@@ -34,6 +35,11 @@ DATA_SETTINGS = (
     "inception_weights",
     "features_dir",
     "feature_dtype",
+)
+
+_PATHS = (  # settings in which ~ is the home folder; shells see to it only where a blank is before it
+    *("data_dir", "coco_dir", "karpathy_json", "images", "captions", "validation_captions", "test_captions"),
+    *("features_dir", "inception_weights", "run_dir", "start_from"),
 )
 
 # What the shapes of the weights depend on, besides the vocabulary. Script 3 takes these from the run.
@@ -79,6 +85,8 @@ def read_settings(argv, description, add_options=None):
 def make_config(*layers):
     """A Config of config.py's defaults, the preset of the data set that the layers name, and then the layers.
 
+    A path that begins with ~ begins in the home folder.
+
     Args:
       *layers: dicts of setting to value; a later one wins.
 
@@ -86,7 +94,10 @@ def make_config(*layers):
       UserError: a name that is no setting, or a value of the wrong type or range.
     """
     dataset = make_settings(Config, *layers).dataset
-    return make_settings(Config, PRESETS[dataset], *layers)
+    config = make_settings(Config, PRESETS[dataset], *layers)
+    if not (config.contact.isascii() and config.contact.isprintable()):
+        raise UserError(f"--contact takes an e-mail or web address in ASCII, not {config.contact!r}")
+    return dataclasses.replace(config, **{name: os.path.expanduser(getattr(config, name)) for name in _PATHS})
 
 
 def adopt_settings(given, saved, names, source):

@@ -11,20 +11,23 @@ import urllib.parse
 import requests
 import urllib3
 
-_USER_AGENT = "show-attend-and-tell-captioner/1.0"  # some servers refuse programs that do not say who they are
+# Some servers refuse programs that do not say who they are and whom to ask.
+_USER_AGENT = "image-captioning-with-visual-attention/1.0 (+contact: {})"
+_CONTACT = "see the README.md and the issue tracker of this project"
 _LEAST_SPEED = 5_000  # bytes a second, on average, that a server must send
 _REDIRECTS = 10  # that are followed
 
 _PER_THREAD = threading.local()
 
 
-def get(url, headers, timeout):
+def get(url, headers, timeout, contact=""):
     """Ask for `url`, and for the address that the server names instead.
 
     Args:
       headers: dict of str to str.
       timeout: float, seconds that the server may be silent. After so many seconds it must have sent _LEAST_SPEED bytes
         for each second more, headers among them, or reading ends with a timeout.
+      contact: str, ASCII, the user's e-mail or web address, which the server is told; empty for words in its place.
 
     Returns:
       requests.Response of any status but a redirect, whose body has not been read
@@ -34,6 +37,7 @@ def get(url, headers, timeout):
         public address to one of this machine or its network.
       requests.exceptions.RequestException, urllib3.exceptions.HTTPError: no answer came.
     """
+    headers = {"User-Agent": _USER_AGENT.format(contact or _CONTACT), **headers}
     place = url
     for _ in range(_REDIRECTS + 1):
         if urllib.parse.urlsplit(place).scheme not in ("http", "https"):
@@ -65,7 +69,7 @@ def _thread_session():
     if not hasattr(_PER_THREAD, "session"):
         _PER_THREAD.session = _Session()
         # "identity" asks for the file's own bytes, as ranges and digests count these.
-        _PER_THREAD.session.headers.update({"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"})
+        _PER_THREAD.session.headers.update({"Accept-Encoding": "identity"})
         for scheme in _CONNECTIONS:
             _PER_THREAD.session.mount(f"{scheme}://", _Adapter())
     return _PER_THREAD.session

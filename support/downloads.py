@@ -144,7 +144,9 @@ def _next_result(results):
             return results.get(timeout=0.5)  # a wait without end could miss a Ctrl-C that comes as it begins
 
 
-def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=_LIMIT):
+def download(
+    url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_off=1.0, progress=True, limit=_LIMIT, contact=""
+):
     """Fetch `url` to `path`. What has come is kept in `path`.part, and the next attempt or run continues it.
 
     A file that is already at `path` stays as it is, unless it is empty or does not have `size` bytes.
@@ -156,6 +158,7 @@ def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_o
       timeout: float, seconds that the server may be silent, and after which it must keep up `connections._LEAST_SPEED`.
       back_off: float, seconds before the second attempt, doubled before each further one.
       limit: int, bytes that a file may have at most where `size` is None.
+      contact: str, as in `connections.get`.
 
     Raises:
       DownloadError: the address is not http or https, the server refuses it, or the last attempt failed.
@@ -169,7 +172,7 @@ def download(url, path, size=None, sha256=None, attempts=5, timeout=20.0, back_o
         if attempt:
             time.sleep(back_off * 2 ** (attempt - 1))
         try:
-            return _fetch(url, path, size, sha256, timeout, progress, limit)
+            return _fetch(url, path, size, sha256, timeout, progress, limit, contact)
         except AttemptFailed as error:
             reason = str(error)
             wrong += isinstance(error, WrongPart)
@@ -184,7 +187,7 @@ def _is_present(path, size):
     return found > 0 and size in (None, found)
 
 
-def _fetch(url, path, size, sha256, timeout, progress, limit):
+def _fetch(url, path, size, sha256, timeout, progress, limit, contact):
     """One attempt of `download`."""
     # The tag is the server's name for one version of the file. Without the tag or the digest of the whole file,
     # bytes of one version could be added to a part of another.
@@ -193,7 +196,7 @@ def _fetch(url, path, size, sha256, timeout, progress, limit):
         path.parent.mkdir(parents=True, exist_ok=True)
         start = part.stat().st_size if part.exists() and (tag.exists() or sha256) else 0
         if start != size:
-            with _open_url(url, path, start, timeout) as response:
+            with _open_url(url, path, start, timeout, contact) as response:
                 first, whole = _announced_extent(response, size, sha256)
                 if whole and not size and whole > limit:
                     raise DownloadError(url, path, f"it is longer than {limit:,} bytes", refused=True)
@@ -210,7 +213,7 @@ def _fetch(url, path, size, sha256, timeout, progress, limit):
         raise UserError(f"cannot write {path}: {files.reason_and_remedy(error, path.parent)}") from error
 
 
-def _open_url(url, path, start, timeout):
+def _open_url(url, path, start, timeout, contact):
     """Ask for the bytes of `url` from `start` on.
 
     Returns:
@@ -221,7 +224,7 @@ def _open_url(url, path, start, timeout):
       AttemptFailed, WrongPart: as their names say.
     """
     try:
-        response = connections.get(url, {"Range": f"bytes={start}-"} if start else {}, timeout)
+        response = connections.get(url, {"Range": f"bytes={start}-"} if start else {}, timeout, contact)
     except ValueError as error:  # of the address, or of one that it redirects to
         raise DownloadError(url, path, str(error), refused=True) from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:

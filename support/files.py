@@ -104,6 +104,24 @@ def replacing(path):
             temporary.unlink()
 
 
+def walk_folder(folder, onerror=None):
+    """What os.walk yields, and linked folders too. Each folder comes once, by its own place before those of links.
+
+    Args, yields: as of os.walk. Names that the caller takes out of a list of folders are not entered.
+    """
+    seen, waiting = set(), [os.fspath(folder)]
+    while waiting:
+        for place, folders, files in os.walk(waiting.pop(0), onerror=onerror):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            yield place, folders, files
+            waiting += filter(os.path.islink, (os.path.join(place, name) for name in folders))
+
+
 def is_pattern(path):
     """Whether TensorFlow cannot read weights by this path: it takes it for a pattern, though not when it writes."""
     return re.search(r"[\[\\]", pathlib.Path(path).as_posix()) is not None

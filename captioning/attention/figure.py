@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from captioning.attention.maps import scale_light, upsample
-from captioning.features.image_files import open_image, upright_rgb
+from captioning.features.image_reader import open_image, upright_rgb
 from support.files import replacing
 
 _PANEL_WIDTH, _GAP, _LINE, _LETTER = 190, 6, 24, 8  # pixels of a figure: of a panel, between panels, of text

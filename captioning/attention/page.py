@@ -22,11 +22,11 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from captioning.attention.maps import peak_over_mean, scale_light
 from captioning.decoder.generated_caption import GeneratedCaption
-from captioning.features.image_files import open_image, upright_rgb
+from captioning.features.image_reader import open_image, upright_rgb, upright_size
 from captioning.words import is_character, parted
 from support.files import replacing
 
@@ -39,7 +39,6 @@ _END_BYTES = 50_000  # kept free for the script and the links between pages
 _LONGEST_SIDE = 720  # pixels of an embedded image
 _SHORTEST_SIDE = 64  # pixels, below which an image is not shrunk further to save bytes
 _JPEG_QUALITIES = (88, 78, 66, 54, 42)  # tried in turn until the image is small enough
-_TURNED = (5, 6, 7, 8)  # values of EXIF's Orientation with which width and height change places
 
 _SHADES = 10  # steps from the faintest word to the darkest
 _FAINTEST = 0.01  # probability at and below which a word is shown in the faintest shade
@@ -270,9 +269,7 @@ def _read_image(path):
     """
     try:
         with open_image(path) as opened:
-            size = opened.size
-            if opened.getexif().get(ExifTags.Base.Orientation) in _TURNED:
-                size = size[::-1]
+            size = upright_size(opened)
             image = upright_rgb(opened, _LONGEST_SIDE)
             image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
             return image, size, ""

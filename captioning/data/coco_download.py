@@ -141,7 +141,8 @@ def _fetch_images_one_by_one(missing, config, shared, total):
         return skipped
     with locked(_root_folder(config), "download", shared):
         # The few that are refused in every run must not block the others for good.
-        failed = download_all(jobs, config.download_workers, need_most=len(jobs) > _DISPENSABLE * total)
+        most = len(jobs) > _DISPENSABLE * total
+        failed = download_all(jobs, config.download_workers, need_most=most, contact=config.contact)
     return skipped | {with_address[pathlib.Path(path)].name: reason for path, reason in failed}
 
 

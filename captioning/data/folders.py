@@ -4,12 +4,12 @@ Hugging Face's have metadata.csv or metadata.jsonl, each with the names of the f
 train, validation and test, if there are such, are the splits (huggingface.co/docs/datasets/image_dataset).
 """
 
-import os
 import pathlib
 
 from captioning.data.captioned_images import SPLITS, RejectedRecords
 from captioning.data.tables import IMAGE_ENDINGS, Row, Source, make_splits, read_table, read_text
 from support.errors import UserError
+from support.files import walk_folder
 
 _METADATA = ("metadata.csv", "metadata.jsonl")
 
@@ -32,9 +32,9 @@ def read_folder(folder, columns, max_words):
 
 
 def _list_files(folder):
-    """The files below a folder, at any depth, with slashes, in order of their names. Path -> list of str."""
+    """The files below a folder and in linked ones, with slashes, in order of their names. Path -> list of str."""
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in walk_folder(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         place = pathlib.Path(place).relative_to(folder)
         found += [(place / name).as_posix() for name in files if not name.startswith(".")]

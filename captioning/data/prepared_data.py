@@ -71,13 +71,14 @@ def leave_out(splits, skipped, max_words):
     return splits
 
 
-def save_prepared(splits, skipped, feature_mean, feature_std, network, config):
+def save_prepared(splits, skipped, feature_mean, feature_std, network, config, cut=0):
     """Encode the captions and write the files of the prepared data, settings.json last.
 
     Args:
       splits: as `leave_out` returns them.
       skipped: dict of an image's name to reason, for images that were left out.
       feature_mean, feature_std, network: as in Prepared.
+      cut: int, images read in this run whose files lack their end.
 
     Raises:
       UserError: a file cannot be written.
@@ -96,7 +97,13 @@ def save_prepared(splits, skipped, feature_mean, feature_std, network, config):
     write_json(folder / "settings.json", settings | {"splits": list(splits), "network": network}, indent=1)
     if scripts := character_scripts(vocabulary):
         print(f"{' and '.join(scripts)}: characters are the words, and --max_words and --vocab_size count them")
-    print(f"vocabulary: {len(vocabulary)} words; {len(skipped)} images skipped (see {folder / 'skipped.json'})")
+    left_out = f"{len(skipped)} images skipped (see {folder / 'skipped.json'})"
+    print(f"vocabulary: {len(vocabulary)} words; {left_out}{describe_cut(cut)}")
+
+
+def describe_cut(count):
+    """What the closing line says of files that lack their end: int -> str, empty for 0."""
+    return f"; {count} JPEG files lack their end and are used all the same" if count else ""
 
 
 def encode_images(images, vocabulary):

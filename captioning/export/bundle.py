@@ -4,8 +4,9 @@ encoder     pixels -> what the decoder needs to know of an image
 decoder     one word of K captions -> log-probabilities of the next
 evidence    a word that was said -> the maps that figures draw
 
-captioner.json, vocabulary.json, README.md and caption.py lie beside them. For LiteRT, decoder and evidence are two
-signatures of one file, which share their weights. Letters of shapes as in model.py; K captions are decoded at a time.
+captioner.json, vocabulary.json, README.md, caption.py and image_reader.py lie beside them. For LiteRT, decoder and
+evidence are two signatures of one file, which share their weights. Letters of shapes as in model.py; K captions are
+decoded at a time.
 """
 
 import pathlib
@@ -18,6 +19,7 @@ import tensorflow as tf
 from captioning.data.captioned_images import image_path
 from captioning.decoder.rules import ban_words, next_word_log_probs
 from captioning.export.saved_model import new_folder
+from captioning.features import image_reader
 from captioning.features.cache import load_data
 from captioning.features.cnn import CHANNELS, IMAGE_SIZE, LOCATIONS
 from captioning.features.image_files import load_image
@@ -33,7 +35,7 @@ _DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block")  # set
 _CALIBRATION_IMAGES = 100
 _MOST_BYTES = 2_000_000_000  # of a model: both formats end at 2 GiB
 _OPSET = 18  # of ONNX
-_FILES = pathlib.Path(__file__).parent / "bundle_files"  # caption.py and README.md as they are copied
+_FILES = pathlib.Path(__file__).parent / "bundle_files"  # caption.py and README.md, which are copied
 
 
 def check_weights(kind, weights):
@@ -71,7 +73,8 @@ def export_bundle(captioner, network, kind, weights, config, folder):
         write_json(temporary / "captioner.json", _describe(captioner, kind, weights, config), indent=1)
         readme = (_FILES / "README.md").read_text(encoding="utf-8")
         (temporary / "README.md").write_text(readme.replace("RUNTIME", _RUNTIMES[kind]), encoding="utf-8")
-        shutil.copyfile(_FILES / "caption.py", temporary / "caption.py")
+        for file in (_FILES / "caption.py", pathlib.Path(image_reader.__file__)):
+            shutil.copyfile(file, temporary / file.name)
 
 
 def _check_size(captioner):

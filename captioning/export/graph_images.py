@@ -9,7 +9,7 @@ import functools
 import tensorflow as tf
 
 from captioning.features.cnn import IMAGE_SIZE
-from captioning.features.image_files import MOST_FILE_PIXELS, MOST_PIXELS
+from captioning.features.image_reader import MOST_FILE_PIXELS, MOST_PIXELS
 
 OK, _UNREADABLE, _TOO_LARGE = "ok", "unreadable", "too large"  # the statuses
 _JPEG_RATIOS = (1, 2, 4, 8)  # a JPEG file can be decoded at these fractions of its size

@@ -28,13 +28,14 @@ def calibration_paths(splits, config):
     return [image_path(image, config) for image in splits["train"][:_CALIBRATION_IMAGES]]
 
 
-def cache_features(images, calibration, config, shared=False):
+def cache_features(images, calibration, config, shared=False, cut=None):
     """Extract the features of images and write them to the cache.
 
     Args:
       images: list of CaptionedImage, those that `find_missing` returned and whose images are at hand.
       calibration: list of image files for random weights, see `feature_network`.
       shared: bool, whether other processes may be writing features to the same folder.
+      cut: list or None, as in `load_image`.
 
     Returns:
       dict of an image's name to reason, for images that cannot be read
@@ -51,7 +52,7 @@ def cache_features(images, calibration, config, shared=False):
 
     def load_and_note(path):
         image_states[path] = read_state(path)  # before the pixels: a change in between shows in the next run
-        return load_image(path)
+        return load_image(path, cut)
 
     network = feature_network(config, statistics, calibration)
     forecast = Forecast("the features", len(targets), "images")

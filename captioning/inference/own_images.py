@@ -1,6 +1,9 @@
 """The user's own images: files, folders and addresses to ImageToCaption, and these to features."""
 
+import codecs
 import contextlib
+import functools
+import glob
 import hashlib
 import itertools
 import os
@@ -14,9 +17,11 @@ from tqdm import tqdm
 from captioning.data.coco import read_image_list
 from captioning.features.cache import ImageToCaption
 from captioning.features.extraction import extract_features
+from captioning.features.image_files import load_image
 from captioning.features.inception import extraction_graphs
 from support.downloads import download_all
 from support.errors import FileError, UserError, mended_by, printable
+from support.files import walk_folder
 
 _EXTRACTED = 300  # images whose features are held in memory before they are captioned
 _MOST_IMAGE_BYTES = 50_000_000  # bytes of an image fetched from an address
@@ -31,7 +36,8 @@ def find_images(names, output, skipped):
     """The image files that are named, those in the folders that are named, at any depth, and those of addresses.
 
     Args:
-      names: list of str, files, folders, http or https addresses, and JSON files that list images as COCO's do.
+      names: list of str, files, folders, http or https addresses, JSON files that list images as COCO's do, patterns
+        such as images/*.jpg, and @list.txt for what a text file names, see `_read_list`. ~ is the home folder.
       output: pathlib.Path of the folder that captions go to. What is in it is left out of a folder that holds it.
         Images of addresses are to be downloaded to `output`/downloads, see `fetch_images`.
       skipped: Counter of what is left out, by kind, such as files in folders that are no images; it is added to.
@@ -43,7 +49,7 @@ def find_images(names, output, skipped):
       UserError: there is none.
     """
     images = []
-    for name in names:
+    for name in _expand_names(names):
         path = pathlib.Path(name)
         if is_address(name):
             images.append(ImageToCaption(output / "downloads" / _local_name(name), name))
@@ -61,6 +67,38 @@ def find_images(names, output, skipped):
     for image in images:
         different.setdefault(os.path.abspath(image.path), image)
     return list(different.values())
+
+
+def _expand_names(names):
+    """Yield the names that lists, patterns and ~ stand for. A file of just such a name is that file."""
+    for name in names:
+        listed = _read_list(name[1:]) if name.startswith("@") and not os.path.exists(name) else [name]
+        for each in listed:
+            each = each if is_address(each) else os.path.expanduser(each)
+            is_pattern = glob.has_magic(each) and not is_address(each) and not os.path.exists(each)
+            yield from (sorted(glob.glob(each, recursive=True)) if is_pattern else []) or [each]
+
+
+def _read_list(name):
+    """The names in a text file, one a line, relative to the current folder. Blank lines and those with # do not count.
+
+    It is UTF-8, or UTF-16 with a byte order mark. A name may have other bytes, as file names may.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        data = pathlib.Path(os.path.expanduser(name)).read_bytes()
+        is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16") if is_wide else data.decode("utf-8-sig", "surrogateescape")
+        if "\0" in text:
+            raise ValueError("it is no text")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        remedy = "name a text file behind @ that has a file, folder or address in each line"
+        raise UserError(f"the list {name} cannot be read ({reason}): {remedy}") from None
+    lines = (line.strip(" \t\r") for line in text.split("\n"))
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 @mended_by("name a file such as annotations/image_info_test2014.json behind --image, with its images in test2014/")
@@ -98,7 +136,7 @@ def describe_skipped(skipped):
 
 
 def _walk_folder(folder, output, skipped):
-    """The image files in a folder, at any depth, in order of their names.
+    """The image files in a folder, at any depth, and in linked folders, in order of their names.
 
     Args:
       folder: pathlib.Path
@@ -111,7 +149,7 @@ def _walk_folder(folder, output, skipped):
     endings = _image_endings()
     found = []
     unreadable = lambda error: skipped.update(["folders that cannot be read"])  # noqa: E731
-    for place, folders, files in os.walk(folder, onerror=unreadable):
+    for place, folders, files in walk_folder(folder, unreadable):
         folders[:] = [name for name in folders if pathlib.Path(place, name).resolve() != output]
         for name in files:
             ending = pathlib.PurePath(name).suffix.lower()
@@ -139,27 +177,30 @@ def _local_name(address):
     return f"{last[-40:]}_{hashlib.sha256(os.fsencode(address)).hexdigest()[:16]}"
 
 
-def fetch_images(images, workers, skipped):
+def fetch_images(images, workers, skipped, contact=""):
     """Download the images of addresses, anew in each run. Those that cannot be had are named, counted and left out.
 
     Args:
       workers: int, images fetched at a time.
       skipped: as in `find_images`.
+      contact: str, as in `downloads.download`.
     """
     jobs = [(image.name, image.path) for image in images if is_address(image.name)]
     for _, path in jobs:
         with contextlib.suppress(OSError):
             path.unlink()
-    limits = {"attempts": 2, "timeout": 10.0, "limit": _MOST_IMAGE_BYTES, "give_up": None}
+    limits = {"attempts": 2, "timeout": 10.0, "limit": _MOST_IMAGE_BYTES, "give_up": None, "contact": contact}
     failed = dict(download_all(jobs, workers, progress=False, **limits))
     for image in images:
         if image.path in failed:
             print(printable(f"{image.name} cannot be fetched ({failed[image.path]})"))
             skipped["not fetched"] += 1
+    if not contact and any("status 403" in reason for reason in failed.values()):
+        print("some servers refuse (403) whoever names no contact: give your e-mail or web address by --contact")
     return [image for image in images if image.path not in failed]
 
 
-def extract_batches(network, images, config, skipped):
+def extract_batches(network, images, config, skipped, cut=None):
     """Features of image files, about `decode_batch` at a time, but whole batches of extraction.
 
     Images that cannot be read are named, counted and left out.
@@ -167,16 +208,18 @@ def extract_batches(network, images, config, skipped):
     Args:
       network: function, as feature_network returns.
       skipped: as in `find_images`.
+      cut: list or None, as in `load_image`.
 
     Yields:
       (list of B ImageToCaption, features float32 (B, P, F))
     """
+    load = functools.partial(load_image, cut=cut)
     together = max(config.decode_batch // config.extract_batch, 1)
     for start in range(0, len(images), _EXTRACTED):
         by_path = {image.path: image for image in images[start : start + _EXTRACTED]}
         # Decoding, whose captions are to be float32's, stays outside of the block.
         with extraction_graphs(config.extract_precision):
-            extracted = list(extract_features(network, list(by_path), config.extract_batch))
+            extracted = list(extract_features(network, list(by_path), config.extract_batch, load))
         for i in range(0, len(extracted), together):
             done, features, failed = zip(*extracted[i : i + together], strict=True)
             for path, reason in itertools.chain(*failed):

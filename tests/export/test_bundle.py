@@ -24,9 +24,11 @@ import inference_image_caption as inference
 from captioning.attention.evidence import explain_captions
 from captioning.captioner import _beam_graph, _greedy_graph, caption_batch, decode_captions
 from captioning.export import bundle as export_bundle
+from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
 from captioning.features.extraction import extract_features
-from captioning.features.image_files import MOST_FILE_PIXELS, MOST_PIXELS, load_image
+from captioning.features.image_files import load_image
+from captioning.features.image_reader import MOST_FILE_PIXELS
 from captioning.features.inception import feature_network
 from captioning.inference.own_images import _IMAGE_FORMATS, find_images
 from captioning.settings import make_config
@@ -49,6 +51,7 @@ ALLOWED |= {"typing_extensions", "backports", "tqdm", "packaging", "defusedxml",
 
 def load_runner(folder=RUNNER.parent):
     """A bundle's script as a module."""
+    sys.modules["image_reader"] = image_reader  # which lies beside the script in a bundle
     spec = importlib.util.spec_from_file_location("bundle_runner", folder / "caption.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -123,7 +126,6 @@ def test_the_script_reads_photographs_and_drawings_as_script_1_does(images):
 
 def test_the_script_has_the_limits_of_script_1(tmp_path, monkeypatch):
     runner = load_runner()
-    assert (runner.MOST_PIXELS, runner.MOST_FILE_PIXELS) == (MOST_PIXELS, MOST_FILE_PIXELS)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", MOST_FILE_PIXELS // 2)
     for data in (png_header(12_000, 9_000), png_header(20_000, 20_000), jpeg_header(17_000, 15_000)):
         (tmp_path / "a.png").write_bytes(data)

@@ -17,7 +17,7 @@ from captioning.captioner import caption_batch, decode_captions
 from captioning.export import graph_images
 from captioning.export.graph_images import _decode_image
 from captioning.export.saved_model import export_captioner, new_folder
-from captioning.features import image_files
+from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import load_image
@@ -127,7 +127,7 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
 def test_the_limits_of_pixels_are_those_of_the_scripts():
     """Pillow's own, 89 megapixels, is another."""
     for name in ("MOST_PIXELS", "MOST_FILE_PIXELS"):
-        assert getattr(graph_images, name) == getattr(image_files, name)
+        assert getattr(graph_images, name) == getattr(image_reader, name)
 
 
 def encoded(kind, width, height):
@@ -148,7 +148,7 @@ def encoded(kind, width, height):
     ],
 )
 def test_an_image_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch, kind, limits, status):
-    for module in (graph_images, image_files):
+    for module in (graph_images, image_reader):
         monkeypatch.setattr(module, "MOST_PIXELS", limits[0])
         monkeypatch.setattr(module, "MOST_FILE_PIXELS", limits[1])
     data = encoded(kind, 1200, 1300)

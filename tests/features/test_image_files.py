@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from captioning.features.image_files import load_image, set_up_pillow, upright_rgb
+from captioning.features.image_files import load_image, set_up_pillow
+from captioning.features.image_reader import upright_rgb
 from strategies import check_one_line, rarely
 from support.file_states import find_stat, read_state
 
@@ -193,7 +194,7 @@ def test_a_jpeg_file_of_108_megapixels_is_decoded_small(large, pillow):
     np.testing.assert_allclose(pixels[:, :140], 50, atol=4)
     np.testing.assert_allclose(pixels[:, 160:], 200, atol=4)
     with Image.open(jpeg) as image:
-        assert upright_rgb(image).size == (1500, 1125)
+        assert upright_rgb(image, 299).size == (1500, 1125)
 
 
 @pytest.mark.slow
@@ -255,7 +256,7 @@ def test_postscript_is_not_run(tmp_path):
 def test_a_large_jpeg_file_is_decoded_at_a_fraction_of_its_size(tmp_path):
     path = save(Image.new("RGB", (4000, 2400), RED), tmp_path / "a.jpg")
     with Image.open(path) as image:
-        assert upright_rgb(image).size == (500, 300)
+        assert upright_rgb(image, 299).size == (500, 300)
     with Image.open(path) as image:
         assert upright_rgb(image, 1000).size == (2000, 1200)
 

@@ -565,7 +565,13 @@ def test_compressed_body_is_neither_asked_for_nor_decoded(server, tmp_path):
 def test_requests_name_the_program(server, tmp_path):
     server.answers["/a"] = [plain(DATA)]
     downloads.download(f"{server.url}/a", tmp_path / "a", **QUICK)
-    assert server.headers[0]["User-Agent"] == "show-attend-and-tell-captioner/1.0"
+    downloads.download(f"{server.url}/a", tmp_path / "b", contact="me@example.org", **QUICK)
+    name = "image-captioning-with-visual-attention/1.0"
+    agents = [headers["User-Agent"] for headers in server.headers]
+    assert (
+        agents[0].startswith(f"{name} (+contact: see the README.md")
+        and agents[1] == f"{name} (+contact: me@example.org)"
+    )
 
 
 def test_proxy_of_the_environment_is_used(server, tmp_path, monkeypatch):

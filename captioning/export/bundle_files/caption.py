@@ -13,11 +13,11 @@ import subprocess
 import sys
 
 import numpy as np
+from image_reader import MOST_FILE_PIXELS, open_image, upright_rgb
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 PAD, UNK, START, END = range(4)  # the first words of the vocabulary
-MOST_PIXELS, MOST_FILE_PIXELS = 100_000_000, 250_000_000  # of an image as it is decoded, and of any file
 # Of what Pillow reads: kinds of image files, which are looked for in folders
 FORMATS = "AVIF BMP DIB GIF HEIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
 WIDTH, GAP, COLUMNS, LINE = 224, 4, 5, 26  # of a figure: pixels of a column and between two, columns, pixels of text
@@ -88,24 +88,17 @@ def load_model(name, runtime):
     return Interpreter(str(path), num_threads=min(os.cpu_count(), 4)).get_signature_runner(name)
 
 
+def read_rgb(path, smallest):
+    """An image of any kind, upright, in sRGB, on white. A large JPEG file comes smaller, which saves time."""
+    with open_image(path) as opened:
+        image = upright_rgb(opened, smallest)
+    if "cut" in image.info:
+        print(printable(f"{path}: the file lacks its end"), file=sys.stderr)
+    return image
+
+
 def read_pixels(path, side):
-    return np.asarray(open_image(path, side).resize((side, side), Image.Resampling.BILINEAR))  # (side, side, 3)
-
-
-def open_image(path, smallest):
-    """An image of any kind, upright, in RGB, on white. A large JPEG file comes smaller, which saves time."""
-    if not os.path.isfile(path):
-        raise OSError("there is no such file")  # a named pipe would be waited for
-    with Image.open(path) as image:
-        image.draft("RGB", (smallest, smallest))
-        if image.format == "EPS" or image.width * image.height > MOST_PIXELS:
-            raise OSError("a PostScript program, or too many pixels")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+    return np.asarray(read_rgb(path, side).resize((side, side), Image.Resampling.BILINEAR))  # (side, side, 3)
 
 
 def beam_search(encoded, decode, options):
@@ -177,7 +170,7 @@ def find_missing(font, text):
 
 def draw_attention(path, words, maps):
     """The image, and for each word the image lit where its map is high, as a Pillow image."""
-    image = ImageOps.contain(open_image(path, WIDTH), (WIDTH - GAP, 3 * WIDTH))
+    image = ImageOps.contain(read_rgb(path, WIDTH), (WIDTH - GAP, 3 * WIDTH))
     pixels, side, height = np.asarray(image, np.float32), round(maps.shape[1] ** 0.5), image.height + LINE + GAP
     figure = Image.new("RGB", (COLUMNS * WIDTH, (len(words) // COLUMNS + 1) * height), "white")
     pen, font = ImageDraw.Draw(figure), find_font("".join(words))
