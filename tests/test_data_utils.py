@@ -228,11 +228,14 @@ def test_a_full_disk_is_one_line_and_no_finished_feature_is_made_again(own, stub
 def test_an_image_that_cannot_be_read_is_named_skipped_and_counted(own, capsys):
     bad = "COCO_train2014_000000000007.jpg"
     (own / "coco" / "train2014" / bad).write_text("not an image")
+    cut = own / "coco" / "train2014" / "COCO_train2014_000000000008.jpg"
+    cut.write_bytes(cut.read_bytes()[:-2])
     _, prepared = prepare(own, *STUBBED)
     assert len(prepared.train + prepared.validation) == IMAGES - 1
     assert bad not in file_names(prepared.train + prepared.validation)
     printed = capsys.readouterr()
     assert f"{bad} cannot be read" in printed.out + printed.err
+    assert printed.out.splitlines()[-1].endswith("; 1 JPEG files lack their end and are used all the same")
     assert list(json.loads((own / "data" / "skipped.json").read_text())) == [bad]
 
 

@@ -115,13 +115,16 @@ def test_a_split_that_is_not_there_is_one_line(trained, tmp_path):
 def test_own_images_in_files_and_folders_and_a_bad_one(trained, tmp_path, own_network, capsys):
     images = tmp_path / "images" / "deep" / "deeper"
     images.mkdir(parents=True)
-    Image.new("RGB", (80, 200), "red").save(images / "portrait.png")
+    Image.new("RGB", (80, 200), "red").save(images / "portrait.png", "JPEG")
+    (images / "portrait.png").write_bytes((images / "portrait.png").read_bytes()[:-2])
     (images / "notes.txt").write_text("not an image, and not taken for one")
     (tmp_path / "broken.jpg").write_bytes(b"broken")
     with pytest.raises(SystemExit) as stopped:
         infer(trained, "--image", str(tmp_path / "broken.jpg"), str(tmp_path / "images"), "--output", str(tmp_path))
     assert stopped.value.code == 1
-    assert "broken.jpg cannot be read" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "broken.jpg cannot be read" in printed
+    assert f"1 JPEG files lack their end and are captioned all the same, such as {images / 'portrait.png'}" in printed
     (record,) = records(tmp_path / "captions.jsonl")
     assert record["image"].endswith("portrait.png")
     assert "image_id" not in record
@@ -234,7 +237,7 @@ def test_a_folder_is_captioned_on_where_it_stopped(trained, folder, seen, capsys
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == f"open {folder / 'captions' / 'index.html'} to look at the attention"
     assert any(line.startswith("9 of 9 images were captioned before") for line in printed)
-    with (folder / "captions" / "captions.csv").open(newline="", encoding="utf-8") as file:
+    with (folder / "captions" / "captions.csv").open(newline="", encoding="utf-8-sig") as file:
         assert [row["caption"] for row in csv.DictReader(file)] == [record["caption"] for record in records(path)]
     assert sorted(path.name[:2] for path in (folder / "captions").glob("*.png")) == ["0_", "1_"]
 

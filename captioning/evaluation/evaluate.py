@@ -19,6 +19,7 @@ from captioning.evaluation.metrics import (
     describe_form,
     format_score,
     format_table,
+    note_few_images,
     score_captions,
     write_metrics,
 )
@@ -71,18 +72,21 @@ def evaluate(captioner, images, split, output, config):
     metrics = {run: evaluated.metrics for run, evaluated in runs.items()}
     texts = {run: _texts_by_image(evaluated.captions) for run, evaluated in runs.items()}
     name = _name_files(split, config)
-    write_metrics(output, name, texts, scored | metrics | taught)
     how = ", ".join(f"{key} {value}" for key, value in scored.items())
+    few = note_few_images(len(images))
+    write_metrics(output, name, texts, scored | ({"cider_note": few} if few else {}) | metrics | taught)
     pages = write_pages(
         output,
         f"Best, middle and worst captions of the {split} split",
         _score_pages(runs, images),
         tables=[_score_table(metrics)],
         file_name=f"evaluation_{name}.html",
-        intro=f"{_introduce_page(runs)} Scored: {how}.",
+        intro=f"{_introduce_page(runs)} Scored: {how}. {few}".rstrip(),
     )
     print(printable(f"scored: {how}"))
     print(format_table(metrics))
+    if few:
+        print(f"note: {few}")
     for run, by_image in texts.items():
         print(f"{run}: {describe_form(list(by_image.values()))}")
     _print_scenes(metrics)

@@ -22,6 +22,7 @@ from support.errors import UserError
 from support.files import write_json
 from support.process import silenced_stderr
 
+_FEW_IMAGES = 100  # of fewer, CIDEr is too high and left to chance; see `note_few_images`
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
 
@@ -60,6 +61,20 @@ def score_captions(generated, references, patience=120):
     rouge, _ = Rouge().compute_score(references, generated)
     scores |= {"ROUGE-L": 100 * float(rouge), **_score_ngrams(generated, references)}
     return {name: scores[name] for name in (*METRICS, "tokens")}
+
+
+def note_few_images(count):
+    """What to know of the CIDEr of `count` images: a sentence, empty where they are enough.
+
+    CIDEr takes from the scored images' own references how rare an n-gram is. The first caption of 3,000 photographs of
+    Flickr8k has 0.80 against the other four. Of 100 drawn from them it has 0.85, give or take 0.07, of 50 0.89 and
+    0.09, of 10 0.98 and 0.20, and 0 of a single one.
+    """
+    if count >= _FEW_IMAGES:
+        return ""
+    what = "0 whatever the caption" if count == 1 else "too high, and left to chance"
+    images = "1 image" if count == 1 else f"{count} images"
+    return f"CIDEr of {images} is {what}: compare it from {_FEW_IMAGES} images on"
 
 
 def quick_score(generated, references):

@@ -1,7 +1,8 @@
 """Image files inside a TensorFlow graph: from bytes to the pixels that InceptionV3 takes.
 
-It does what image_files.py does with Pillow, for the kinds of files that TensorFlow decodes: JPEG, PNG, WebP, GIF and
-BMP. An image that cannot be read does not fail the graph. It gets white pixels and a status that says so.
+It does what image_reader.py does with Pillow, for the kinds of files that TensorFlow decodes: JPEG, PNG, WebP, GIF and
+BMP. An image that cannot be read does not fail the graph. It gets white pixels and a status that says so. So does one
+whose colours a profile other than sRGB changes, and a progressive JPEG file that lacks its end.
 """
 
 import functools
@@ -9,9 +10,9 @@ import functools
 import tensorflow as tf
 
 from captioning.features.cnn import IMAGE_SIZE
-from captioning.features.image_reader import MOST_FILE_PIXELS, MOST_PIXELS
+from captioning.features.image_reader import LEAST_ROWS, MOST_FILE_PIXELS, MOST_PIXELS
 
-OK, _UNREADABLE, _TOO_LARGE = "ok", "unreadable", "too large"  # the statuses
+OK, _UNREADABLE, _TOO_LARGE, _OTHER_COLOURS = "ok", "unreadable", "too large", "not sRGB"  # the statuses
 _JPEG_RATIOS = (1, 2, 4, 8)  # a JPEG file can be decoded at these fractions of its size
 _SHORT = 3  # EXIF's number for a type: 16 bits
 
@@ -24,7 +25,7 @@ def read_images(images):
 
     Returns:
       pixels: uint8 (B, 299, 299, 3), as image_files.load_image returns them, white where the status is not OK.
-      statuses: string (B,), OK, _UNREADABLE or _TOO_LARGE.
+      statuses: string (B,), OK, _UNREADABLE, _TOO_LARGE or _OTHER_COLOURS.
     """
     return tf.map_fn(_read_image, images, fn_output_signature=(tf.uint8, tf.string))  # (B, 299, 299, 3), (B,)
 
@@ -33,21 +34,36 @@ def _read_image(data):
     """Read one image file. string () -> uint8 (299, 299, 3), string ()."""
     # A graph cannot catch the error of an operation, but a data set can leave out the element that fails.
     white = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8))
-    read = tf.data.Dataset.from_tensors(data).map(_decode_or_refuse).ignore_errors()
+    file = tf.data.Dataset.from_tensors(data)
+    read, read_cut = (file.map(decode).ignore_errors() for decode in (_decode_or_refuse, _decode_cut))
     otherwise = tf.data.Dataset.from_tensors((white, _UNREADABLE))
-    pixels, status = read.concatenate(otherwise).take(1).get_single_element()
+    pixels, status = read.concatenate(read_cut).concatenate(otherwise).take(1).get_single_element()
     return tf.ensure_shape(pixels, white.shape), status
 
 
 def _decode_or_refuse(data):
     """What `_read_image` returns. A file that cannot be read raises the error of a TensorFlow operation."""
+    white = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8))
     size = _image_size(data)
     decoded = -(-size // _jpeg_ratio(size)) if _is_jpeg(data) else size
     if tf.reduce_prod(size) > MOST_FILE_PIXELS or tf.reduce_prod(decoded) > MOST_PIXELS:
-        pixels, status = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8)), _TOO_LARGE
+        pixels, status = white, _TOO_LARGE
+    elif _has_other_colours(data):
+        pixels, status = white, _OTHER_COLOURS
     else:
         pixels, status = _decode_image(data), OK
     return pixels, status
+
+
+def _decode_cut(data):
+    """The same of a JPEG file that lacks its end, if it has the rows that image_reader.py wants, and a single scan."""
+    sequential = tf.strings.length(_find_segment(data, b"\xff\xc0", b"")) > 0
+    tf.debugging.Assert(_is_jpeg(data) & sequential & ~_has_other_colours(data), ["another kind of file"])
+    image = _decode_jpeg(data, try_recover_truncated=True)  # (height, width, 3), grey where the file has no more
+    there = tf.where(tf.reduce_any((image < 127) | (image > 128), (1, 2)))  # (rows, 1)
+    height = tf.cast(tf.shape(image)[0], tf.float32)
+    tf.debugging.Assert(tf.cast(tf.reduce_max(there) + 1, tf.float32) >= LEAST_ROWS * height, ["too few rows"])
+    return _turn_upright(_round_pixels(_shrink(image)), _orientation(_find_exif(data))), OK
 
 
 def _decode_image(data):
@@ -62,8 +78,7 @@ def _decode_image(data):
         resized = _shrink(_decode_bmp(data))
     else:
         resized = _shrink(tf.io.decode_image(data, 3, expand_animations=False))
-    pixels = tf.cast(tf.round(tf.clip_by_value(resized, 0.0, 255.0)), tf.uint8)  # (299, 299, 3)
-    return _turn_upright(pixels, _orientation(_find_exif(data)))
+    return _turn_upright(_round_pixels(resized), _orientation(_find_exif(data)))
 
 
 # --- Kinds of files ---------------------------------------------------------------------------------------------
@@ -120,9 +135,9 @@ def _webp_size(data):
     return size
 
 
-def _decode_jpeg(data):
+def _decode_jpeg(data, **how):
     """uint8 (height, width, 3). A file much larger than needed comes at 1/2, 1/4 or 1/8 of its size, as from Pillow."""
-    decode = functools.partial(tf.io.decode_jpeg, data, 3, dct_method="INTEGER_ACCURATE")  # as Pillow does
+    decode = functools.partial(tf.io.decode_jpeg, data, 3, dct_method="INTEGER_ACCURATE", **how)  # as Pillow does
     number = tf.reduce_sum(tf.cast(_jpeg_ratio(_image_size(data)) > _JPEG_RATIOS, tf.int32))
     return tf.switch_case(number, [functools.partial(decode, ratio=ratio) for ratio in _JPEG_RATIOS])
 
@@ -135,12 +150,26 @@ def _jpeg_ratio(size):
 
 def _decode_png(data):
     """A PNG file, small and on white. string () -> float (299, 299, 3)."""
-    kind = _read_number(data, 25, 1)
-    if (kind == 4) | (kind == 6) | (tf.strings.length(_find_chunk(data, b"tRNS")) > 0):
+    bits, kind = _read_number(data, 24, 1), _read_number(data, 25, 1)
+    if (bits == 16) & (kind == 0):
+        resized = _shrink(tf.repeat(_decode_deep_png(data), 3, 2))
+    elif (kind == 4) | (kind == 6) | (tf.strings.length(_find_chunk(data, b"tRNS")) > 0):
         resized = _shrink_flat(tf.io.decode_png(data, 4))
     else:
         resized = _shrink(tf.io.decode_png(data, 3))
     return resized
+
+
+def _decode_deep_png(data):
+    """A grey PNG file of 16 bits, in the range that image_reader.py finds. string () -> uint8 (height, width, 1)."""
+    numbers = tf.cast(tf.io.decode_png(data, 1, tf.uint16), tf.float32)  # (height, width, 1)
+    largest, sbit = tf.reduce_max(numbers), _find_chunk(data, b"sBIT")
+    high = tf.where(largest <= 255, 255.0, tf.where(largest <= 4095, 4095.0, 65535.0))
+    if tf.strings.length(sbit) > 0:
+        bits = tf.cast(_read_number(sbit, 0, 1), tf.float32)
+        declared = 2.0**bits - 1
+        high = tf.where((8 < bits) & (bits < 16) & (largest <= declared), declared, high)
+    return tf.cast(numbers * (255 / high) + 1e-4, tf.uint8)
 
 
 def _decode_bmp(data):
@@ -173,6 +202,27 @@ def _shrink_flat(image):
     else:
         resized = _shrink(image[:, :, :3])
     return resized
+
+
+def _round_pixels(resized):
+    """float (299, 299, 3) -> uint8 (299, 299, 3)"""
+    return tf.cast(tf.round(tf.clip_by_value(resized, 0.0, 255.0)), tf.uint8)
+
+
+def _has_other_colours(data):
+    """Whether a file has a profile that does not say that it is sRGB. string () -> bool ()."""
+    if _is_jpeg(data):
+        profile = _find_segment(data, b"\xff\xe2", b"ICC_PROFILE\0")
+    elif _is_png(data):
+        chunk = _find_chunk(data, b"iCCP")
+        profile = tf.strings.regex_replace(chunk, r"^[^\x00]*\x00\x00", "", replace_global=False)  # its name
+        if tf.strings.length(profile) > 0:
+            profile = tf.io.decode_compressed(profile, "ZLIB")
+    elif _is_webp(data):
+        profile = _find_chunk(data, b"ICCP", start=12, name_first=True)
+    else:
+        profile = tf.constant(b"")
+    return (profile != b"") & ~tf.strings.regex_full_match(profile, r"\C*(sRGB|s\x00R\x00G\x00B)\C*")
 
 
 # --- Orientation ------------------------------------------------------------------------------------------------

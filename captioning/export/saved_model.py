@@ -86,7 +86,8 @@ def _write_saved_model(captioner, network, config, folder):
       captions: string (B,)
       log_probabilities: float32 (B,), natural
       attention_weights: float32 (B, L, P), of a caption's words, then of <end> and of padding to the longest's
-      statuses: string (B,), "ok", "unreadable" or "too large"; where it is not "ok" the others are empty or 0
+      statuses: string (B,), "ok", "unreadable", "too large" or "not sRGB" (convert such an image, or caption it by
+        script 3); where it is not "ok" the others are empty or 0
     The signature `one` takes `image`, string (), and returns caption (), log_probability (), attention_weights (L, P)
     and status ().
 

@@ -21,7 +21,7 @@ MOST_PIXELS = (
 MOST_FILE_PIXELS = (
     250_000_000  # of any file; a JPEG file is decoded at a fraction of its size, but may need 6 bytes each
 )
-_LEAST_ROWS = 0.9  # share of the rows that a JPEG file which lacks its end must have
+LEAST_ROWS = 0.9  # share of the rows that a JPEG file which lacks its end must have
 
 # The first bytes of files that Pillow does not read, or of which it would read a thumbnail alone.
 _UNREAD = {
@@ -82,7 +82,7 @@ def open_image(path):
 def upright_rgb(image, smallest):
     """Decode an opened image as upright sRGB.
 
-    A JPEG file that lacks its end is used where at least _LEAST_ROWS of its rows are there. The others are grey.
+    A JPEG file that lacks its end is used where at least LEAST_ROWS of its rows are there. The others are grey.
 
     Args:
       image: Pillow image, just opened.
@@ -178,7 +178,7 @@ def _check_rows(image):
     rows = np.asarray(image).reshape(image.height, -1)  # (height, width * channels)
     there = np.flatnonzero(((rows < 127) | (rows > 128)).any(1))
     count = there[-1] + 1 if len(there) else 0
-    if count < _LEAST_ROWS * image.height:
+    if count < LEAST_ROWS * image.height:
         raise OSError(f"the file ends too early: {100 * count // image.height} % of its rows are there")
 
 

@@ -334,7 +334,7 @@ def write_table(path, records_path):
     A cell that a spreadsheet would compute gets an apostrophe before it, and all are quoted, as OWASP advises against
     CSV injection.
     """
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="replace") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8-sig", errors="replace") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)
         table.writerow(("image", "caption"))
         for record in read_records(records_path):

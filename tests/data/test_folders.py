@@ -75,3 +75,16 @@ def test_a_folder_without_captions_is_one_line(tmp_path):
 def test_hidden_files_are_none_of_the_data(tmp_path):
     fill(tmp_path, {"b/a.jpg": "", ".git/x.jpg": "", "._a.jpg": "", "a.jpg": ""})
     assert _list_files(tmp_path) == ["a.jpg", "b/a.jpg"]
+
+
+def test_a_linked_folder_is_read_and_each_folder_once(tmp_path):
+    root = fill(tmp_path / "root", {"a.jpg": "", "a.txt": "a dog", "deep/b.jpg": "", "deep/b.txt": "a cat"})
+    fill(tmp_path / "other", {"c.jpg": "", "c.txt": "a boat"})
+    try:
+        (root / "again").symlink_to(root / "deep")
+        (root / "loop").symlink_to(root)
+        (root / "more").symlink_to(tmp_path / "other")
+    except OSError:
+        pytest.skip("the file system has no links")
+    expected = {"a.jpg": ["a dog"], "deep/b.jpg": ["a cat"], "more/c.jpg": ["a boat"]}
+    assert read(root) == {"train": expected}

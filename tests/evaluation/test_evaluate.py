@@ -103,7 +103,9 @@ def test_the_metrics_the_page_and_what_is_printed_say_how_captions_were_decoded(
     assert {run: metrics[run]["beam_width"] for run in runs} == runs
     assert {metrics[run]["tokens"] for run in runs} == {"project"}
     (page,) = (tmp_path / "out").glob("*.html")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scored: ")]
+    printed = capsys.readouterr().out.splitlines()
+    assert f"note: {metrics['cider_note']}" in printed and "CIDEr of 5 images" in metrics["cider_note"]
+    (line,) = [line for line in printed if line.startswith("scored: ")]
     for text in (line, page.read_text()):
         assert "split test, images 5, checkpoint runs/x/best/ckpt-1, checkpoint_digest 0123abcd" in text
         assert f"length_penalty 0.5, repeat_block 2, max_words {MOST}" in text

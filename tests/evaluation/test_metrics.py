@@ -16,6 +16,7 @@ from captioning.evaluation.metrics import (
     cider_by_image,
     format_score,
     format_table,
+    note_few_images,
     quick_score,
     score_captions,
     write_metrics,
@@ -131,6 +132,23 @@ def test_the_quick_score_is_the_full_score_on_the_projects_tokens(no_java, capsy
     assert quick == {name: full[name] for name in quick}
     loud = {image_id: f"  {caption.upper()} ." for image_id, caption in CAPTIONS.items()}
     assert quick_score(loud, REFERENCES) == quick
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+@pytest.mark.parametrize("said", ["", "..."])
+def test_captions_without_words_stop_no_metric(said, capfd):
+    scores = score_captions({**CAPTIONS, 2: said, 3: said}, REFERENCES)
+    assert scores["tokens"] == "PTB" and 0 < scores["METEOR"] < score_captions(CAPTIONS, REFERENCES)["METEOR"]
+    nothing = score_captions(dict.fromkeys(CAPTIONS, said), REFERENCES)
+    assert all(nothing[name] == 0 for name in METRICS)
+    assert capfd.readouterr().out == ""
+
+
+def test_few_images_are_said_to_make_cider_what_it_is_not():
+    assert "0 whatever the caption" in note_few_images(1) and quick_score({1: "a dog"}, {1: ["a dog"]})["CIDEr"] == 0
+    assert "CIDEr of 99 images is too high" in note_few_images(99)
+    assert note_few_images(100) == ""
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import made_images
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -160,6 +161,7 @@ def test_an_image_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch
 
 
 decode_in_graph = tf.function(_decode_image)
+read_in_graph = tf.function(graph_images._read_image)
 
 
 @pytest.mark.parametrize("name", SAME | NEAR)
@@ -170,6 +172,22 @@ def test_images_are_decoded_as_for_the_features(tmp_path, name):
     difference = np.abs(decoded.numpy().astype(int) - load_image(path))  # (299, 299, 3)
     assert difference.max() <= (0 if name in SAME else 3)
     assert difference.mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in made_images.table() if not re.search("HEIC|AVIF|TIFF|JPEG XL|raw|EXIF cut|of 99", name)]
+)
+def test_files_as_people_have_them_are_read_as_by_the_scripts_or_refused(tmp_path, name):
+    made = made_images.table()[name]
+    pixels, status = read_in_graph(tf.constant(made.data))
+    if made.shown is None or "progressive" in name and made.cut:
+        assert status == b"unreadable"
+    elif " in Display P3" in name or " in Adobe RGB" in name or "profile" in name:
+        assert status == b"not sRGB"
+    else:
+        (tmp_path / "a").write_bytes(made.data)
+        difference = np.abs(pixels.numpy().astype(int) - load_image(tmp_path / "a"))  # (299, 299, 3)
+        assert status == b"ok" and difference.mean() < 0.6
 
 
 def test_the_beam_is_the_configs(tmp_path):

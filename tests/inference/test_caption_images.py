@@ -99,7 +99,7 @@ def test_captions_figures_a_table_and_a_page_are_written_and_the_last_line_names
     assert len(set(captions(output).values())) > 3
     assert figures(output) == "ab"
     assert headings(output / "index.html") == ["a.png", "b.png"]
-    with (output / "captions.csv").open(newline="", encoding="utf-8") as file:
+    with (output / "captions.csv").open(newline="", encoding="utf-8-sig") as file:
         table = list(csv.DictReader(file))
     assert [tuple(row.values()) for row in table] == [(r["image"], r["caption"]) for r in records(output)]
     *printed, advice, last = capsys.readouterr().out.splitlines()
@@ -274,7 +274,7 @@ def test_another_checkpoint_or_other_settings_are_one_line_and_cost_nothing(tiny
 
 
 def table(output):
-    with (output / "captions.csv").open(newline="", encoding="utf-8") as file:
+    with (output / "captions.csv").open(newline="", encoding="utf-8-sig") as file:
         return [row["image"] for row in csv.DictReader(file)]
 
 

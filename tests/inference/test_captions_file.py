@@ -1,3 +1,4 @@
+import codecs
 import csv
 import dataclasses
 import json
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from captioning.data.tables import Source, read_table
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.inference.captions_file import (
     _DECODING_SETTINGS,
@@ -451,10 +453,20 @@ def test_the_table_has_a_row_for_each_image_whatever_its_name(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_bytes(b"".join(CaptionRecord(*row, -1.0, 1, 2).line() for row in rows))
     write_table(tmp_path / "captions.csv", path)
-    with (tmp_path / "captions.csv").open(newline="", encoding="utf-8") as file:
+    with (tmp_path / "captions.csv").open(newline="", encoding="utf-8-sig") as file:
         header, *written = csv.reader(file)
     assert header == ["image", "caption"]
     assert [tuple(row) for row in written] == [*rows[:3], ("/images/caf?.jpg", "犬")]
+
+
+def test_excel_knows_the_letters_of_the_table_and_script_1_reads_it(tmp_path):
+    """Excel takes a file without a byte order mark for one in the system's own encoding."""
+    path = tmp_path / "captions.jsonl"
+    path.write_bytes(CaptionRecord("é.jpg", "ein Hündchen", -1.0, 1, 2).line())
+    write_table(tmp_path / "captions.csv", path)
+    assert (tmp_path / "captions.csv").read_bytes().startswith(codecs.BOM_UTF8 + b'"image"')
+    splits = read_table(Source(tmp_path / "captions.csv"), ("", ""), 40)
+    assert [(image.name, image.references) for image in splits["train"]] == [("é.jpg", ["ein Hündchen"])]
 
 
 def test_no_cell_of_the_table_is_a_formula(tmp_path):
@@ -463,7 +475,7 @@ def test_no_cell_of_the_table_is_a_formula(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_bytes(b"".join(CaptionRecord(*row, -1.0, 1, 2).line() for row in rows))
     write_table(tmp_path / "captions.csv", path)
-    with (tmp_path / "captions.csv").open(newline="", encoding="utf-8") as file:
+    with (tmp_path / "captions.csv").open(newline="", encoding="utf-8-sig") as file:
         text = file.read()
         _, *written = csv.reader(text.splitlines(keepends=True))
     live = ("=", "+", "-", "@", "\t", "\r", "\n", "＝")

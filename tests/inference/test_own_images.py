@@ -1,7 +1,10 @@
 import collections
+import http.server
+import io
 import os
 import re
 import socket
+import threading
 
 import numpy as np
 import pillow_heif
@@ -80,6 +83,127 @@ def found_below(folder, output):
     skipped = collections.Counter()
     found = find_images([str(folder)], output, skipped)
     return [str(image.path.relative_to(folder)) for image in found], describe_skipped(skipped)
+
+
+def names_found(names, output):
+    return [image.name for image in find(names, output)]
+
+
+def test_a_pattern_that_the_shell_left_alone_is_the_files_that_it_fits(tmp_path, monkeypatch):
+    """As on Windows. A file of just such a name is that file."""
+    for name in ("pics/b.jpg", "pics/a.jpg", "pics/deep/c.jpg", "pics/notes.txt", "a[1].jpg", "a1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    a, b, c = (os.path.join("pics", *name) for name in (["a.jpg"], ["b.jpg"], ["deep", "c.jpg"]))
+    assert names_found(["pics/*.jpg"], tmp_path / "out") == [a, b]
+    assert names_found(["pics/**/*.jpg"], tmp_path / "out") == [a, b, c]
+    assert names_found(["pic?"], tmp_path / "out") == [a, b, c]  # a folder
+    assert names_found(["a[1].jpg"], tmp_path / "out") == ["a[1].jpg"]
+    assert names_found(["no*.jpg"], tmp_path / "out") == ["no*.jpg"]  # which costs a line
+    assert names_found(["http://a/*.jpg?b"], tmp_path / "out") == ["http://a/*.jpg?b"]
+
+
+def test_a_list_names_files_folders_patterns_and_addresses(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("pics/a.jpg", "home/b.jpg", "c é.jpg", "deep/list.txt", "@odd.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    text = "# mine\n\npics\r\n  c é.jpg  \n~/b.jpg\npics/*.jpg\nhttps://example.org/a#1\n   # no more\n"
+    expected = [os.path.join("pics", "a.jpg"), "c é.jpg", str(tmp_path / "home" / "b.jpg"), "https://example.org/a#1"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "deep" / "list.txt").write_bytes(text.encode(encoding))
+        assert names_found(["@deep/list.txt"], tmp_path / "out") == expected
+    (tmp_path / "deep" / "list.txt").write_bytes(b"caf\xe9.jpg\n")
+    assert names_found(["@deep/list.txt"], tmp_path / "out") == [os.fsdecode(b"caf\xe9.jpg")]
+    assert names_found(["@odd.jpg"], tmp_path / "out") == ["@odd.jpg"]
+    assert names_found(["~/b.jpg"], tmp_path / "out") == expected[2:3]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [(None, "No such file"), (b"a\0b.jpg", "no text"), (b"\xff\xfe\0", "utf-16")]
+)
+def test_a_list_that_cannot_be_read_is_one_line(tmp_path, data, reason):
+    if data:
+        (tmp_path / "list.txt").write_bytes(data)
+    with pytest.raises(UserError, match=f"the list .*list.txt cannot be read .*{reason}.*: name a text file behind @"):
+        find([f"@{tmp_path / 'list.txt'}"], tmp_path / "out")
+
+
+def test_a_list_without_names_is_one_line(tmp_path):
+    (tmp_path / "list.txt").write_text("# nothing yet\n")
+    with pytest.raises(UserError, match="no image file is in @.*list.txt"):
+        find([f"@{tmp_path / 'list.txt'}"], tmp_path / "out")
+
+
+def test_a_linked_folder_is_read_once_and_its_own_place_counts(tmp_path):
+    """However the links lead, and whatever is linked to from outside."""
+    for name in ("pics/real/a.png", "pics/b.png", "elsewhere/c.png", "elsewhere/deep/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    try:
+        for link, target in (("again", "real"), ("loop", "."), ("more", "../elsewhere"), ("real/up", "..")):
+            (tmp_path / "pics" / link).symlink_to(tmp_path / "pics" / target)
+        (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "pics")
+        (tmp_path / "pics" / "gone").symlink_to(tmp_path / "nowhere")
+    except OSError:
+        pytest.skip("the file system has no links")
+    found, skipped = found_below(tmp_path / "pics", tmp_path / "out")
+    assert found == ["b.png", "more/c.png", "more/deep/d.png", "real/a.png"]
+    assert skipped == "1 files without an ending"
+
+
+def test_a_linked_output_folder_is_left_out(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "pics").mkdir()
+    for name in ("pics/a.png", "out/figure.png"):
+        (tmp_path / name).touch()
+    try:
+        (tmp_path / "pics" / "captions").symlink_to(tmp_path / "out")
+    except OSError:
+        pytest.skip("the file system has no links")
+    assert found_below(tmp_path / "pics", tmp_path / "out") == (["a.png"], "")
+
+
+def test_jpeg_files_that_lack_their_end_are_used_and_noted(tmp_path):
+    noise = Image.effect_noise((320, 240), 90)
+    noise.save(tmp_path / "a.jpg")
+    noise.save(tmp_path / "b.jpg")
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-2])
+    cut = []
+    images = find([str(tmp_path)], tmp_path / "out")
+    ((done, _),) = extract_batches(red_network, images, make_config(), collections.Counter(), cut)
+    assert done == images and cut == [tmp_path / "b.jpg"]
+
+
+def test_a_server_that_wants_to_know_whom_to_ask_is_told(tmp_path, monkeypatch, capsys):
+    """As Wikimedia's does. One that wants an address of the user's own gets that from --contact."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            agent, wanted = self.headers["User-Agent"], "me@example.org" if "strict" in self.path else "contact"
+            data = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(data, "PNG")
+            body = data.getvalue() if wanted in agent else b""
+            self.send_response(200 if body else 403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as service:
+        threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        images = find([f"http://127.0.0.1:{service.server_port}/{name}.png" for name in ("open", "strict")], tmp_path)
+        assert fetch_images(images, 2, collections.Counter()) == images[:1]
+        printed = capsys.readouterr().out.splitlines()
+        assert "strict.png cannot be fetched (HTTP status 403)" in printed[0] and "--contact" in printed[1]
+        assert fetch_images(images, 2, collections.Counter(), "me@example.org") == images
+        assert capsys.readouterr().out == ""
+        service.shutdown()
 
 
 def test_what_is_no_image_is_left_out_of_a_folder_and_counted_by_kind(tmp_path):
