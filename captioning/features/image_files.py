@@ -33,12 +33,13 @@ def load_image(path, cut=None):
     Raises:
       ValueError: the file is missing or damaged, or has too many pixels.
     """
+    size = (IMAGE_SIZE, IMAGE_SIZE)
     try:
         with open_image(path) as opened:
-            image = upright_rgb(opened, IMAGE_SIZE)
+            image = upright_rgb(opened, IMAGE_SIZE, size)
             if cut is not None and "cut" in image.info:
                 cut.append(path)
-            return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
+            return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     except Exception as error:  # on damaged files Pillow's decoders raise errors of many classes
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(printable(f"{path} cannot be read as an image ({reason})")) from error

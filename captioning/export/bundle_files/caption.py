@@ -88,17 +88,18 @@ def load_model(name, runtime):
     return Interpreter(str(path), num_threads=min(os.cpu_count(), 4)).get_signature_runner(name)
 
 
-def read_rgb(path, smallest):
+def read_rgb(path, smallest, shrunk=None):
     """An image of any kind, upright, in sRGB, on white. A large JPEG file comes smaller, which saves time."""
     with open_image(path) as opened:
-        image = upright_rgb(opened, smallest)
+        image = upright_rgb(opened, smallest, shrunk)
     if "cut" in image.info:
         print(printable(f"{path}: the file lacks its end"), file=sys.stderr)
     return image
 
 
 def read_pixels(path, side):
-    return np.asarray(read_rgb(path, side).resize((side, side), Image.Resampling.BILINEAR))  # (side, side, 3)
+    image = read_rgb(path, side, (side, side))
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))  # (side, side, 3)
 
 
 def beam_search(encoded, decode, options):
