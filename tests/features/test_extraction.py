@@ -147,8 +147,8 @@ def test_a_copy_of_everything_without_its_times_is_not_extracted_again(config, i
 def test_an_image_that_changes_while_it_is_read_is_extracted_again(config, images, network, monkeypatch):
     load_image = extraction.load_image
 
-    def load_and_change(path):
-        pixels = load_image(path)
+    def load_and_change(path, cut):
+        pixels = load_image(path, cut)
         if path == image_path(images[3], config):
             draw(images[3], config, 150)
         return pixels
