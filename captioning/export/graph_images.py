@@ -2,7 +2,8 @@
 
 It does what image_reader.py does with Pillow, for the kinds of files that TensorFlow decodes: JPEG, PNG, WebP, GIF and
 BMP. An image that cannot be read does not fail the graph. It gets white pixels and a status that says so. So does one
-whose colours a profile other than sRGB changes, and a progressive JPEG file that lacks its end.
+whose colours a profile other than sRGB changes, a progressive JPEG file that lacks its end, and an animated WebP file
+without transparency.
 """
 
 import functools
@@ -73,7 +74,7 @@ def _decode_image(data):
     elif _is_png(data):
         resized = _decode_png(data)
     elif _is_webp(data):
-        resized = _shrink_flat(tf.io.decode_image(data, 0, expand_animations=False))
+        resized = _shrink_flat(_decode_webp(data))
     elif _is_bmp(data):
         resized = _shrink(_decode_bmp(data))
     else:
@@ -183,6 +184,15 @@ def _decode_bmp(data):
     else:
         rgb = tf.io.decode_bmp(data, 3)
     return rgb
+
+
+def _decode_webp(data):
+    """A WebP file, uint8 (height, width, 3 or 4). Animations without transparency, which TensorFlow mixes up, fail."""
+    flags = _read_number(data, 20, 1)
+    is_animated, has_alpha = flags // 2 % 2 == 1, flags // 16 % 2 == 1
+    is_extended = tf.strings.substr(data, 12, 4) == b"VP8X"
+    tf.debugging.Assert(~(is_extended & is_animated & ~has_alpha), ["an animation without transparency"])
+    return tf.io.decode_image(data, 0, expand_animations=False)
 
 
 def _shrink(image):

@@ -180,14 +180,14 @@ def test_images_are_decoded_as_for_the_features(tmp_path, name):
 def test_files_as_people_have_them_are_read_as_by_the_scripts_or_refused(tmp_path, name):
     made = made_images.table()[name]
     pixels, status = read_in_graph(tf.constant(made.data))
-    if made.shown is None or "progressive" in name and made.cut:
+    if made.shown is None or "progressive" in name and made.cut or name == "animated WebP":
         assert status == b"unreadable"
     elif " in Display P3" in name or " in Adobe RGB" in name or "profile" in name:
         assert status == b"not sRGB"
     else:
         (tmp_path / "a").write_bytes(made.data)
         difference = np.abs(pixels.numpy().astype(int) - load_image(tmp_path / "a"))  # (299, 299, 3)
-        assert status == b"ok" and difference.mean() < 0.6
+        assert status == b"ok" and difference.mean() < (2 if made.cut else 0.6)
 
 
 def test_the_beam_is_the_configs(tmp_path):
