@@ -46,7 +46,7 @@ CONFIG = make_config({**SIZES, "max_words": 9, "beam_width": 1, "repeat_block": 
 
 # What the script may import, and what these packages import themselves.
 ALLOWED = {"numpy", "PIL", "ai_edge_litert", "onnxruntime", "flatbuffers", "ml_dtypes", "google", "pillow_heif"}
-ALLOWED |= {"typing_extensions", "backports", "tqdm", "packaging", "defusedxml", "olefile"}
+ALLOWED |= {"typing_extensions", "backports", "tqdm", "packaging", "defusedxml", "olefile", "image_reader"}
 
 
 def load_runner(folder=RUNNER.parent):
@@ -213,6 +213,7 @@ def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exp
         "        pass\n"
         "script, *sys.argv[1:] = sys.argv[1:]\n"
         "sys.argv[0] = script\n"
+        "sys.path[0] = str(pathlib.Path(script).parent)\n"  # as where Python is given the script
         "runpy.run_path(script, run_name='__main__')\n"
     )
     command = [sys.executable, "-c", program, folder / "caption.py", *paths[:3], tmp_path / "more", "--beam_width", "3"]
@@ -232,7 +233,9 @@ def test_the_script_is_short_and_imports_no_more_than_it_says():
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name if isinstance(node, ast.Import) else node.module for node in nodes for alias in node.names}
     tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
-    assert tops == {"numpy", "PIL", "ai_edge_litert", "onnxruntime"}
+    assert tops == {"numpy", "PIL", "ai_edge_litert", "onnxruntime", "image_reader"}
+    text = pathlib.Path(image_reader.__file__).read_text(encoding="utf-8")  # which is copied beside it
+    assert not re.search(r"^ *(from|import) (captioning|support|tensorflow|pillow_heif)", text, re.MULTILINE)
 
 
 def test_the_script_takes_the_files_that_script_3_takes(tmp_path):
@@ -368,7 +371,9 @@ def test_the_bundle_says_what_it_is(exported):
     readme = (folder / "README.md").read_text()
     assert f"pip install numpy pillow {export_bundle._RUNTIMES[about['format']]}\n" in readme
     assert len(readme.splitlines()) <= 20
-    models = {path.name for path in folder.iterdir()} - {"captioner.json", "vocabulary.json", "README.md", "caption.py"}
+    assert (folder / "image_reader.py").read_bytes() == pathlib.Path(image_reader.__file__).read_bytes()
+    others = {"captioner.json", "vocabulary.json", "README.md", "caption.py", "image_reader.py"}
+    models = {path.name for path in folder.iterdir()} - others
     expected = {"encoder", "decoder"} if about["format"] == "litert" else {"encoder", "decoder", "evidence"}
     assert {pathlib.Path(name).stem for name in models if not name.startswith("__")} == expected
     assert [name for name in os.listdir(folder.parent) if name.startswith(".")] == [".bundle.export.lock"]
