@@ -21,7 +21,7 @@ MOST_PIXELS = (
 MOST_FILE_PIXELS = (
     250_000_000  # of any file; a JPEG file is decoded at a fraction of its size, but may need 6 bytes each
 )
-LEAST_ROWS = 0.9  # share of the rows that a JPEG file which lacks its end must have
+LEAST_ROWS = 0.895  # share of the rows that a JPEG file which lacks its end must have: nine tenths, rounded
 
 # The first bytes of files that Pillow does not read, or of which it would read a thumbnail alone.
 _UNREAD = {

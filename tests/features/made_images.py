@@ -193,7 +193,7 @@ def cut_jpegs():
         pixels = grey_photograph() if name == "grey " else photograph()
         data, shown = write(pixels, "JPEG", quality=88, **how), upright if name == "turned " else pixels
         yield f"{name}JPEG without its last 2 bytes", Made(data[:-2], shown, 3, cut=True)
-        yield f"{name}JPEG without its last tenth", Made(data[: len(data) * 19 // 20], shown, 7, cut=True)
+        yield f"{name}JPEG without its last tenth", Made(data[: len(data) * 9 // 10], shown, 7, cut=True)
         yield f"half a {name}JPEG", Made(data[: len(data) // 2], refusal="cannot be read|ends too early|truncated")
 
 
