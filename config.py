@@ -24,7 +24,7 @@ class Config:
     image_source: Literal["each", "zip"] = "each"  # missing images: fetch each one needed, or the 13.5 GB zip file
     download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
     contact: str = ""  # your e-mail or web address, for servers (as Wikimedia's) that refuse whoever gives none
-    demo_images: Annotated[int, (10, 1_000_000)] = 2_500  # scenes drawn for the demo
+    demo_images: Annotated[int, (10, 1_000_000)] = 1_200  # scenes drawn for the demo
     num_examples: Annotated[int, (2, None)] | None = 30_000  # captions drawn from the data set, None for all
     val_fraction: Annotated[float, (0.0, 0.9)] = 0.2  # share of the images kept for validation, if no file names them
     vocab_size: Annotated[int, (5, 1_000_000)] = 5_000  # V: the most frequent words, with <pad> <unk> <start> <end>
@@ -83,9 +83,14 @@ PRESETS = {
         "run_dir": "runs/demo",
         "num_examples": None,
         "inception_weights": "random",
+        "val_fraction": 0.1,
         "encoder_dim": 128,
         "embedding_dim": 64,
         "units": 256,
+        "epochs": 5,  # with the next three it learns in minutes, from few scenes
+        "batch_size": 32,
+        "learning_rate": 3e-3,
+        "dropout": 0.3,
         "repeat_block": 0,  # its sentences are made of phrases that come twice
     },
     "karpathy": {

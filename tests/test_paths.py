@@ -101,7 +101,8 @@ def test_the_three_scripts_in_a_folder_of_such_a_name(tmp_path):
     places = {"coco_dir": root / "scenes", "data_dir": root / "data[2]", "run_dir": root / "run*[3]"}
     places["features_dir"] = root / "{features}[4]"
     argv = ["--dataset", "demo", *(part for name, path in places.items() for part in (f"--{name}", str(path)))]
-    argv += ["--demo_images", "12", "--units", "32", "--plot_images", "2", "--tensorboard", "yes"]
+    argv += ["--demo_images", "12", "--val_fraction", "0.2"]
+    argv += ["--units", "32", "--plot_images", "2", "--tensorboard", "yes"]
 
     def run(script, *more):
         ended = subprocess.run([sys.executable, script, *argv, *more], cwd=ROOT, capture_output=True, text=True)
