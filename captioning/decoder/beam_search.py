@@ -1,4 +1,4 @@
-"""Beam search: likelier captions than greedy decoding finds.
+"""Beam search: likelier captions than greedy decoding finds, and several of each image.
 
 Letters of shapes as in model.py; K is the beam width.
 """
@@ -8,13 +8,27 @@ import tensorflow as tf
 from captioning.decoder.rules import DecodedCaptions, has_ended, next_word_log_probs
 from captioning.vocabulary import PAD, START
 
+_NO_BEAM = -1e6  # log-probability of a beam that does not run yet; no caption's is so low
+
 
 def beam_search(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0):
-    """The likeliest caption of those that `beam_width` beams keep in view, as one graph over the batch.
+    """The likeliest caption of those that `beam_width` beams keep in view, the first of `best_beams`.
+
+    Args: as for `best_beams`.
+
+    Returns:
+      DecodedCaptions
+    """
+    found = best_beams(encoder, decoder, features, max_words, beam_width, length_penalty, repeat_block, count=1)
+    return DecodedCaptions(*(x[:, 0] for x in found))  # (B, L), (B, L), (B, L, P)
+
+
+def best_beams(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0, *, count):
+    """The likeliest captions of those that `beam_width` beams keep in view, as one graph over the batch.
 
     A beam that says <end> keeps its place to the last. The others go on until they end or have `max_words` words. Of
-    an image's ended beams (of all, where none has ended) the one of the highest log-probability divided by
-    length ** length_penalty is taken.
+    an image's ended beams (of all, where none has ended) those of the highest log-probability divided by
+    length ** length_penalty are taken, the best first. No two are alike.
 
     Args:
       features: float (B, P, F)
@@ -22,9 +36,10 @@ def beam_search(encoder, decoder, features, max_words, beam_width, length_penalt
       beam_width: int, K.
       length_penalty: float; 0 ranks by plain log-probabilities, which favour short captions, 1 by their mean per word.
       repeat_block: int, no sequence of so many words is said twice; 0 for no such rule.
+      count: int, N, captions of each image; K at most. Where an image has fewer, the last ones are <pad> alone.
 
     Returns:
-      DecodedCaptions, L being the longest beam's length
+      DecodedCaptions of (B, N, L), (B, N, L) and (B, N, L, P), L being the longest beam's length
     """
     encoded_features = encoder(features)  # (B, P, D)
     keys = decoder.attention.key_layer(encoded_features)  # (B, P, U)
@@ -49,7 +64,7 @@ def beam_search(encoder, decoder, features, max_words, beam_width, length_penalt
 
     batch, locations = tf.shape(features)[0], features.shape[1]
     state = (
-        tf.tile([[0.0] + [-1e6] * (beam_width - 1)], (batch, 1)),  # (B, K); all beams are alike, so only one begins
+        tf.tile([[0.0] + [_NO_BEAM] * (beam_width - 1)], (batch, 1)),  # (B, K); all are alike, so only one begins
         hidden,
         tf.fill((batch, beam_width, 1), START),
         tf.zeros((batch, beam_width, 0)),
@@ -63,9 +78,11 @@ def beam_search(encoder, decoder, features, max_words, beam_width, length_penalt
         shape_invariants=tuple(map(tf.TensorShape, (*growing, (None, beam_width, None, locations)))),
         maximum_iterations=max_words,
     )
-    best = _best_beam(scores, words, length_penalty)  # (B,)
-    found = (tf.gather(x, best, batch_dims=1) for x in (words[:, :, 1:], log_probs, attention_weights))
-    return DecodedCaptions(*found)  # (B, L), (B, L), (B, L, P)
+    best, is_caption = _rank_beams(scores, words, length_penalty, count)  # (B, N) each
+    words, log_probs, attention_weights = (
+        tf.gather(x, best, batch_dims=1) for x in (words[:, :, 1:], log_probs, attention_weights)
+    )  # (B, N, L), (B, N, L), (B, N, L, P)
+    return DecodedCaptions(tf.where(is_caption[:, :, tf.newaxis], words, PAD), log_probs, attention_weights)
 
 
 def _best_continuations(scores, word_log_probs, ended):
@@ -95,10 +112,21 @@ def _best_continuations(scores, word_log_probs, ended):
     return scores, best // vocab_size, best % vocab_size, word_log_probs
 
 
-def _best_beam(scores, words, length_penalty):
-    """The beam taken at the end. float (B, K), int (B, K, L + 1) -> int (B,)."""
+def _rank_beams(scores, words, length_penalty, count):
+    """The beams taken at the end, the best first.
+
+    Args:
+      scores: float (B, K), log-probability of each beam.
+      words: int (B, K, L + 1), from <start> on.
+      length_penalty, count: as `best_beams` takes them.
+
+    Returns:
+      best: int (B, N)
+      is_caption: bool (B, N), False for beams that broke off while others ended, and for those that never ran
+    """
     ended = has_ended(words)  # (B, K)
     eligible = ended | ~tf.reduce_any(ended, axis=1, keepdims=True)  # (B, K)
     lengths = tf.reduce_sum(tf.cast(words[:, :, 1:] != PAD, tf.float32), axis=2)  # (B, K)
     ranks = tf.where(eligible, scores / lengths**length_penalty, -tf.float32.max)  # (B, K)
-    return tf.argmax(ranks, axis=1, output_type=tf.int32)  # (B,)
+    best = tf.math.top_k(ranks, count).indices  # (B, N)
+    return best, tf.gather(eligible & (scores > _NO_BEAM / 2), best, batch_dims=1)  # (B, N) each

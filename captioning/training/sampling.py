@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from captioning.decoder.nucleus_sampling import draw_words
 from captioning.decoder.rules import ban_words, has_ended
 from captioning.vocabulary import PAD, START
 from support.distribution import replica_rows, run_on_each
@@ -56,7 +57,7 @@ def _sample_replica(state, features, config):
         # are of a slightly different model than the one that is differentiated.
         logits, hidden, _ = decoder(words[:, -1:], encoded_features, hidden, keys)
         probabilities = tf.nn.softmax(ban_words(logits))  # (b S, V)
-        drawn = _draw_words(probabilities, chances[tf.shape(words)[1] - 1])  # (b S,)
+        drawn = draw_words(probabilities, chances[tf.shape(words)[1] - 1])  # (b S,)
         drawn = tf.where(has_ended(words), PAD, drawn)  # (b S,)
         return tf.concat((words, drawn[:, tf.newaxis]), 1), hidden  # (b S, t + 2), (b S, U)
 
@@ -87,11 +88,3 @@ def _draw_chances(images, step, config):
     chances = tf.random.stateless_uniform((images * count, samples, longest), seed)
     chances = tf.transpose(chances[replica.replica_id_in_sync_group :: count], (2, 1, 0))  # (T-1, S, b)
     return tf.reshape(chances, (longest, -1))  # (T-1, b S)
-
-
-def _draw_words(probabilities, chances):
-    """The word at which the probabilities, added up, pass the chance. float (N, V), (N,) -> int (N,)."""
-    cumulative = tf.cumsum(probabilities, axis=1)  # (N, V)
-    thresholds = chances * cumulative[:, -1]  # (N,)
-    words = tf.reduce_sum(tf.cast(cumulative <= thresholds[:, tf.newaxis], tf.int32), axis=1)  # (N,)
-    return tf.minimum(words, tf.shape(probabilities)[1] - 1)  # (N,)

@@ -1,9 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import model
-from captioning.decoder.beam_search import _best_beam, _best_continuations, beam_search
+from captioning.decoder.beam_search import _best_continuations, _rank_beams, beam_search, best_beams
 from captioning.decoder.rules import _BANNED_WORDS, ban_words
 from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.settings import make_config
@@ -159,11 +161,61 @@ def test_an_ended_beam_goes_on_with_pad_alone_and_keeps_its_place():
     np.testing.assert_allclose(gained, [[0.0, np.log(0.4)]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("length_penalty", "taken"), [(0.0, 0), (1.0, 1)])
-def test_of_the_ended_beams_the_best_by_its_length_is_taken(length_penalty, taken):
+@pytest.mark.parametrize(("length_penalty", "taken"), [(0.0, [0, 1]), (1.0, [1, 0])])
+def test_the_ended_beams_are_taken_the_best_by_its_length_first(length_penalty, taken):
     words = tf.constant([[[START, 5, END, PAD], [START, 5, 6, END], [START, 5, 6, 7]]])
     scores = tf.constant([[-3.0, -4.0, -0.1]])  # the third has not ended
-    assert _best_beam(scores, words, length_penalty).numpy().tolist() == [taken]
+    best, is_caption = _rank_beams(scores, words, length_penalty, 3)
+    assert best.numpy().tolist() == [[*taken, 2]] and is_caption.numpy().tolist() == [[True, True, False]]
+    best, is_caption = _rank_beams(scores, words[:, :, :3], length_penalty, 2)
+    assert best.numpy()[0, 0] == 0 and is_caption.numpy().tolist() == [[True, False]]
+    best, is_caption = _rank_beams(scores, words[:, :, :2], 0.0, 3)  # none has ended
+    assert (best.numpy().tolist(), is_caption.numpy().tolist()) == ([[2, 0, 1]], [[True, True, True]])
+
+
+def every_caption(encoder, decoder, features, most):
+    """All captions of one image with `most` words at most, <end> among them: list of (log-probability, words)."""
+    sayable = [i for i in range(decoder.output_layer.bias.shape[0]) if i not in (*_BANNED_WORDS, END)]
+    bodies = itertools.chain(*(itertools.product(sayable, repeat=count) for count in range(most)))
+    captions = [(*body, END) for body in bodies]
+    rows = np.array([np.pad((START, *words), (0, most - len(words))) for words in captions])
+    same = tf.repeat(encoder(features), len(captions), 0)
+    logits, _ = decoder.teacher_forcing(tf.constant(rows, tf.int32), same)
+    logs = tf.nn.log_softmax(ban_words(logits)).numpy()
+    targets = rows[:, 1:].T
+    scores = np.zeros(targets.shape)
+    scores[targets != PAD] = logs[range(len(logs)), targets[targets != PAD]]
+    return [(score, words) for score, words in zip(scores.sum(0), captions, strict=True)]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.8, 1.5])
+def test_the_best_beams_are_the_best_of_all_captions_of_a_tiny_vocabulary(features, length_penalty):
+    """Two words and <end>, at most 3 in a caption: 15 beams hold them all, so nothing can be lost."""
+    encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": 2}), 6, NO_MEAN)
+    decoder.output_layer.kernel.assign(decoder.output_layer.kernel * 5)
+    found = best_beams(encoder, decoder, features, 3, 15, length_penalty, count=5)
+    likeliest = beam_search(encoder, decoder, features, 3, 15, length_penalty)
+    for b in range(3):
+        ranked = every_caption(encoder, decoder, features[b : b + 1], 3)
+        assert len(ranked) == 7
+        ranked.sort(key=lambda pair: -pair[0] / len(pair[1]) ** length_penalty)
+        assert [tuple(said_by(row)) for row in found.words[b]] == [words for _, words in ranked[:5]]
+        np.testing.assert_allclose(np.sum(found.log_probs[b], 1), [score for score, _ in ranked[:5]], rtol=1e-4)
+        assert said_by(likeliest.words[b]) == said_by(found.words[b, 0])
+        for row, weights in zip(found.words[b], found.attention_weights[b], strict=True):
+            said = said_by(row)
+            _, along = decoder.teacher_forcing(tf.constant([[START, *said]]), encoder(features[b : b + 1]))
+            np.testing.assert_allclose(weights[: len(said)], along[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [7, 20])
+def test_where_there_are_fewer_captions_the_rest_is_pad_alone(features, width):
+    """Two words and <end>, at most 2 in a caption: 3 captions end. Beams that never ran are none."""
+    encoder, decoder = model.build_captioner(make_config({"units": 16}), 6, NO_MEAN)
+    words = best_beams(encoder, decoder, features, 2, width, count=7).words.numpy()
+    for rows in words.tolist():
+        assert sorted(map(said_by, rows[:3])) == [[END], [4, END], [5, END]]
+        assert not np.any(rows[3:])
 
 
 def test_each_beam_goes_on_with_the_hidden_state_of_the_beam_that_it_continues(features):

@@ -19,7 +19,7 @@ from captioning.training.cider_reward import CiderReward
 from captioning.training.epochs import begin_epoch
 from captioning.training.optimizer import self_critical_rate
 from captioning.training.run_folder import load_captioner
-from captioning.training.sampling import _draw_words, longest_sample, sample_captions
+from captioning.training.sampling import longest_sample, sample_captions
 from captioning.training.saving import return_to_best
 from captioning.training.self_critical import (
     ImageSet,
@@ -66,20 +66,6 @@ def sample(sampled, positions=range(6), step=0, seed=42):
 
 
 # --- Sampling -----------------------------------------------------------------------------------------------------
-
-
-def test_a_word_is_drawn_where_the_probabilities_pass_the_chance():
-    probabilities = tf.constant([[0.0, 0.25, 0.0, 0.5, 0.25]] * 6)  # (N, V)
-    words = _draw_words(probabilities, tf.constant([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24]))
-    assert words.numpy().tolist() == [1, 1, 3, 3, 4, 4]
-    assert words.shape == (6,)
-
-
-def test_words_are_drawn_as_often_as_their_probability():
-    chances = tf.constant((np.arange(10_000) + 0.5) / 10_000, tf.float32)
-    probabilities = np.random.default_rng(1).dirichlet(np.ones(30)).astype(np.float32)
-    words = _draw_words(tf.constant([probabilities] * 10_000), chances)
-    np.testing.assert_allclose(np.bincount(words, minlength=30) / 10_000, probabilities, atol=2e-4)
 
 
 def test_samples_are_captions_of_words_that_may_be_said(sampled):
