@@ -69,6 +69,10 @@ class Config:
     beam_width: Annotated[int, (1, 20)] = 1  # captions kept while decoding; 1 is greedy
     length_penalty: Annotated[float, (0.0, 2.0)] = 1.0  # beams are ranked by log-probability / length to this power
     repeat_block: Annotated[int, (0, 5)] = 2  # no sequence of this many words comes twice in a caption; 0: allowed
+    captions_per_image: Annotated[int, (1, 20)] = 1  # captions of each image, none twice; --captions N of script 3
+    sample: Literal["yes", "no"] = "no"  # draw each word by its probability, instead of searching for the likeliest
+    temperature: Annotated[float, (0.01, 10.0)] = 1.0  # of samples: below 1 likely words are drawn even more often
+    top_p: Annotated[float, (0.01, 1.0)] = 0.9  # of samples: from the fewest words with this probability together
     plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
     attention_map: Literal["weights", "evidence"] = "weights"  # what figures draw: attention weights, or evidence
     figures: Annotated[int, (0, None)] = 100  # attention figures to draw at most, of the first images

@@ -2,7 +2,7 @@
 
 python inference_image_caption.py [--dataset NAME | --run_dir DIR]
     [--image FILE_FOLDER_OR_URL ... | --evaluate | --export DIR [--format litert]]
-    [--output DIR] [--<setting> VALUE ...]
+    [--output DIR] [--captions N [--sample]] [--<setting> VALUE ...]
 """
 
 import support.before_tensorflow  # noqa: F401, I001  must come first
@@ -16,6 +16,7 @@ import sys
 import numpy as np
 
 from captioning import settings
+from captioning.captioner import decoding_settings
 from captioning.evaluation import evaluate
 from captioning.export import bundle, saved_model
 from captioning.features import cache, image_files
@@ -74,11 +75,13 @@ def add_options(parser):
 
 
 def main(argv):
-    given, options = parse_command_line(argv, __doc__, Config, add_options)
+    # The setting captions, a table's file, is script 1's. This script knows it from the run, if it needs it at all.
+    renamed = {"captions": "captions_per_image"}
+    given, options = parse_command_line(argv, __doc__, Config, add_options, renamed)
     check_options(options)
     config = settings.make_config(given)
     with settings.naming_commands(config):
-        config = run_folder.run_settings(given, config.run_dir)
+        config = decoding_settings(given, run_folder.run_settings(given, config.run_dir))
     image_files.set_up_pillow()
     devices.set_up_devices()
     with settings.naming_commands(config):

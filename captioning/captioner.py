@@ -1,23 +1,30 @@
 """The trained captioner: restored from its run, it turns features into captions."""
 
 import dataclasses
+import os
+import zlib
 
 import numpy as np
 import tensorflow as tf
 
 from captioning.attention.evidence import explain_captions
-from captioning.decoder.beam_search import beam_search
+from captioning.decoder.beam_search import beam_search, best_beams
 from captioning.decoder.generated_caption import GeneratedCaption
+from captioning.decoder.nucleus_sampling import sample_decode
 from captioning.decoder.rules import DecodedCaptions, has_ended
 from captioning.features.cache import cached_batches
 from captioning.vocabulary import END, PAD, encode_captions
 from captioning.words import split_words
 from model import CNN_Encoder, RNN_Decoder, greedy_decode
+from support.errors import UserError
 
 _USUAL_WORDS = 20  # most captions have fewer
+_DRAWS = 5  # captions drawn at most for each one wanted, as none is to come twice
 
 _greedy_graph = tf.function(greedy_decode, reduce_retracing=True)
 _beam_graph = tf.function(beam_search, reduce_retracing=True)
+_several_graph = tf.function(best_beams, reduce_retracing=True)
+_sample_graph = tf.function(sample_decode, reduce_retracing=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,32 @@ class Captioner:
     checkpoint: str
     identity: str = ""
     network: str = ""
+
+
+def greedy_settings(config):
+    """The settings with which an image gets one caption, the greedy one."""
+    return dataclasses.replace(config, beam_width=1, captions_per_image=1, sample="no")
+
+
+def decoding_settings(given, config):
+    """The settings with as many beams as captions are wanted, and a line where there were fewer.
+
+    Args:
+      given: dict of setting to value, from the command line.
+      config: Config
+
+    Raises:
+      UserError: settings of sampling are given without it, or beams with it.
+    """
+    if config.sample == "no" and (unused := [name for name in ("temperature", "top_p") if name in given]):
+        raise UserError(f"--{unused[0]} says how captions are drawn: give --sample too")
+    if config.sample == "yes" and given.get("beam_width", 1) > 1:
+        raise UserError("--sample draws captions and --beam_width searches for them: give one of the two")
+    count = config.captions_per_image
+    if config.sample == "yes" or config.beam_width >= count:
+        return config
+    print(f"--beam_width {count} is taken instead of {config.beam_width}, to find as many captions")
+    return dataclasses.replace(config, beam_width=count)
 
 
 def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(greedy_decode, beam_search)):
@@ -66,24 +99,32 @@ def caption_batch(captioner, images, features, config, with_evidence=False):
       captioner: Captioner
       images: list of B ImageToCaption.
       features: float (B, P, F)
+      config: Config, the settings of decoding, with as many beams as `decoding_settings` gives.
       with_evidence: bool, whether the predictions get their evidence, which takes about as long as the captions.
 
     Returns:
-      list of B GeneratedCaptions
+      list of B GeneratedCaptions, the other captions of an image in their `others`. An image has fewer than
+      `captions_per_image` where no more were found.
     """
     features = tf.convert_to_tensor(features)
-    # Greedily, few captions are long, and the others need not wait for them. With beams a longer one may yet win.
-    most = min(_USUAL_WORDS, config.max_words) if config.beam_width == 1 else config.max_words
-    decoded = _decode_rows(captioner, features, most, config)
-    unfinished = [i for i, row in enumerate(decoded) if not has_ended(row.words)]
-    if unfinished and most < config.max_words:
-        longer = _decode_rows(captioner, tf.gather(features, unfinished), config.max_words, config)
-        for i, row in zip(unfinished, longer, strict=True):
-            decoded[i] = row
-    predictions = [_generated_caption(*pair, captioner.vocabulary) for pair in zip(images, decoded, strict=True)]
-    if with_evidence:
-        return _add_evidence(captioner, predictions, features, [row.words for row in decoded])
-    return predictions
+    if config.sample == "yes":
+        rows = _sample_rows(captioner, images, features, config)
+    elif config.captions_per_image > 1:
+        rows = _best_rows(captioner, features, config)
+    else:
+        rows = [[row] for row in _likeliest_rows(captioner, features, config)]
+    captions = [
+        [_generated_caption(image, row, captioner.vocabulary) for row in of_image]
+        for image, of_image in zip(images, rows, strict=True)
+    ]
+    for number in range(max(map(len, rows), default=0) if with_evidence else 0):
+        have = [i for i, of_image in enumerate(rows) if number < len(of_image)]
+        those = features if len(have) == len(images) else tf.gather(features, have)
+        words = [rows[i][number].words for i in have]
+        explained = _add_evidence(captioner, [captions[i][number] for i in have], those, words)
+        for i, caption in zip(have, explained, strict=True):
+            captions[i][number] = caption
+    return [dataclasses.replace(first, others=others) for first, *others in captions]
 
 
 def _add_evidence(captioner, predictions, features, words):
@@ -134,12 +175,81 @@ def explain_references(captioner, images, config):
     return predictions
 
 
-def _decode_rows(captioner, features, max_words, config):
-    """list of B DecodedCaptions of NumPy arrays, one for each image: (L,), (L,) and (L, P)."""
-    graphs = _greedy_graph, _beam_graph
-    most = tf.constant(max_words)  # a tensor, as another number would be another graph
-    decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, most, graphs)
-    return [DecodedCaptions(*row) for row in zip(*(part.numpy() for part in decoded), strict=True)]
+def _likeliest_rows(captioner, features, config):
+    """The caption of each image, greedy or of the best beam. float (B, P, F) -> list of B as `_unstack` gives them."""
+
+    def decode(features, most):
+        graphs = _greedy_graph, _beam_graph
+        most = tf.constant(most)  # a tensor, as another number would be another graph
+        return _unstack(decode_captions(captioner.encoder, captioner.decoder, features, config, most, graphs))
+
+    # Greedily, few captions are long, and the others need not wait for them. With beams a longer one may yet win.
+    most = min(_USUAL_WORDS, config.max_words) if config.beam_width == 1 else config.max_words
+    decoded = decode(features, most)
+    unfinished = [i for i, row in enumerate(decoded) if not has_ended(row.words)]
+    if unfinished and most < config.max_words:
+        longer = decode(tf.gather(features, unfinished), config.max_words)
+        for i, row in zip(unfinished, longer, strict=True):
+            decoded[i] = row
+    return decoded
+
+
+def _best_rows(captioner, features, config):
+    """The captions of each image by its best beams. float (B, P, F) -> list of B lists as `_unstack` gives them."""
+    how = tf.constant(config.max_words), config.beam_width, config.length_penalty, config.repeat_block
+    count = config.captions_per_image
+    found = _several_graph(captioner.encoder, captioner.decoder, features, *how, count=count)  # (B, N, ...)
+    return [[row for row in _unstack(of_image) if row.words.any()] for of_image in _unstack(found)]
+
+
+def _sample_rows(captioner, images, features, config):
+    """Captions of each image that are drawn, in the order of the draws, none twice.
+
+    Args:
+      images: list of B ImageToCaption.
+      features: float (B, P, F)
+
+    Returns:
+      list of B lists as `_unstack` gives them
+    """
+    count = config.captions_per_image
+    chances = np.stack([sample_chances(image.path.name, config) for image in images])  # (B, draws, max_words)
+    found = [{} for _ in images]
+    for start in range(0, chances.shape[1], count):
+        few = [i for i, rows in enumerate(found) if len(rows) < count]
+        if not few:
+            break
+        drawn = _sample_graph(
+            captioner.encoder,
+            captioner.decoder,
+            tf.gather(features, few),
+            tf.constant(chances[few, start : start + count]),
+            config.temperature,
+            config.top_p,
+            config.repeat_block,
+        )  # (b, N, ...)
+        for i, of_image in zip(few, _unstack(drawn), strict=True):
+            for row in _unstack(of_image):
+                if len(found[i]) < count:
+                    found[i].setdefault(tuple(word for word in row.words if word not in (PAD, END)), row)
+    return [list(rows.values()) for rows in found]
+
+
+def sample_chances(file_name, config):
+    """What an image's captions are drawn by: numbers that depend on the seed and on the file's name alone.
+
+    So an image gets the same captions in any batch and in any folder, and more captions begin with the same ones.
+
+    Returns:
+      float32 (_DRAWS * captions_per_image, max_words), uniform from 0 to 1, a row for each draw
+    """
+    generator = np.random.default_rng((config.seed, zlib.crc32(os.fsencode(file_name))))
+    return generator.random((_DRAWS * config.captions_per_image, config.max_words), np.float32)
+
+
+def _unstack(decoded):
+    """The parts of DecodedCaptions along their first axis, as a list of DecodedCaptions of NumPy arrays."""
+    return [DecodedCaptions(*row) for row in zip(*map(np.asarray, decoded), strict=True)]
 
 
 def _generated_caption(image, row, vocabulary):

@@ -30,7 +30,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-def parse_command_line(argv, description, settings_class, add_options=None):
+def parse_command_line(argv, description, settings_class, add_options=None, renamed=()):
     """Read `--<field> VALUE` for any field of the settings, and a script's own options.
 
     Args:
@@ -38,6 +38,8 @@ def parse_command_line(argv, description, settings_class, add_options=None):
       description: str, the first lines of `--help`.
       settings_class: dataclass of the settings.
       add_options: function that adds the script's own options to the parser that it is given.
+      renamed: dict of option to setting, such as {"captions": "captions_per_image"}: --captions then sets this one,
+        and not the setting that has the option's name.
 
     Returns:
       (dict of setting name -> value, only those on the command line; argparse.Namespace of the script's own options)
@@ -45,7 +47,7 @@ def parse_command_line(argv, description, settings_class, add_options=None):
     Raises:
       UserError: an unknown option, or a value of the wrong type or out of range.
     """
-    parser = _make_parser(description, settings_class, add_options)
+    parser = _make_parser(description, settings_class, add_options, dict(renamed))
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_help())
@@ -60,7 +62,7 @@ def parse_command_line(argv, description, settings_class, add_options=None):
     return given, argparse.Namespace(**own)
 
 
-def _make_parser(description, settings_class, add_options):
+def _make_parser(description, settings_class, add_options, renamed):
     """A parser of the script's own options and of every setting; a setting that is not given gets no value."""
     parser = OneLineParser(
         prog=os.path.basename(sys.argv[0]),
@@ -74,9 +76,17 @@ def _make_parser(description, settings_class, add_options):
     group = parser.add_argument_group(f"settings (defaults from {_source_file(settings_class)})")
     annotations, comments = _setting_types(settings_class), _setting_comments(settings_class)
     for field in dataclasses.fields(settings_class):
+        names = [option for option, name in renamed.items() if name == field.name]
+        names += [field.name] if field.name not in renamed else []
+        if not names:  # another setting has its name here
+            continue
+        # --sample alone is --sample yes.
+        is_switch = set(_read_annotation(annotations[field.name]).choices) == {"yes", "no"}
         group.add_argument(
-            f"--{field.name}",
+            *(f"--{name}" for name in names),
+            dest=field.name,
             metavar=_describe_type(annotations[field.name]),
+            **({"nargs": "?", "const": "yes"} if is_switch else {}),
             default=argparse.SUPPRESS,
             help=f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%"),
         )

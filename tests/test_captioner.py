@@ -8,8 +8,9 @@ import pytest
 import tensorflow as tf
 
 from captioning import captioner as captioner_module
-from captioning.captioner import caption_batch, decode_captions
+from captioning.captioner import caption_batch, decode_captions, decoding_settings, sample_chances
 from captioning.data.captioned_images import CaptionedImage
+from captioning.decoder.beam_search import best_beams
 from captioning.features.cache import ImageToCaption, cached_batches, dataset_images
 from captioning.settings import make_config, naming_commands
 from captioning.training.batches import _read_features
@@ -128,6 +129,108 @@ def test_long_captions_are_decoded_to_their_end(features, monkeypatch, most):
         assert short_first.words == at_once.words
         assert short_first.log_probability == pytest.approx(at_once.log_probability, rel=1e-4)
         np.testing.assert_allclose(short_first.attention_weights, at_once.attention_weights, atol=1e-5)
+
+
+# --- Several captions ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(features):
+    return tiny_captioner(make_config(SIZES), features, seed=5)
+
+
+def all_captions(caption):
+    return [caption.caption, *(other.caption for other in caption.others)]
+
+
+def test_several_captions_are_the_best_beams_each_with_its_own_evidence(tiny, features):
+    config = make_config({**SIZES, "max_words": 6, "beam_width": 5, "captions_per_image": 3})
+    captions = caption_batch(tiny, IMAGES, features, config, with_evidence=True)
+    one = caption_batch(tiny, IMAGES, features, dataclasses.replace(config, captions_per_image=1))
+    how = 6, 5, config.length_penalty, config.repeat_block
+    words = best_beams(tiny.encoder, tiny.decoder, tf.constant(features), *how, count=3).words.numpy()
+    for image, caption, first, rows in zip(IMAGES, captions, one, words.tolist(), strict=True):
+        expected = [[tiny.vocabulary[i] for i in row if i not in (PAD, END)] for row in rows if any(row)]
+        assert [each.words for each in (caption, *caption.others)] == expected
+        assert len(set(all_captions(caption))) == len(expected)
+        assert (caption.caption, caption.image_id) == (first.caption, image.image_id)
+        assert caption.log_probability == pytest.approx(first.log_probability, rel=1e-3)
+        for other in caption.others:
+            assert (other.name, other.path, other.others) == (image.name, image.path, ())
+            assert other.log_probability < 0 and len(other.evidence) == len(other.words)
+    evidence = [other.evidence for caption in captions for other in (caption, *caption.others)]
+    assert len({each.round(4).tobytes() for each in evidence}) > len(IMAGES)
+
+
+DRAWN = {"max_words": 7, "sample": "yes", "captions_per_image": 4, "temperature": 2.0, "top_p": 0.95}
+
+
+def test_drawn_captions_are_the_same_in_any_batch_and_folder_and_others_with_another_seed(tiny, features):
+    config = make_config({**SIZES, **DRAWN})
+    captions = list(map(all_captions, caption_batch(tiny, IMAGES, features, config)))
+    assert all(len(set(each)) == len(each) == 4 for each in captions)
+    assert len({text for each in captions for text in each}) > 2 * len(IMAGES)
+    moved = [dataclasses.replace(image, path=pathlib.Path("elsewhere", image.path)) for image in IMAGES[3:5]]
+    assert list(map(all_captions, caption_batch(tiny, moved, features[3:5], config))) == captions[3:5]
+    fewer = dataclasses.replace(config, captions_per_image=2)
+    assert [all_captions(each) for each in caption_batch(tiny, IMAGES, features, fewer)] == [c[:2] for c in captions]
+    other = caption_batch(tiny, IMAGES, features, dataclasses.replace(config, seed=7))
+    assert sum(map(len, map(set.intersection, map(set, captions), map(set, map(all_captions, other))))) < 24
+
+
+def test_a_caption_is_drawn_again_where_it_came_before_and_in_the_end_there_are_fewer(tiny, features):
+    """A little colder, and some captions come twice; nearly frozen, and always the greedy one comes."""
+    config = make_config({**SIZES, **DRAWN, "temperature": 0.9})
+    captions = [all_captions(each) for each in caption_batch(tiny, IMAGES, features, config)]
+    assert all(len(set(each)) == len(each) for each in captions)
+    assert {4} < set(map(len, captions))
+    frozen = dataclasses.replace(config, temperature=0.01)
+    greedy = make_config({**SIZES, "max_words": 7})
+    likeliest = [[caption.caption] for caption in caption_batch(tiny, IMAGES, features, greedy)]
+    captions = [all_captions(each) for each in caption_batch(tiny, IMAGES, features, frozen)]
+    assert sum(map(list.__eq__, captions, likeliest)) >= 10  # two words may be as likely as each other
+
+
+def test_what_captions_are_drawn_by_depends_on_the_files_name_and_the_seed():
+    config = make_config(DRAWN)
+    chances = sample_chances("a.jpg", config)
+    assert chances.shape == (20, 7) and chances.dtype == np.float32 and 0 <= chances.min() < chances.max() < 1
+    np.testing.assert_array_equal(chances, sample_chances("a.jpg", config))
+    for name, seed in (("b.jpg", 42), ("a.jpg", 43)):
+        assert (sample_chances(name, dataclasses.replace(config, seed=seed)) != chances).any()
+    np.testing.assert_array_equal(
+        sample_chances("a.jpg", dataclasses.replace(config, captions_per_image=1)), chances[:5]
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "width", "line"),
+    [
+        ({}, 1, ""),
+        ({"captions_per_image": 5}, 5, "--beam_width 5 is taken instead of 1, to find as many captions\n"),
+        ({"captions_per_image": 5, "beam_width": 3}, 5, "--beam_width 5 is taken instead of 3, "),
+        ({"captions_per_image": 5, "beam_width": 7}, 7, ""),
+        ({"captions_per_image": 5, "sample": "yes", "temperature": 0.5}, 1, ""),
+    ],
+)
+def test_there_are_as_many_beams_as_captions(capsys, given, width, line):
+    config = decoding_settings(given, make_config(given))
+    assert config == dataclasses.replace(make_config(given), beam_width=width)
+    printed = capsys.readouterr().out
+    assert printed.startswith(line) and bool(printed) == bool(line)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": 0.5}, "--temperature says how captions are drawn: give --sample too"),
+        ({"top_p": 0.5, "captions_per_image": 3}, "--top_p says how captions are drawn: give --sample too"),
+        ({"sample": "yes", "beam_width": 3}, "--sample draws captions and --beam_width searches for them"),
+    ],
+)
+def test_settings_of_decoding_that_do_not_go_together_are_one_line(given, message):
+    with pytest.raises(UserError, match=message):
+        decoding_settings(given, make_config(given))
 
 
 # --- Loading a run ----------------------------------------------------------------------------------------------

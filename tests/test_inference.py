@@ -260,6 +260,40 @@ def test_a_second_call_adds_to_what_the_first_one_left(trained, folder, seen, ca
     assert path.read_bytes() == before
 
 
+def test_several_captions_are_found_printed_and_on_the_page(trained, tmp_path, capsys):
+    infer(trained, "--captions", "3", "--output", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "--beam_width 3 is taken instead of 1, to find as many captions\n" in printed
+    made_by = json.loads((tmp_path / "made_by.json").read_text())
+    assert made_by.items() >= {"captions_per_image": 3, "beam_width": 3, "sample": "no"}.items()
+    for record in records(tmp_path / "captions.jsonl"):
+        texts = [each["caption"] for each in record["captions"]]
+        assert len(set(texts)) == 3 and texts[0] == record["caption"]
+        assert all(f"  generated  {text}\n" in printed for text in texts)
+    infer(trained, "--captions_per_image", "3", "--output", str(tmp_path))  # which is the same, and nothing is missing
+    assert "2 of 2 images were captioned before" in capsys.readouterr().out
+    with pytest.raises(UserError, match="captions_per_image 3, not 2, .*sample no, not yes: .*--anew"):
+        infer(trained, "--captions", "2", "--sample", "--output", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--captions", "photos.csv"], "--captions_per_image takes int 1..20, not 'photos.csv'"),
+        (["--captions", "21"], "--captions_per_image takes int 1..20, not 21"),
+        (["--temperature", "0.5"], "give --sample too"),
+        (["--sample", "--beam_width", "3"], "give one of the two"),
+        (["--captions", "5", "--export", "m"], "a SavedModel says one caption of each image"),
+        (["--sample", "--export", "m", "--format", "savedmodel"], "a SavedModel says one caption of each image"),
+    ],
+)
+def test_several_captions_that_cannot_be_are_one_line(trained, tmp_path, monkeypatch, own_network, wrong, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
+        infer(trained, *wrong)
+    assert "\n" not in str(raised.value) and not (tmp_path / "m").exists()
+
+
 def test_the_help_says_what_anew_deletes(capsys):
     with pytest.raises(SystemExit):
         inference.main(["--help"])

@@ -43,11 +43,11 @@ def _instances_path(captions, config):
 
 
 def boxes_by_position(groundings):
-    """dict of image id to dict of a word's position in the caption to the boxes of what it names."""
+    """dict of (image id, caption) to dict of a word's position in the caption to the boxes of what it names."""
     boxes = {}
     for grounding in groundings:
         for position in grounding.positions:
-            boxes.setdefault(grounding.image_id, {})[position] = grounding.boxes
+            boxes.setdefault((grounding.image_id, grounding.caption), {})[position] = grounding.boxes
     return boxes
 
 
@@ -98,6 +98,7 @@ class Grounding:
       positions: range, the positions in the caption of the word, or words, that name the object.
       evidence: (P,), or None where it is not known, see captioning/attention/evidence.py.
       feature_norms: (P,), norm of the feature at each location, or None where it is not known.
+      caption: str, of which the word is.
     """
 
     attention_weights: np.ndarray
@@ -107,6 +108,7 @@ class Grounding:
     positions: range = range(0)
     evidence: np.ndarray | None = None
     feature_norms: np.ndarray | None = None
+    caption: str = ""
 
 
 def _make_grounding(generated, positions, size, boxes):
@@ -114,7 +116,8 @@ def _make_grounding(generated, positions, size, boxes):
     words = slice(positions.start, positions.stop)
     evidence = None if generated.evidence is None else np.mean(generated.evidence[words], axis=0)  # (P,)
     weights = np.mean(generated.attention_weights[words], axis=0)  # (P,)
-    return Grounding(weights, size, boxes, generated.image_id, positions, evidence, generated.feature_norms)
+    about = generated.image_id, positions, evidence, generated.feature_norms, generated.caption
+    return Grounding(weights, size, boxes, *about)
 
 
 # --- Demo ---------------------------------------------------------------------------------------------------------

@@ -75,12 +75,15 @@ class PageImage:
       path: path of the image file.
       captions: captions, shown side by side.
       note: shown beside the heading.
+      is_list: bool, whether the captions are shown as a list instead, the first one large. Their labels are then for
+        screen readers alone.
     """
 
     heading: str
     path: pathlib.Path
     captions: Sequence[PageCaption]
     note: str = ""
+    is_list: bool = False
 
 
 def write_pages(folder, title, images, tables=(), page_size=100, file_name="index.html", intro=""):
@@ -246,12 +249,13 @@ def _table_html(rows):
 
 def _image_html(image, number, max_bytes):
     """An image with its captions, as HTML of at most `max_bytes` if that is possible."""
-    several = " several" if len(image.captions) > 1 else ""
+    one, of_several, of_list = ("div", "div", ""), ("div", "div", " several"), ("ol", "li", " list")
+    outer, inner, kind = one if len(image.captions) == 1 else of_list if image.is_list else of_several
     embedded, size, problem = _read_image(image.path)
-    captions = "".join(_caption_html(caption, size) for caption in image.captions)
+    captions = "".join(f"<{inner}>{_caption_html(caption, size)}</{inner}>" for caption in image.captions)
     before = f'<article aria-labelledby="image-{number}">\n<h2 id="image-{number}">'
     before += f"<bdi>{_to_html(image.heading)}</bdi>{_note_html(image.note)}</h2>\n"
-    after = f'\n<p class="status"></p>\n<div class="captions{several}">{captions}</div>\n'
+    after = f'\n<p class="status"></p>\n<{outer} class="captions{kind}">{captions}</{outer}>\n'
     after += _references_html(image.captions) + "</article>\n"
     if embedded is None:
         frame = f'<div class="frame"><p>The image cannot be shown: {_to_html(problem)}</p></div>'
@@ -338,7 +342,7 @@ def _caption_html(caption, size):
     else:
         body = "<div>(no words)</div>"
     about = f'<div class="about">{about}</div>' if about else ""
-    return f'<div>{about}<div class="caption" dir="auto">{body}</div></div>'
+    return f'{about}<div class="caption" dir="auto">{body}</div>'
 
 
 def _word_html(caption, position, size):

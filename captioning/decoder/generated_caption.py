@@ -17,12 +17,14 @@ class GeneratedCaption:
       name: str, the image as the user knows it: a path or an address.
       words: list of str, without <end>.
       log_probs: (len(words),) natural logarithms of the words' probabilities, or one more with that of <end>.
-        Probabilities are of the words that the model can say, so not of <unk>.
+        Probabilities are of the words that the model can say, so not of <unk>. Those of a caption that was drawn are
+        the model's too, at temperature 1 and without a nucleus.
       attention_weights: (len(words), P).
       image_id: int or str, or None for an image that is not of the data set.
       references: list of str, what people wrote about the image.
       evidence: (len(words), P), see captioning/attention/evidence.py, or None where it was not asked for.
       feature_norms: (P,), norm of the image's feature at each location, or None.
+      others: list of GeneratedCaptions, further captions of the same image: the next best ones, or the next drawn.
     """
 
     path: pathlib.Path
@@ -34,6 +36,7 @@ class GeneratedCaption:
     references: list[str] = ()
     evidence: np.ndarray | None = None
     feature_norms: np.ndarray | None = None
+    others: list["GeneratedCaption"] = ()
 
     @property
     def caption(self):

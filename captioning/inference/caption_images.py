@@ -65,7 +65,7 @@ def write_captions(captioner, images, make_batches, output, options, config, ski
     if finished:
         again = f"--anew deletes all captions in {printable(output)} and begins again"
         print(f"{len(finished)} of {len(images)} images were captioned before ({again})")
-    done = _caption_missing(captioner, images, finished, make_batches, path, options, config)
+    done, few = _caption_missing(captioner, images, finished, make_batches, path, options, config)
     keep_latest(path)
     write_table(output / "captions.csv", path)
     page = _write_attention_pages(images[: config.figures], path, output, config)
@@ -73,6 +73,10 @@ def write_captions(captioner, images, make_batches, output, options, config, ski
     print(f"captions.jsonl{figures} are in {printable(output)}")
     if done > config.figures:
         print(f"{done} images are captioned: --figures {done} draws all of them")
+    if few:
+        print(
+            f"{few} images have fewer than {config.captions_per_image} captions, as no more different ones were found"
+        )
     if skipped:
         print(f"skipped: {describe_skipped(skipped)}")
     opened = f"open {printable(page)} to look at the attention"
@@ -84,14 +88,16 @@ def _caption_missing(captioner, images, finished, make_batches, path, options, c
     """Add a line to a captions file for each image that is not finished, and draw its figure where one is wanted.
 
     Returns:
-      int, how many of the images have a caption
+      done: int, how many of the images have a caption
+      few: int, how many of those captioned now have fewer than `captions_per_image`
     """
     keys = [image_key(image.name, image.path) for image in images]
     missing = [image for key, image in zip(keys, images, strict=True) if key not in finished]
     states = {image.path: file_state(image.path) for image in missing}  # before they are read
     drawn = {image.path for image in images[: config.figures]}
-    all_attention, few, done = options.attention == "all", len(images) <= _MOST_PRINTED_IMAGES, len(finished)
-    bar = tqdm(total=len(images), initial=done, desc="captioning", unit=" images", disable=few)
+    all_attention, printed = options.attention == "all", len(images) <= _MOST_PRINTED_IMAGES
+    done, few = len(finished), 0
+    bar = tqdm(total=len(images), initial=done, desc="captioning", unit=" images", disable=printed)
     fonts = letters_in_fonts(captioner.vocabulary) if config.figures else contextlib.nullcontext()
     with bar, fonts, appending(path) as add:
         for batch, features in make_batches(missing):
@@ -100,11 +106,12 @@ def _caption_missing(captioner, images, finished, make_batches, path, options, c
                 is_drawn = prediction.path in drawn
                 figure = _draw_figure(prediction, path.parent, config.attention_map) if is_drawn else ("", "")
                 add(make_record(prediction, states[prediction.path], *figure, is_drawn or all_attention))
-                if few:
+                few += 1 + len(prediction.others) < config.captions_per_image
+                if printed:
                     _print_caption(prediction)
             done += len(batch)
             bar.update(len(batch))
-    return done
+    return done, few
 
 
 def _draw_figure(prediction, output, attention_map):
@@ -125,7 +132,8 @@ def _print_caption(prediction):
     print(printable(prediction.name))
     for reference in prediction.references:
         print(printable(f"  reference  {reference}"))
-    print(printable(f"  generated  {prediction.caption}"))
+    for each in (prediction, *prediction.others):
+        print(printable(f"  generated  {each.caption}"))
 
 
 def _write_attention_pages(images, records_path, output, config):
@@ -158,12 +166,38 @@ def _write_attention_pages(images, records_path, output, config):
         return restore_prediction(record, named.get(record.key))
 
     captions = lambda: (read(place) for _, place in shown)  # noqa: E731
-    boxes = _boxes_to_show([caption for caption in captions() if caption.image_id is not None], config)
-    pages = (
-        PageImage(caption.path.name, caption.path, [PageCaption(caption, boxes=boxes.get(caption.image_id, {}))])
-        for caption in captions()
+    of_data_set = (caption for caption in captions() if caption.image_id is not None)
+    boxes = _boxes_to_show([each for caption in of_data_set for each in (caption, *caption.others)], config)
+    pages = (_page_image(caption, boxes) for caption in captions())
+    return write_pages(output, "Where the model looked", pages, intro=_describe_list(config))[0]
+
+
+def _page_image(caption, boxes):
+    """The PageImage of a GeneratedCaption and of its `others`. boxes: as `boxes_by_position` returns them."""
+    several = (caption, *caption.others)
+    shown = [
+        PageCaption(
+            each,
+            label=str(number) if caption.others else "",
+            note=f"{each.log_probability:.2f}".replace("-", "\N{MINUS SIGN}") if caption.others else "",
+            boxes=boxes.get((each.image_id, each.caption), {}),
+        )
+        for number, each in enumerate(several, 1)
+    ]
+    return PageImage(caption.path.name, caption.path, shown, is_list=True)
+
+
+def _describe_list(config):
+    """What a list of captions on the page is, for its introduction. "" where images have one caption."""
+    if config.captions_per_image == 1:
+        return ""
+    drawn = config.sample == "yes"
+    ranked = f"ranked by log-probability / length to the power {config.length_penalty:g}"
+    return (
+        f"Each image has up to {config.captions_per_image} captions, "
+        f"{'in the order in which they were drawn' if drawn else ranked}. The number beside a caption is its "
+        f"log-probability, the natural logarithm of how likely the model holds it{' at temperature 1' * drawn}."
     )
-    return write_pages(output, "Where the model looked", pages)[0]
 
 
 def _boxes_to_show(predictions, config):

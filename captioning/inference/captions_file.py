@@ -22,7 +22,9 @@ from support.file_states import find_stat
 from support.files import read_json, reason_and_remedy, replacing, write_json
 
 # Settings that the captions depend on, besides the model.
-_DECODING_SETTINGS = ("beam_width", "length_penalty", "repeat_block", "max_words")
+_DECODING_SETTINGS = ("beam_width", "length_penalty", "repeat_block", "max_words", "captions_per_image", "sample")
+_SAMPLING_SETTINGS = ("temperature", "top_p", "seed")  # with sample yes alone
+_BEFORE = {"captions_per_image": 1, "sample": "no"}  # in a made_by.json of before there were these settings
 _FORMER_SETTINGS = ("attention_map",)  # in a made_by.json of before each line told what its figure draws
 _LONGEST_STEM = 120  # bytes of an image's name in that of its figure; file systems allow 255, temporary files need some
 _FORMULA = (
@@ -47,7 +49,8 @@ class CaptionRecord:
     Attributes:
       image: str, the image as the user knows it: a path or an address.
       caption: str
-      log_probability: float, natural, of the whole caption.
+      log_probability: float, natural, of the whole caption. That of a caption that was drawn is the model's too, at
+        temperature 1 and without a nucleus.
       size, modified: bytes of the image's file, and its modification time in nanoseconds.
       image_id: int or str, or None for an image that is not of the data set.
       file: str, the absolute path of the image's file, "" where `image` is that.
@@ -55,6 +58,8 @@ class CaptionRecord:
       figure_map: str, what the figure draws, as config.attention_map says it; "" in lines of before this was kept.
       words, log_probs, attention_weights, evidence, references: as in GeneratedCaption. None where attention is not
         kept.
+      captions: list of dict, where the image has several: all of them, the first one too, each with its `caption` and
+        its `log_probability`. Those after the first have words, log_probs, attention_weights and evidence of their own.
     """
 
     image: str
@@ -71,11 +76,16 @@ class CaptionRecord:
     attention_weights: list[list[float]] | None = None
     evidence: list[list[float]] | None = None
     references: list[str] | None = None
+    captions: list[dict] | None = None
 
     @property
     def key(self):
         """See `image_key`."""
         return image_key(self.image, self.file or self.image)
+
+    def all_captions(self):
+        """The texts of all captions of the image, one or more. list of str."""
+        return [each["caption"] for each in self.captions or [vars(self)]]
 
     def line(self):
         """The record as a line of JSON, without what it does not have."""
@@ -108,24 +118,34 @@ def make_record(prediction, state, figure="", figure_map="", keep_attention=True
     file = os.path.abspath(prediction.path)
     record = CaptionRecord(
         prediction.name,
-        prediction.caption,
-        round(prediction.log_probability, 4),
-        *state,
-        prediction.image_id,
-        "" if file == prediction.name else file,
-        figure,
-        figure_map,
+        **_said(prediction),
+        size=state[0],
+        modified=state[1],
+        image_id=prediction.image_id,
+        file="" if file == prediction.name else file,
+        figure=figure,
+        figure_map=figure_map,
     )
+    if prediction.others:
+        others = [_said(each) | (_attention(each) if keep_attention else {}) for each in prediction.others]
+        record = dataclasses.replace(record, captions=[_said(prediction), *others])
     if not keep_attention:
         return record
-    return dataclasses.replace(
-        record,
-        words=prediction.words,
-        log_probs=_rounded(prediction.log_probs, 4),
-        attention_weights=_rounded(prediction.attention_weights, 6),
-        evidence=None if prediction.evidence is None else _rounded(prediction.evidence, 6),
-        references=list(prediction.references) or None,
-    )
+    return dataclasses.replace(record, **_attention(prediction), references=list(prediction.references) or None)
+
+
+def _said(prediction):
+    return {"caption": prediction.caption, "log_probability": round(prediction.log_probability, 4)}
+
+
+def _attention(prediction):
+    """What a record keeps of a GeneratedCaption's attention, as dict."""
+    return {
+        "words": prediction.words,
+        "log_probs": _rounded(prediction.log_probs, 4),
+        "attention_weights": _rounded(prediction.attention_weights, 6),
+        "evidence": None if prediction.evidence is None else _rounded(prediction.evidence, 6),
+    }
 
 
 def _rounded(values, decimals):
@@ -139,28 +159,37 @@ def restore_prediction(record, image=None):
       record: CaptionRecord
       image: ImageToCaption or None. Its path and references count instead of the record's, as files may move.
     """
-    return GeneratedCaption(
-        path=image.path if image else pathlib.Path(record.file or record.image),
-        name=record.image,
-        words=record.words,
-        log_probs=np.array(record.log_probs),
-        attention_weights=np.array(record.attention_weights),
-        image_id=record.image_id,
-        references=(image.references if image else ()) or record.references or (),
-        evidence=None if record.evidence is None else np.array(record.evidence),
-    )
+    about = {
+        "path": image.path if image else pathlib.Path(record.file or record.image),
+        "name": record.image,
+        "image_id": record.image_id,
+        "references": (image.references if image else ()) or record.references or (),
+    }
+    first, *others = [
+        GeneratedCaption(
+            **about,
+            words=fields["words"],
+            log_probs=np.array(fields["log_probs"]),
+            attention_weights=np.array(fields["attention_weights"]),
+            evidence=None if fields["evidence"] is None else np.array(fields["evidence"]),
+        )
+        for fields in (vars(record), *(record.captions or ())[1:])
+    ]
+    return dataclasses.replace(first, others=others)
 
 
 def describe_maker(config, checkpoint):
     """What all lines of a file depend on, as made_by.json holds it."""
-    return {"checkpoint": checkpoint, **{name: getattr(config, name) for name in _DECODING_SETTINGS}}
+    names = _DECODING_SETTINGS + (_SAMPLING_SETTINGS if config.sample == "yes" else ())
+    return {"checkpoint": checkpoint, **{name: getattr(config, name) for name in names}}
 
 
 def _parse_record(line):
     """The CaptionRecord of a line; None for half a line, which a kill leaves, and for one of another program."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         record = CaptionRecord(**json.loads(line))
-        if all(isinstance(text, str) for text in (record.image, record.caption, record.file, record.figure)):
+        texts = record.image, record.caption, record.file, record.figure, *record.all_captions()
+        if all(isinstance(text, str) for text in texts):
             return record
     return None
 
@@ -224,11 +253,13 @@ def begin_captions(path, maker, anew=False):
     choices = "name another folder behind --output, or give --anew, which deletes the captions that are there"
     try:
         with mended_by(choices):
-            before = {name: value for name, value in read_json(note, dict).items() if name not in _FORMER_SETTINGS}
+            before = _BEFORE | read_json(note, dict)
+            before = {name: value for name, value in before.items() if name not in _FORMER_SETTINGS}
     except UserError as error:
         raise UserError(f"it is not known what made the captions in {path}: {error}") from None
     if differing := [name for name in {**maker, **before} if before.get(name) != maker.get(name)]:
-        changes = ", ".join(f"{name} {before.get(name)}, not {maker.get(name)}" for name in differing)
+        of_both = [name for name in differing if name in before and name in maker]  # temperature is none of greedy's
+        changes = ", ".join(f"{name} {before.get(name)}, not {maker.get(name)}" for name in of_both or differing)
         raise UserError(f"the captions in {path} were made with {changes}: {choices}")
 
 
@@ -329,7 +360,7 @@ def _naming_file(path):
 
 
 def write_table(path, records_path):
-    """Write image and caption of each record as a CSV file, for people with a spreadsheet.
+    """Write image and caption as a CSV file, for people with a spreadsheet: a row for each caption of each record.
 
     A cell that a spreadsheet would compute gets an apostrophe before it, and all are quoted, as OWASP advises against
     CSV injection.
@@ -338,4 +369,5 @@ def write_table(path, records_path):
         table = csv.writer(file, quoting=csv.QUOTE_ALL)
         table.writerow(("image", "caption"))
         for record in read_records(records_path):
-            table.writerow(f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in (record.image, record.caption))
+            for row in ((record.image, caption) for caption in record.all_captions()):
+                table.writerow(f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in row)

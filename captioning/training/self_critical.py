@@ -15,7 +15,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from captioning.captioner import Captioner, caption_batch
+from captioning.captioner import Captioner, caption_batch, greedy_settings
 from captioning.decoder.basic_layers import softmax_cross_entropy
 from captioning.decoder.rules import ban_words
 from captioning.evaluation.metrics import quick_score
@@ -298,7 +298,7 @@ def _validation_cider(state, images, vocabulary, config, stop_if_asked=lambda: N
       stop_if_asked: function called before each batch, as interrupts_held_back gives.
     """
     captioner = Captioner(state.encoder, state.decoder, vocabulary, "")
-    greedy = dataclasses.replace(config, beam_width=1)
+    greedy = greedy_settings(config)
     captions = []
     for batch, features in cached_batches(images, greedy):
         stop_if_asked()

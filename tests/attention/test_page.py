@@ -2,9 +2,11 @@
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import html.parser
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -120,6 +122,30 @@ def test_the_policy_allows_this_style_and_this_script_and_nothing_else(tmp_path,
 def test_templates_cannot_end_early():
     assert "</" not in attention_page._read_template("page.js")
     assert "<" not in attention_page._read_template("page.css")
+
+
+def listed(path, *texts):
+    """A PageImage with a list of captions, each of which looks elsewhere for its words."""
+    captions = []
+    for number, words in enumerate(texts):
+        caption = make_caption(words)
+        weights = np.roll(caption.attention_weights, 5 * number, axis=1)
+        caption = dataclasses.replace(caption, attention_weights=weights)
+        captions.append(PageCaption(caption, str(number + 1), f"-{number}.25"))
+    return PageImage(path.name, path, captions, is_list=True)
+
+
+def test_several_captions_may_be_a_list_with_the_maps_of_each(tmp_path, photograph):
+    page = Page(write_pages(tmp_path, "Dogs", [listed(photograph, DOG, ["two", "dogs"], ["a", "cat"])])[0])
+    assert [len(page.all("ol", **{"class": "captions list"})), len(page.all("li"))] == [1, 3]
+    assert [found["aria-label"] for found in page.all("div", role="toolbar")] == [f"Words ({n})" for n in (1, 2, 3)]
+    words = page.all("button", **{"class": "word"})
+    assert len(words) == len(DOG) + 4
+    first, _, *others = (words[i]["data-weights"] for i in (0, 1, len(DOG), len(DOG) + 2))
+    assert len({first, *others}) == 3
+    assert page.inside("span").count(".25") == 3
+    one = Page(write_pages(tmp_path / "one", "Dogs", [listed(photograph, DOG)])[0])
+    assert not one.all("ol") and len(one.all("div", **{"class": "captions"})) == 1
 
 
 def test_names_and_words_are_text(tmp_path, photograph):
@@ -783,6 +809,25 @@ def test_a_phone_needs_no_sideways_scroll(browser, tmp_path, photograph):
         assert browser.execute_script("return document.documentElement.scrollWidth") == 360
         find(browser, "label:has([value=heat])").click()
         assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 360])
+def test_each_caption_of_a_list_lights_the_image_with_its_own_map(browser, tmp_path, photograph, width):
+    emulate(browser, width, 900)
+    texts = (DOG, ["two", "dogs"], [*DOG, "w" * 200], ["a", "cat"], DOG[:3])
+    image = listed(photograph, *texts)
+    open_page(browser, write_pages(tmp_path, "Dogs", [image])[0])
+    lights = []
+    for number, words in enumerate(texts):
+        word = find(browser, f"li:nth-of-type({number + 1}) .word", 1)
+        hover(browser, word)
+        assert active_words(browser) == [words[1]]
+        lights.append(pixels(find(browser, ".frame")))
+    assert all(np.abs(a - b).max() > 20 for a, b in itertools.combinations(lights, 2))
+    tops = [row.rect["y"] for row in browser.find_elements("css selector", ".list li")]
+    assert tops == sorted(tops) and len(set(tops)) == 5  # one below the other
+    assert browser.execute_script("return document.documentElement.scrollWidth") == width
 
 
 @pytest.mark.slow

@@ -183,6 +183,38 @@ def test_after_a_kill_only_what_is_missing_is_captioned(tiny, images, tmp_path, 
     assert records(output) == records(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("sample", ["yes", "no"])
+def test_after_a_kill_the_same_captions_are_found_of_which_an_image_has_several(tiny, images, tmp_path, sample, capsys):
+    several = {"captions_per_image": 3, "sample": sample, "temperature": 3.0, "beam_width": 9}
+    caption(tiny, images, tmp_path / "undisturbed", **several)
+    printed = capsys.readouterr().out.splitlines()
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        caption(tiny, images, output, Source(stop_after=1), **several)
+    assert caption(tiny, images, output, **several) == "defg"
+    assert records(output) == records(tmp_path / "undisturbed")
+    with (output / "captions.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row["caption"] for row in csv.DictReader(file)]
+    said = [[each["caption"] for each in record["captions"]] for record in records(output)]
+    assert [text for texts in said for text in texts] == rows and len(rows) == 3 * 7
+    assert all(len(set(texts)) == 3 for texts in said)
+    assert [line.removeprefix("  generated  ") for line in printed if "  generated  " in line] == rows
+    assert all("attention_weights" in each for record in records(output)[:2] for each in record["captions"][1:])
+    page = (output / "index.html").read_text()
+    assert (page.count('<ol class="captions list">'), page.count("<li><div")) == (2, 6)
+    assert f"{records(output)[1]['captions'][2]['log_probability']:.2f}".replace("-", "\N{MINUS SIGN}") in page
+    assert "Each image has up to 3 captions, " in page
+    assert ("at temperature 1." in page) == ("in which they were drawn" in page) == (sample == "yes")
+    with pytest.raises(UserError, match="captions_per_image 3, not 2: "):
+        caption(tiny, images, output, **several | {"captions_per_image": 2})
+
+
+def test_images_with_fewer_captions_than_were_asked_for_are_counted(tiny, images, tmp_path, capsys):
+    caption(tiny, images, tmp_path / "out", captions_per_image=3, sample="yes", temperature=0.01)
+    assert "\n7 images have fewer than 3 captions, as no more different ones were found\n" in capsys.readouterr().out
+    assert all("captions" not in record for record in records(tmp_path / "out"))
+
+
 def test_a_full_disk_keeps_what_was_done_and_the_same_command_goes_on(tiny, images, tmp_path, capsys):
     """What is printed is captured in memory, as it would not fit on that disk."""
     caption(tiny, images, tmp_path / "undisturbed", figures=0)

@@ -133,6 +133,31 @@ def test_a_record_comes_back_from_its_line(tmp_path, words, name, evidence):
             np.testing.assert_allclose(again.evidence, prediction.evidence, atol=1e-6)
 
 
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_several_captions_come_back_from_their_line(tmp_path, keep_attention):
+    image = ImageToCaption(tmp_path / "a.jpg", "a.jpg")
+    others = [predict(image, words, evidence=True) for words in (("a", "cat", "runs"), (), ("tüür",))]
+    prediction = dataclasses.replace(predict(image, evidence=True), others=others)
+    record = record_of(prediction, keep_attention=keep_attention)
+    (tmp_path / "captions.jsonl").write_bytes(record.line())
+    (again,) = read_records(tmp_path / "captions.jsonl")
+    assert again == record and again.all_captions() == ["a dog", "a cat runs", "", "tüür"]
+    line = json.loads(record.line())
+    assert [each["log_probability"] for each in line["captions"]] == [
+        round(each.log_probability, 4) for each in (prediction, *others)
+    ]
+    first = {"caption": line["caption"], "log_probability": line["log_probability"]}
+    assert line["captions"][0] == first and first["caption"] == "a dog"
+    assert all((each.keys() > first.keys()) == keep_attention for each in line["captions"][1:])
+    if keep_attention:
+        restored = restore_prediction(again, image)
+        for ours, theirs in zip((restored, *restored.others), (prediction, *others), strict=True):
+            assert (ours.words, ours.path, ours.name) == (theirs.words, theirs.path, theirs.name)
+            np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+            np.testing.assert_allclose(np.ravel(ours.attention_weights), np.ravel(theirs.attention_weights), atol=1e-6)
+            np.testing.assert_allclose(np.ravel(ours.evidence), np.ravel(theirs.evidence), atol=1e-6)
+
+
 def test_a_line_is_json_in_plain_letters_with_what_there_is(tmp_path):
     path = tmp_path / "Köln.jpg"
     path.write_bytes(bytes(10))
@@ -187,6 +212,9 @@ def test_a_file_that_is_gone_has_a_state_that_no_file_has(tmp_path):
         b'{"image": "a", "caption": null, "log_probability": -1, "size": 1, "modified": 2}',
         b'{"image": "a", "caption": "b", "log_probability": -1, "size": 1, "modified": 2, "figure": 3}',
         b'{"image": "a", "caption": "b", "log_probability": -1, "words": ["b"], "attention_weights": []}',
+        b'{"image": "a", "caption": "b", "log_probability": -1, "size": 1, "modified": 2, "captions": 3}',
+        b'{"image": "a", "caption": "b", "log_probability": -1, "size": 1, "modified": 2, "captions": [{"a": "b"}]}',
+        b'{"image": "a", "caption": "b", "log_probability": 0, "size": 1, "modified": 2, "captions": [{"caption": 1}]}',
         CaptionRecord("a", "b", -1.0, 1, 2).line()[:-3],
     ],
 )
@@ -265,6 +293,40 @@ def test_another_model_or_other_decoding_is_refused_and_costs_nothing(tmp_path, 
         begin_captions(path, MAKER | {name: 9})
     assert path.read_bytes() == before and figures(path.parent) == ["a", "b"]
     assert read_json(path.with_name("made_by.json")) == MAKER
+
+
+SAMPLING = {"sample": "yes", "captions_per_image": 5, "temperature": 0.8, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"captions_per_image": 5}, "made with captions_per_image 1, not 5: "),
+        ({}, SAMPLING, "made with captions_per_image 1, not 5, sample no, not yes: "),
+        (SAMPLING, SAMPLING | {"temperature": 1.0}, "made with temperature 0.8, not 1.0: "),
+        (SAMPLING, SAMPLING | {"top_p": 0.5}, "made with top_p 0.9, not 0.5: "),
+        (SAMPLING, SAMPLING | {"seed": 4}, "made with seed 3, not 4: "),
+        (SAMPLING, SAMPLING, ""),
+        ({}, {"temperature": 0.8, "top_p": 0.5, "seed": 3}, ""),  # nothing is drawn
+    ],
+)
+def test_another_number_of_captions_and_another_way_to_draw_are_refused(tmp_path, images, before, now, message):
+    before, now = (describe_maker(dataclasses.replace(Config(), **settings), "0123") for settings in (before, now))
+    path = write_finished(images, tmp_path / "out", maker=before)
+    if message:
+        with pytest.raises(UserError, match=message):
+            begin_captions(path, now)
+    else:
+        begin_captions(path, now)
+    assert finished(path, images) == "abcde"
+
+
+def test_a_folder_of_before_there_were_several_captions_goes_on(tmp_path, images):
+    old = {name: value for name, value in MAKER.items() if name not in ("captions_per_image", "sample")}
+    path = write_finished(images, tmp_path / "out", maker=old)
+    begin_captions(path, MAKER)
+    with pytest.raises(UserError, match="captions_per_image 1, not 2"):
+        begin_captions(path, MAKER | {"captions_per_image": 2})
 
 
 @pytest.mark.parametrize("damage", [None, "{", "[]", "{}", '{"checkpoint": "0123"}', "\0"])
@@ -467,6 +529,16 @@ def test_excel_knows_the_letters_of_the_table_and_script_1_reads_it(tmp_path):
     assert (tmp_path / "captions.csv").read_bytes().startswith(codecs.BOM_UTF8 + b'"image"')
     splits = read_table(Source(tmp_path / "captions.csv"), ("", ""), 40)
     assert [(image.name, image.references) for image in splits["train"]] == [("é.jpg", ["ein Hündchen"])]
+
+
+def test_the_table_has_a_row_for_each_of_several_captions(tmp_path):
+    several = [{"caption": text, "log_probability": -1.0} for text in ("a dog", "=1", "")]
+    records = CaptionRecord("a.jpg", "a dog", -1.0, 1, 2, captions=several), CaptionRecord("b.jpg", "a cat", -1.0, 1, 2)
+    (tmp_path / "captions.jsonl").write_bytes(b"".join(record.line() for record in records))
+    write_table(tmp_path / "captions.csv", tmp_path / "captions.jsonl")
+    with (tmp_path / "captions.csv").open(newline="", encoding="utf-8-sig") as file:
+        _, *written = csv.reader(file)
+    assert written == [["a.jpg", "a dog"], ["a.jpg", "'=1"], ["a.jpg", ""], ["b.jpg", "a cat"]]
 
 
 def test_no_cell_of_the_table_is_a_formula(tmp_path):

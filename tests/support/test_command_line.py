@@ -27,6 +27,7 @@ class Few:
     count: Annotated[int, (None, 9)] = 3  # 50 % of them
     share: Annotated[float, (0.0, None)] | None = None
     colour: Literal["red", "blue"] = "red"  # of all
+    loud: Literal["yes", "no"] = "no"  # as it is
 
 
 def add_colours(parser):
@@ -39,6 +40,24 @@ def test_only_what_is_typed_is_given():
     given, options = parse_command_line(["--count", "3", "--image", "a", "b"], "", Few, add_colours)
     assert given == {"count": 3}
     assert vars(options) == {"image": ["a", "b"], "colourless": False}
+
+
+def test_a_setting_of_yes_and_no_may_stand_alone():
+    for argv, value in ((["--loud"], "yes"), (["--loud", "no"], "no"), (["--loud", "--count", "3"], "yes")):
+        assert parse_command_line(argv, "", Few)[0]["loud"] == value
+    with pytest.raises(UserError, match="--loud takes {yes,no}, not 'very'"):
+        parse_command_line(["--loud", "very"], "", Few)
+
+
+def test_a_script_may_give_a_settings_name_to_another_setting(capsys):
+    """Both can still be had from config.py."""
+    renamed = {"share": "count"}
+    for argv in (["--share", "5"], ["--count", "5"]):
+        assert parse_command_line(argv, "", Few, renamed=renamed)[0] == {"count": 5}
+    assert parse_command_line(["--share", "5"], "", Few)[0] == {"share": 5.0}
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"], "", Few, renamed=renamed)
+    assert "--share int ..9, --count int ..9 50 % of them" in " ".join(capsys.readouterr().out.split())
 
 
 def test_values_take_the_fields_type():
