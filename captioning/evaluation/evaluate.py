@@ -8,11 +8,12 @@ import numpy as np
 
 from captioning.attention.boxes import boxes_by_position, find_groundings
 from captioning.attention.page import PageCaption, PageImage, write_pages
-from captioning.captioner import caption_batch, explain_references
+from captioning.captioner import caption_batch, explain_references, greedy_settings
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo import scores as demo_scores
 from captioning.demo.scenes import read_scenes
 from captioning.evaluation.attention_accuracy import attention_accuracy
+from captioning.evaluation.diversity import Diversity, describe_diversity
 from captioning.evaluation.metrics import (
     METRICS,
     cider_by_image,
@@ -20,6 +21,7 @@ from captioning.evaluation.metrics import (
     format_score,
     format_table,
     note_few_images,
+    score_best,
     score_captions,
     write_metrics,
 )
@@ -29,7 +31,9 @@ from captioning.settings import make_config
 from support.errors import UserError, printable
 
 _EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
-_DECODING = ("length_penalty", "repeat_block", "max_words")  # settings of decoding, besides the beam width
+# Settings of decoding, besides the beam width
+_DECODING = ("length_penalty", "repeat_block", "max_words", "captions_per_image")
+_SAMPLING = ("temperature", "top_p", "seed")
 _IMAGES_OF_A_GROUP = 12  # of the page: of the best, of the middle and of the worst score
 
 
@@ -38,13 +42,15 @@ class Evaluated:
     """The captions of a split by one way of decoding.
 
     Attributes:
-      captions: list of GeneratedCaptions.
+      captions: list of GeneratedCaptions, the first of each image.
+      texts: dict of image id to list of str, all captions of the image.
       groundings: list of Groundings, empty where no boxes are known.
       ciders: dict of image id to CIDEr, on the project's own tokens.
       metrics: dict of scores, as they go into the metrics file.
     """
 
     captions: list
+    texts: dict
     groundings: list
     ciders: dict
     metrics: dict
@@ -52,6 +58,10 @@ class Evaluated:
 
 def evaluate(captioner, images, split, output, config):
     """Caption every image greedily and with beams, and print and write the scores of each run, and a page.
+
+    Where the settings ask for several captions of an image, or for drawn ones, these are a run too. Its scores are of
+    the first captions; behind them come those of the best ones, and how much the captions differ: see `score_best` and
+    `Diversity`.
 
     Args:
       captioner: Captioner
@@ -61,16 +71,15 @@ def evaluate(captioner, images, split, output, config):
       config: Config; the settings of decoding.
     """
     with_boxes = _can_use_boxes(images, config)
-    runs = {}
-    for width in sorted({*_EVALUATED_WIDTHS, config.beam_width}):
-        settings = dataclasses.replace(config, beam_width=width)
-        batches = cached_batches(images, settings)
-        captions = [c for batch in batches for c in caption_batch(captioner, *batch, settings, with_evidence=True)]
-        runs["greedy" if width == 1 else f"beam {width}"] = _score_run(captions, images, settings, with_boxes)
+    runs = {
+        run: _score_run(*_caption_all(captioner, images, way), images, way, with_boxes)
+        for run, way in _ways_to_decode(config).items()
+    }
     taught = _score_references(captioner, images, config) if with_boxes else {}
     scored = _describe_scored(captioner, images, split, config)
     metrics = {run: evaluated.metrics for run, evaluated in runs.items()}
-    texts = {run: _texts_by_image(evaluated.captions) for run, evaluated in runs.items()}
+    texts = {run: {i: group[0] for i, group in evaluated.texts.items()} for run, evaluated in runs.items()}
+    rows = _rows_of_table(metrics)
     name = _name_files(split, config)
     how = ", ".join(f"{key} {value}" for key, value in scored.items())
     few = note_few_images(len(images))
@@ -79,21 +88,47 @@ def evaluate(captioner, images, split, output, config):
         output,
         f"Best, middle and worst captions of the {split} split",
         _score_pages(runs, images),
-        tables=[_score_table(metrics)],
+        tables=[_score_table(rows)],
         file_name=f"evaluation_{name}.html",
         intro=f"{_introduce_page(runs)} Scored: {how}. {few}".rstrip(),
     )
     print(printable(f"scored: {how}"))
-    print(format_table(metrics))
+    print(format_table(rows))
     if few:
         print(f"note: {few}")
     for run, by_image in texts.items():
         print(f"{run}: {describe_form(list(by_image.values()))}")
+        _print_diversity(run, runs[run], metrics[run])
     _print_scenes(metrics)
     for run, values in (metrics | taught).items():
         _print_attention(run, values.get("attention"))
     print(f"metrics_{name}.json and the captions in COCO's results format are in {printable(output)}")
     print(f"open {printable(pages[0])} to look at the best, the middle and the worst captions")
+
+
+def _ways_to_decode(config):
+    """The runs that are compared, dict of name to Config: beams of several widths, and what the settings ask for.
+
+    Several captions, or drawn ones, are those of the settings' own run.
+    """
+    widths = sorted({*_EVALUATED_WIDTHS, config.beam_width})
+    name = lambda width: "greedy" if width == 1 else f"beam {width}"  # noqa: E731
+    ways = {name(width): dataclasses.replace(greedy_settings(config), beam_width=width) for width in widths}
+    return ways | {"sample" if config.sample == "yes" else name(config.beam_width): config}
+
+
+def _caption_all(captioner, images, config):
+    """Caption all images. Of an image's further captions only the texts are kept.
+
+    Returns:
+      (list of GeneratedCaptions, dict of image id to list of str)
+    """
+    captions, texts = [], {}
+    for batch in cached_batches(images, config):
+        for first in caption_batch(captioner, *batch, config, with_evidence=True):
+            texts[first.image_id] = [caption.caption for caption in (first, *first.others)]
+            captions.append(dataclasses.replace(first, others=()))
+    return captions, texts
 
 
 def _name_files(split, config):
@@ -103,9 +138,12 @@ def _name_files(split, config):
     ways of decoding have files of their own, such as metrics_test_length_penalty0.5.json.
     """
     default = make_config({"dataset": config.dataset})
-    named = [name for name in _DECODING if getattr(config, name) != getattr(default, name)]
-    named += ["beam_width"] if config.beam_width not in _EVALUATED_WIDTHS else []
-    return "_".join([split, *(f"{name}{getattr(config, name)}" for name in named)])
+    differing = lambda names: [name for name in names if getattr(config, name) != getattr(default, name)]  # noqa: E731
+    named = differing(_DECODING) + (["beam_width"] if config.beam_width not in _EVALUATED_WIDTHS else [])
+    parts = [split, *(f"{name}{getattr(config, name)}" for name in named)]
+    if config.sample == "yes":
+        parts += ["sample", *(f"{name}{getattr(config, name)}" for name in differing(_SAMPLING))]
+    return "_".join(parts)
 
 
 def _describe_scored(captioner, images, split, config):
@@ -117,6 +155,7 @@ def _describe_scored(captioner, images, split, config):
         "checkpoint": str(pathlib.Path(config.run_dir, captioner.checkpoint)),
         "checkpoint_digest": captioner.identity,
         **{name: getattr(config, name) for name in _DECODING},
+        **({name: getattr(config, name) for name in ("sample", *_SAMPLING)} if config.sample == "yes" else {}),
     }
 
 
@@ -133,12 +172,21 @@ def _can_use_boxes(images, config):
         return False
 
 
-def _score_run(captions, images, config, with_boxes):
-    """Score the captions of one way of decoding, that of the settings. Returns Evaluated."""
+def _score_run(captions, texts, images, config, with_boxes):
+    """Score the captions of one way of decoding, that of the settings. Returns Evaluated.
+
+    Args:
+      captions, texts: as `_caption_all` returns them.
+    """
     references = {image.image_id: image.references for image in images}
-    texts = _texts_by_image(captions)
-    metrics = score_captions(texts, references) | {"beam_width": config.beam_width}
-    metrics["form"] = dataclasses.asdict(describe_form(list(texts.values())))
+    first = {i: group[0] for i, group in texts.items()}
+    metrics = score_captions(first, references)
+    metrics |= {"sample": "yes"} if config.sample == "yes" else {"beam_width": config.beam_width}
+    metrics["form"] = dataclasses.asdict(describe_form(list(first.values())))
+    if config.captions_per_image > 1:
+        metrics["captions_per_image"] = config.captions_per_image
+        metrics["best"] = score_best(texts, references)
+        metrics["diversity"] = dataclasses.asdict(describe_diversity(list(texts.values())))
     groundings, known = find_groundings(captions, config) if with_boxes else (None, {})
     if config.dataset == "demo":
         scenes = read_scenes(config.coco_dir)
@@ -146,7 +194,7 @@ def _score_run(captions, images, config, with_boxes):
         metrics["scenes"] = demo_scores.score_captions([caption.caption for caption in captions], theirs)
     if groundings is not None:
         metrics["attention"] = attention_accuracy(groundings) | known
-    return Evaluated(captions, groundings or [], cider_by_image(texts, references), metrics)
+    return Evaluated(captions, texts, groundings or [], cider_by_image(first, references), metrics)
 
 
 def _score_references(captioner, images, config):
@@ -159,8 +207,14 @@ def _score_references(captioner, images, config):
     return {"references": {"attention": attention_accuracy(groundings) | known}}
 
 
-def _texts_by_image(captions):
-    return {caption.image_id: caption.caption for caption in captions}
+def _rows_of_table(metrics):
+    """The scores of each run, and behind them those of the best of several captions. dict of str to dict of scores."""
+    rows = {}
+    for run, scores in metrics.items():
+        rows[run] = scores
+        if "best" in scores:
+            rows[f"{run}, best of {scores['captions_per_image']}"] = scores["best"]
+    return rows
 
 
 # --- The page ---------------------------------------------------------------------------------------------------
@@ -201,11 +255,19 @@ def _score_pages(runs, images):
                     captions[name][image.image_id],
                     name,
                     f"CIDEr {run.ciders[image.image_id]:.2f}",
-                    boxes[name].get(image.image_id, {}),
+                    boxes[name].get((image.image_id, captions[name][image.image_id].caption), {}),
                 )
                 for name, run in runs.items()
             ]
             yield PageImage(f"{group}: {image.path.name}", image.path, page_captions)
+
+
+def _print_diversity(run, evaluated, scores):
+    """A line of how much the captions of an image differ, where it has several, and of how many have fewer."""
+    if count := scores.get("captions_per_image"):
+        print(f"{run}, {count} captions of each image: {Diversity(**scores['diversity'])}")
+        if few := sum(len(group) < count for group in evaluated.texts.values()):
+            print(f"{run}: {few} images have fewer captions, as no more different ones were found")
 
 
 def _print_scenes(metrics):

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import unicodedata
 
+import numpy as np
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -49,17 +50,10 @@ def score_captions(generated, references, patience=120):
     """
     generated, references = _pair_by_image(generated, references)
     with _java_settings():
-        try:
-            _check_script(references)
-            generated, references = _ptb_tokens(generated, patience), _ptb_tokens(references, patience)
-        except RuntimeError as error:
-            print(f"{error}: METEOR is left out, and the other metrics use the project's own tokens instead of PTB's")
-            generated, references = _project_tokens(generated), _project_tokens(references)
-            scores = {"METEOR": None, "tokens": "project"}
-        else:
-            scores = {"METEOR": _score_meteor(generated, references, patience), "tokens": "PTB"}
+        generated, references, tokens = _tokenize(generated, references, patience)
+        scores = {"METEOR": _score_meteor(generated, references, patience)[0] if tokens == "PTB" else None}
     rouge, _ = Rouge().compute_score(references, generated)
-    scores |= {"ROUGE-L": 100 * float(rouge), **_score_ngrams(generated, references)}
+    scores |= {"tokens": tokens, "ROUGE-L": 100 * float(rouge), **_score_ngrams(generated, references)}
     return {name: scores[name] for name in (*METRICS, "tokens")}
 
 
@@ -75,6 +69,66 @@ def note_few_images(count):
     what = "0 whatever the caption" if count == 1 else "too high, and left to chance"
     images = "1 image" if count == 1 else f"{count} images"
     return f"CIDEr of {images} is {what}: compare it from {_FEW_IMAGES} images on"
+
+
+def score_best(generated, references, patience=120):
+    """Score the best of each image's captions, which an oracle would choose that knows the references.
+
+    For each metric, of each image the caption is taken that has the highest score of this very metric by itself. The
+    captions that are taken are then scored as `score_captions` does it. So every metric is of other captions; and BLEU,
+    which counts over all images together, could in theory be lower than that of the first captions.
+
+    Args:
+      generated: dict of image id to list of captions, one or more.
+      references, patience: as for `score_captions`.
+
+    Returns, Raises: as for `score_captions`.
+    """
+    most = max(map(len, generated.values()), default=0)
+    # The n-th captions of all images; an image with fewer has its first one again, which changes nothing.
+    by_place = [{i: group[n if n < len(group) else 0] for i, group in generated.items()} for n in range(most)]
+    paired = [_pair_by_image(texts, references) for texts in by_place] or [_pair_by_image({}, references)]
+    references = paired[0][1]
+    candidates = {i: [texts[i][0] for texts, _ in paired] for i in references}
+    with _java_settings():
+        candidates, references, tokens = _tokenize(candidates, references, patience)
+        scores = _scores_by_place(candidates, references)
+        pairs = {(i, n): [text] for i, group in candidates.items() for n, text in enumerate(group)}
+        of_pairs = {pair: references[pair[0]] for pair in pairs}
+        meteor = _score_meteor(pairs, of_pairs, patience)[1] if tokens == "PTB" else None
+        scores |= {} if meteor is None else {"METEOR": np.reshape(meteor, (len(references), most)).T}  # (N, B)
+        best = dict.fromkeys(METRICS) | {"tokens": tokens}
+        for name, values in scores.items():
+            places = np.argmax(values, axis=0)  # (B,)
+            taken = {i: [candidates[i][place]] for i, place in zip(references, places, strict=True)}
+            if name == "METEOR":
+                best[name] = _score_meteor(taken, references, patience)[0]
+            elif name == "ROUGE-L":
+                best[name] = 100 * float(np.mean(np.max(values, axis=0)))
+            else:
+                best[name] = _score_ngrams(taken, references)[name]
+    return best
+
+
+def _scores_by_place(candidates, references):
+    """The score of each caption by itself, but for METEOR's.
+
+    Args:
+      candidates: dict of B image ids to list of N str, their tokens separated by blanks.
+      references: dict of the same ids to list of such str.
+
+    Returns:
+      dict of metric to float (N, B)
+    """
+    scores = collections.defaultdict(list)
+    for texts in zip(*candidates.values(), strict=True):
+        generated = {i: [text] for i, text in zip(candidates, texts, strict=True)}
+        _, bleu = Bleu(4).compute_score(references, generated, verbose=0)
+        for name, values in {f"BLEU-{n}": values for n, values in enumerate(bleu, 1)}.items():
+            scores[name].append(values)  # (B,)
+        for name, scorer in (("CIDEr", Cider()), ("ROUGE-L", Rouge())):
+            scores[name].append(scorer.compute_score(references, generated)[1])  # (B,)
+    return {name: np.array(values) for name, values in scores.items()}
 
 
 def quick_score(generated, references):
@@ -157,6 +211,20 @@ def _check_script(references):
         raise RuntimeError("Most letters of the references are outside Latin script")
 
 
+def _tokenize(generated, references, patience):
+    """Write captions in the tokens that they are scored by: PTB's, or the project's own, which is then said.
+
+    Returns:
+      (generated and references, with the tokens of each str separated by blanks; "PTB" or "project")
+    """
+    try:
+        _check_script(references)
+        return _ptb_tokens(generated, patience), _ptb_tokens(references, patience), "PTB"
+    except RuntimeError as error:
+        print(f"{error}: METEOR is left out, and the other metrics use the project's own tokens instead of PTB's")
+        return _project_tokens(generated), _project_tokens(references), "project"
+
+
 def _project_tokens(captions):
     """Write captions in the words that a vocabulary is made of. dict of image id to list of str -> the same."""
     return {i: [" ".join(split_words(caption)) for caption in group] for i, group in captions.items()}
@@ -216,18 +284,19 @@ def _score_meteor(generated, references, patience):
       patience: float, seconds to wait for Java, with 1/20 s more for each image.
 
     Returns:
-      float from 0 to 100. If METEOR's Java program fails or hangs, a line is printed and None is returned.
+      (float from 0 to 100, list of float from 0 to 1, of each image). If METEOR's Java program fails or hangs, a line
+      is printed and (None, None) is returned.
     """
     scorer = Meteor()
     java = scorer.meteor_p
     watchdog = threading.Timer(patience + len(generated) / 20, java.kill)
     watchdog.start()
     try:
-        score, _ = scorer.compute_score(references, generated)
-        return 100 * score
+        score, by_image = scorer.compute_score(references, generated)
+        return 100 * score, by_image
     except (OSError, ValueError):
         print("METEOR is left out: its Java program, which takes up to 2 GB of memory, failed or hung")
-        return None
+        return None, None
     finally:
         watchdog.cancel()
         java.kill()

@@ -12,6 +12,7 @@ from captioning.attention.boxes import _instances_path
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo.scenes import draw_demo
 from captioning.evaluation.evaluate import _IMAGES_OF_A_GROUP, Evaluated, _name_files, _score_pages, evaluate
+from captioning.evaluation.metrics import METRICS
 from captioning.features.cache import ImageToCaption
 from captioning.settings import make_config
 from tiny_captioner import SIZES, tiny_captioner
@@ -77,6 +78,12 @@ def test_each_split_has_files_of_its_own(tiny, images, tmp_path, capsys):
         ({"dataset": "demo", "repeat_block": 2}, "test_repeat_block2"),
         ({"beam_width": 3}, "test"),  # is compared in any case
         ({"beam_width": 2}, "test_beam_width2"),
+        ({"captions_per_image": 5, "beam_width": 5}, "test_captions_per_image5"),
+        ({"captions_per_image": 7, "beam_width": 7}, "test_captions_per_image7_beam_width7"),
+        ({"sample": "yes"}, "test_sample"),
+        ({"sample": "yes", "captions_per_image": 5, "seed": 7}, "test_captions_per_image5_sample_seed7"),
+        ({"sample": "yes", "top_p": 1.0, "temperature": 0.5}, "test_sample_temperature0.5_top_p1.0"),
+        ({"temperature": 0.5, "seed": 7}, "test"),  # which change nothing
     ],
 )
 def test_the_names_of_files_tell_how_captions_were_decoded(settings, name):
@@ -133,6 +140,48 @@ def test_the_metrics_name_their_data_set_split_and_checkpoint_and_keep_meteors_p
 def said(root, run):
     (path,) = (root / "out").glob(f"captions_test_*_{run}_results.json")
     return [result["caption"] for result in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize(
+    ("settings", "run"),
+    [({"beam_width": 3}, "beam 3"), ({"sample": "yes", "temperature": 3.0, "top_p": 0.95}, "sample")],
+)
+def test_several_captions_are_scored_by_the_best_and_by_how_they_differ(tiny, images, tmp_path, capsys, settings, run):
+    evaluate_tiny(tiny, images, "test", tmp_path / "plain")
+    capsys.readouterr()
+    evaluate_tiny(tiny, images, "test", tmp_path / "out", captions_per_image=3, **settings)
+    plain, several = (json.loads(next((tmp_path / name).glob("m*.json")).read_text()) for name in ("plain", "out"))
+    for other in {"greedy", "beam 3", "beam 5"} - {run}:
+        assert several[other] == plain[other]
+    scores = several[run]
+    if run == "beam 3":
+        assert scores.items() >= plain[run].items()  # of the first captions
+    else:
+        assert (scores["sample"], several["temperature"], several["top_p"], several["seed"]) == ("yes", 3.0, 0.95, 42)
+    assert several["captions_per_image"] == scores["captions_per_image"] == 3
+    assert all(scores["best"][name] >= scores[name] for name in METRICS if name != "METEOR")
+    if run == "sample":
+        assert any(scores["best"][name] > scores[name] for name in METRICS if name != "METEOR")
+    diversity = scores["diversity"]
+    assert 5 < diversity["captions"] <= 15 and 0 < diversity["div_1"] < 1 and 0 < diversity["distinct"] <= 1
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    place = rows.index(run)
+    assert rows[place + 1] == f"{run}, best of 3" and len(rows) == 2 + len({"greedy", "beam 3", "beam 5", run}) + 1
+    assert f"{run}, 3 captions of each image: Div-1 {diversity['div_1']:.3f}, " in printed
+    assert ("have fewer captions" in printed) == (diversity["captions"] < 15)
+    (page,) = (tmp_path / "out").glob("*.html")
+    assert f"{run}, best of 3" in page.read_text()
+    assert len(said(tmp_path, run.replace(" ", ""))) == 5  # one of each image, as the format has it
+
+
+def test_images_with_fewer_captions_are_counted(tiny, images, tmp_path, capsys):
+    frozen = {"sample": "yes", "temperature": 0.01, "captions_per_image": 2}
+    evaluate_tiny(tiny, images, "test", tmp_path / "out", **frozen)
+    line = r"\nsample: ([345]) images have fewer captions, as no more different ones were found\n"
+    few = int(re.search(line, capsys.readouterr().out)[1])  # two words may be as likely as each other
+    metrics = json.loads(next((tmp_path / "out").glob("metrics_*.json")).read_text())
+    assert metrics["sample"]["diversity"]["captions"] == 2 * 5 - few
 
 
 def test_the_results_are_the_captions_of_every_image(tiny, images, tmp_path):
@@ -225,8 +274,8 @@ def test_the_best_the_middle_and_the_worst_are_chosen_by_the_first_runs_score(co
         GeneratedCaption(each.path, each.name, [], np.zeros(0), np.zeros((0, 64)), each.image_id) for each in images
     ]
     runs = {
-        "greedy": Evaluated(captions, [], {number: -float(number) for number in range(count)}, {}),
-        "beam 3": Evaluated(captions, [], {number: float(number) for number in range(count)}, {}),
+        "greedy": Evaluated(captions, {}, [], {number: -float(number) for number in range(count)}, {}),
+        "beam 3": Evaluated(captions, {}, [], {number: float(number) for number in range(count)}, {}),
     }
     shuffled = [images[i] for i in np.random.default_rng(0).permutation(count)]
     shown = [image.heading.removesuffix(".jpg").split(": ") for image in _score_pages(runs, shuffled)]

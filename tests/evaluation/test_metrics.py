@@ -18,6 +18,7 @@ from captioning.evaluation.metrics import (
     format_table,
     note_few_images,
     quick_score,
+    score_best,
     score_captions,
     write_metrics,
 )
@@ -369,3 +370,70 @@ def test_meteor_is_given_every_reference(monkeypatch):
     captions = {image_id: "a dog" for image_id in SEVERAL}
     assert score_captions(captions, SEVERAL)["METEOR"] == 25
     assert given == [(SEVERAL, {image_id: ["a dog"] for image_id in SEVERAL})]
+
+
+# --- The best of several ------------------------------------------------------------------------------------------
+
+CANDIDATES = {
+    2: ["two dogs", "two cats sleep on a red sofa", "a sofa"],
+    3: ["a boat on the sea"],
+    9: ["a dog", "a cat on a sofa", "the brown dog is running by the sea"],
+    5: ["a café by the sea", "a café", "by the sea at night"],
+}
+
+
+def check_best(captions):
+    """The best by each metric are no worse than any place's captions, and are those of an oracle done by hand."""
+    best = score_best(captions, REFERENCES)
+    places = [{i: group[n if n < len(group) else 0] for i, group in captions.items()} for n in range(3)]
+    scores = [score_captions(texts, REFERENCES) for texts in places]
+    for name in METRICS:
+        if best[name] is not None:
+            assert best[name] >= max(each[name] for each in scores) - 1e-9
+    assert best["CIDEr"] == pytest.approx(
+        sum(max(cider_by_image(texts, REFERENCES)[i] for texts in places) for i in REFERENCES) / 4, rel=0.05
+    )
+    return best, scores
+
+
+def test_the_best_captions_score_at_least_as_the_first_ones(no_java, capsys):
+    best, scores = check_best(CANDIDATES)
+    assert (best["METEOR"], best["tokens"]) == (None, "project")
+    assert best["CIDEr"] > max(each["CIDEr"] for each in scores) and best["BLEU-4"] > scores[0]["BLEU-4"]
+    assert list(best) == [*METRICS, "tokens"]
+    assert capsys.readouterr().out.count("METEOR is left out") == 4  # of four calls, once each
+
+
+def test_each_metric_takes_its_own_best_caption(no_java):
+    """The short caption has all its words right, and the long one says more of the reference."""
+    captions = {1: ["a dog runs on the sand by the blue sea", "a dog"], 2: ["a cat"]}
+    references = {1: ["a dog runs on a beach by the blue water"], 2: ["a cat"]}
+    best = score_best(captions, references)
+    alone = [score_captions({1: text, 2: "a cat"}, references) for text in captions[1]]
+    for name in METRICS:
+        if name != "METEOR":
+            assert best[name] == pytest.approx(max(each[name] for each in alone), rel=1e-6)
+
+
+def test_one_caption_is_the_best_of_one(no_java):
+    assert score_best({i: [text] for i, text in CAPTIONS.items()}, REFERENCES) == score_captions(CAPTIONS, REFERENCES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+def test_the_best_by_meteor_are_found_with_java():
+    best, scores = check_best(CANDIDATES)
+    assert best["tokens"] == "PTB" and best["METEOR"] > scores[0]["METEOR"] > 0
+
+
+def test_a_meteor_that_fails_leaves_the_other_best_scores(fake_java, capsys):
+    fake_java("exit 1")
+    best = score_best(CANDIDATES, REFERENCES)
+    assert best["METEOR"] is None and best["tokens"] == "PTB" and best["CIDEr"] > 0
+    assert capsys.readouterr().out.count("METEOR is left out") == 1
+
+
+@pytest.mark.parametrize("captions", [{}, {2: ["a"]}])
+def test_the_best_of_what_cannot_be_scored_is_the_users_error(captions, no_java):
+    with pytest.raises(UserError, match="no captions to score|has no caption"):
+        score_best(captions, REFERENCES)

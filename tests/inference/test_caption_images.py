@@ -193,7 +193,7 @@ def test_after_a_kill_the_same_captions_are_found_of_which_an_image_has_several(
         caption(tiny, images, output, Source(stop_after=1), **several)
     assert caption(tiny, images, output, **several) == "defg"
     assert records(output) == records(tmp_path / "undisturbed")
-    with (output / "captions.csv").open(newline="", encoding="utf-8") as file:
+    with (output / "captions.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = [row["caption"] for row in csv.DictReader(file)]
     said = [[each["caption"] for each in record["captions"]] for record in records(output)]
     assert [text for texts in said for text in texts] == rows and len(rows) == 3 * 7
