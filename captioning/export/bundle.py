@@ -31,7 +31,8 @@ from support.process import silenced_stderr
 _RUNTIMES = {"litert": "ai-edge-litert", "onnx": "onnxruntime"}  # the package that runs each format
 WEIGHTS = {"litert": ("float32", "float16", "int8"), "onnx": ("float32",)}
 DEFAULT_WEIGHTS = {"litert": "float16", "onnx": "float32"}  # the smallest that leave 97 % of captions unchanged
-_DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block")  # settings that the script takes too
+# Settings that the script takes too, besides captions and sample
+_DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block", "temperature", "top_p", "seed")
 _CALIBRATION_IMAGES = 100
 _MOST_BYTES = 2_000_000_000  # of a model: both formats end at 2 GiB
 _OPSET = 18  # of ONNX
@@ -54,7 +55,7 @@ def export_bundle(captioner, network, kind, weights, config, folder):
       network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
       kind: "litert" or "onnx".
       weights: str, their number type, one of WEIGHTS[kind].
-      config: Config; its max_words, beam_width, length_penalty and repeat_block are the script's defaults.
+      config: Config; its settings of decoding are the script's defaults.
       folder: where to; may be there if it is empty.
 
     Raises:
@@ -102,11 +103,17 @@ def _describe(captioner, kind, weights, config):
             "vocabulary": len(captioner.vocabulary),
         },
         "characters": CHARACTER,  # for a class of a regular expression; no blank is written beside these
-        "decoding": {name: getattr(config, name) for name in _DECODING},
+        "decoding": _describe_decoding(config),
         "network": captioner.network,
         "checkpoint": captioner.checkpoint,
         "checkpoint_identity": captioner.identity,
     }
+
+
+def _describe_decoding(config):
+    """The options of a bundle's script with their defaults, dict of name to value."""
+    several = {"captions": config.captions_per_image, "sample": config.sample == "yes"}
+    return {name: getattr(config, name) for name in _DECODING} | several
 
 
 # --- The functions ----------------------------------------------------------------------------------------------

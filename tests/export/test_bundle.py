@@ -22,7 +22,8 @@ from test_saved_model import NEAR, SAME, draw
 
 import inference_image_caption as inference
 from captioning.attention.evidence import explain_captions
-from captioning.captioner import _beam_graph, _greedy_graph, caption_batch, decode_captions
+from captioning.captioner import _beam_graph, _greedy_graph, caption_batch, decode_captions, decoding_settings
+from captioning.decoder.nucleus_sampling import draw_words, keep_nucleus
 from captioning.export import bundle as export_bundle
 from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
@@ -146,15 +147,58 @@ def test_the_script_finds_the_captions_of_script_3(exported, images, width, leng
         given = {"max_words": max_words, "beam_width": width, "length_penalty": length_penalty}
         given["repeat_block"] = repeat_block
         config = dataclasses.replace(CONFIG, **given)
+        how = argparse.Namespace(**given, captions=1)
         pixels = np.stack([load_image(path) for path in images])
         graphs = _greedy_graph, _beam_graph
         features = colour_network(pixels)
         decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, graphs=graphs)
         assert len({tuple(words) for words in decoded.words.numpy()}) >= 3
         for image, words, log_probs in zip(pixels, decoded.words.numpy(), decoded.log_probs.numpy(), strict=True):
-            found, score = runner.beam_search(encode(pixels=image[None]), decode, argparse.Namespace(**given))
+            ((found, score),) = runner.beam_search(encode(pixels=image[None]), decode, how)
             assert found.tolist() == [i for i in words.tolist() if i != PAD]
             assert score == pytest.approx(log_probs.sum(), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "several",
+    [
+        {"captions_per_image": 5},
+        {"captions_per_image": 3, "beam_width": 4, "length_penalty": 0.3, "repeat_block": 1},
+        {"captions_per_image": 4, "sample": "yes", "temperature": 2.0},
+        {"captions_per_image": 3, "sample": "yes", "temperature": 1.5, "top_p": 1.0, "seed": 7, "repeat_block": 1},
+        {"captions_per_image": 2, "sample": "yes", "temperature": 0.3},  # and mostly there are fewer
+    ],
+)
+def test_the_script_says_the_several_captions_of_script_3(exported, images, several, capsys):
+    captioner, _, runner = exported
+    config = decoding_settings({}, dataclasses.replace(CONFIG, **several))
+    features = colour_network(np.stack([load_image(path) for path in images]))
+    named = [ImageToCaption(pathlib.Path(path), str(path)) for path in images]
+    captions = caption_batch(captioner, named, features, config)
+    capsys.readouterr()
+    given = {name: value for name, value in several.items() if name not in ("captions_per_image", "sample")}
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    options += ["--captions", str(config.captions_per_image), *(["--sample"] if config.sample == "yes" else [])]
+    assert runner.main([*map(str, images), *options]) == 0
+    printed = capsys.readouterr()
+    expected = [f"{each.name}: {said.caption}" for each in captions for said in (each, *each.others)]
+    assert printed.out.splitlines() == expected
+    few = [each for each in captions if 1 + len(each.others) < config.captions_per_image]
+    assert printed.err.count("different captions were found") == len(few)
+    raised = config.sample == "no" and several.get("beam_width", 1) < config.captions_per_image
+    assert ("--beam_width is 5, to find as many captions" in printed.err) == raised
+    assert len(set(expected)) == len(expected) > len(images)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5)])
+def test_the_script_draws_a_word_as_script_3_does(temperature, top_p):
+    rng = np.random.default_rng(2)
+    log_probs = tf.nn.log_softmax(3 * rng.standard_normal((400, 300))).numpy().astype(np.float32)  # (N, V)
+    chances = np.append(rng.random(398, np.float32), np.float32([0, 1 - 2**-24]))
+    nucleus = keep_nucleus(tf.nn.softmax(log_probs / np.float32(temperature)), top_p)
+    draw = load_runner().draw_word
+    drawn = [draw(*each, temperature, top_p) for each in zip(log_probs, chances, strict=True)]
+    assert drawn == draw_words(nucleus, chances).numpy().tolist()
 
 
 def bundle_format(exported):
@@ -229,7 +273,7 @@ def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exp
 
 def test_the_script_is_short_and_imports_no_more_than_it_says():
     text = RUNNER.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200
+    assert len(text.splitlines()) <= 250
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name if isinstance(node, ast.Import) else node.module for node in nodes for alias in node.names}
     tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
@@ -290,7 +334,13 @@ def test_a_damaged_image_is_one_line_and_the_others_get_captions(exported, image
     assert runner.main([str(images[0])]) == 0
 
 
-@pytest.mark.parametrize("wrong", [["--beam_width", "0"], ["--max_words", "0"], ["--figure", "a.png"], []])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(["--beam_width", "0"], ["--max_words", "0"], ["--figure", "a.png"], []),
+        *(["--captions", "0"], ["--temperature", "0"], ["--top_p", "0"], ["--top_p", "1.1"], ["--seed", "-1"]),
+    ],
+)
 def test_options_of_the_script_that_cannot_be_are_refused(exported, images, tmp_path, wrong):
     _, _, runner = exported
     (tmp_path / "empty").mkdir()
@@ -323,7 +373,7 @@ def test_the_figure_is_lit_where_the_map_is_high(tmp_path):
 def test_a_figure_is_drawn_also_of_a_caption_without_words(exported, images, tmp_path, monkeypatch, capsys):
     _, _, runner = exported
     assert runner.main([str(images[0]), "--figure", str(tmp_path / "words.png")]) == 0
-    monkeypatch.setattr(runner, "beam_search", lambda *_: (np.int32([END]), 0.0))
+    monkeypatch.setattr(runner, "beam_search", lambda *_: [(np.int32([END]), 0.0)])
     assert runner.main([str(images[0]), "--figure", str(tmp_path / "none.png")]) == 0
     with Image.open(tmp_path / "words.png") as words, Image.open(tmp_path / "none.png") as none:
         assert words.size[0] == none.size[0] and words.size[1] >= none.size[1] > 100
@@ -358,7 +408,8 @@ def test_letters_of_a_figure_are_in_a_font_that_has_them_or_named(tmp_path, monk
 def test_the_bundle_says_what_it_is(exported):
     captioner, folder, _ = exported
     about = json.loads((folder / "captioner.json").read_text())
-    assert about["decoding"] == {"max_words": 9, "beam_width": 1, "length_penalty": 1.0, "repeat_block": 2}
+    sampling = {"captions": 1, "sample": False, "temperature": 1.0, "top_p": 0.9, "seed": 42}
+    assert about["decoding"] == {"max_words": 9, "beam_width": 1, "length_penalty": 1.0, "repeat_block": 2, **sampling}
     assert about["sizes"] == {
         "image": 299,
         "locations": 64,
@@ -462,9 +513,9 @@ def test_float16_weights_take_half_the_room_and_give_nearly_the_same(exported, t
 def captions(folder, images):
     runner = load_runner(folder)
     encode, decode = (runner.load_model(name, "litert") for name in ("encoder", "decoder"))
-    how = argparse.Namespace(max_words=9, beam_width=1, length_penalty=1.0, repeat_block=2)
+    how = argparse.Namespace(max_words=9, beam_width=1, length_penalty=1.0, repeat_block=2, captions=1)
     pixels = [runner.read_pixels(path, 299)[None] for path in images]
-    return [tuple(runner.beam_search(encode(pixels=each), decode, how)[0].tolist()) for each in pixels]
+    return [tuple(runner.beam_search(encode(pixels=each), decode, how)[0][0].tolist()) for each in pixels]
 
 
 @pytest.mark.slow
@@ -580,8 +631,8 @@ def test_photographs_get_the_captions_of_script_3_from_float32_weights(tmp_path)
         for width in (1, 3):
             settings = dataclasses.replace(config, beam_width=width)
             expected = decode_captions(captioner.encoder, captioner.decoder, features, settings).words.numpy()
-            how = argparse.Namespace(**{name: getattr(settings, name) for name in export_bundle._DECODING})
-            found = [runner.beam_search(each, decode, how)[0].tolist() for each in encoded]
+            how = argparse.Namespace(**{name: getattr(settings, name) for name in export_bundle._DECODING}, captions=1)
+            found = [runner.beam_search(each, decode, how)[0][0].tolist() for each in encoded]
             assert found == [[i for i in words.tolist() if i != PAD] for words in expected]
             assert len({tuple(words) for words in found}) > 8
     assert START not in np.concatenate(found)

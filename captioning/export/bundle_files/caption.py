@@ -1,6 +1,6 @@
 """Caption images with the models of this folder.
 
-python caption.py photo.jpg more_photos/ [--beam_width 3] [--figure attention.png]
+python caption.py photo.jpg more_photos/ [--beam_width 3] [--captions 5 [--sample]] [--figure attention.png]
 """
 
 import argparse
@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 from image_reader import MOST_FILE_PIXELS, open_image, upright_rgb
@@ -20,6 +21,7 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 PAD, UNK, START, END = range(4)  # the first words of the vocabulary
 # Of what Pillow reads: kinds of image files, which are looked for in folders
 FORMATS = "AVIF BMP DIB GIF HEIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
+DRAWS = 5  # captions drawn at most for each one wanted, as none is to come twice
 WIDTH, GAP, COLUMNS, LINE = 224, 4, 5, 26  # of a figure: pixels of a column and between two, columns, pixels of text
 
 
@@ -29,7 +31,8 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="image files, and folders of them at any depth")
     for name, value in settings["decoding"].items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, metavar=str(value))
+        how = {"action": argparse.BooleanOptionalAction} if value is True or value is False else {"type": type(value)}
+        parser.add_argument(f"--{name}", default=value, help=f"(default: {value})", **how)
     parser.add_argument("--figure", metavar="PNG", help="draw where the model looked, for one image")
     parser.add_argument("--attention_map", choices=("weights", "evidence"), default="weights", help="what it draws")
     options = parser.parse_args(argv)
@@ -37,19 +40,29 @@ def main(argv):
         __import__("pillow_heif").register_heif_opener()
     Image.MAX_IMAGE_PIXELS = MOST_FILE_PIXELS // 2  # Pillow refuses twice as many
     paths = find_images(options.images)
-    if min(options.beam_width, options.max_words, len(paths)) < 1 or (options.figure and len(paths) > 1):
-        parser.error("--beam_width and --max_words are 1 or more; an image is needed, and only one with --figure")
+    least = min(options.beam_width, options.max_words, options.captions, len(paths))
+    if least < 1 or (options.figure and len(paths) > 1):
+        parser.error("--beam_width, --max_words, --captions are 1 or more; an image is needed, only one with --figure")
+    if not (options.temperature > 0 and 0 < options.top_p <= 1 and options.seed >= 0):
+        parser.error("--temperature is above 0, --top_p above 0 and up to 1, --seed 0 or more")
+    if not options.sample and options.beam_width < options.captions:
+        options.beam_width = options.captions
+        print(f"--beam_width is {options.captions}, to find as many captions", file=sys.stderr)
     encode, decode = (load_model(name, settings["format"]) for name in ("encoder", "decoder"))
     failed = 0
     for path in paths:
         try:
             encoded = encode(pixels=read_pixels(path, settings["sizes"]["image"])[np.newaxis])
-            found, _ = beam_search(encoded, decode, options)
-            words = [vocabulary[i] for i in found if i != END]
-            print(printable(f"{path}: {join_words(words, settings['characters'])}"), flush=True)
-            if options.figure:
-                maps = find_maps(encoded, load_model("evidence", settings["format"]), found[: len(words)])
-                draw_attention(path, words, maps[options.attention_map]).save(options.figure)
+            find = sample_captions if options.sample else beam_search
+            found = [said for said, _ in find(encoded, decode, options, path.name)]
+            captions = [[vocabulary[i] for i in said if i != END] for said in found]
+            for words in captions:
+                print(printable(f"{path}: {join_words(words, settings['characters'])}"), flush=True)
+            if len(found) < options.captions:
+                print(printable(f"{path}: no more than {len(found)} different captions were found"), file=sys.stderr)
+            if options.figure:  # of the first caption
+                maps = find_maps(encoded, load_model("evidence", settings["format"]), found[0][: len(captions[0])])
+                draw_attention(path, captions[0], maps[options.attention_map]).save(options.figure)
         except Exception as error:  # Pillow raises errors of many classes
             print(printable(f"{path}: {type(error).__name__}: {error}"), file=sys.stderr)
             failed += 1
@@ -102,8 +115,8 @@ def read_pixels(path, side):
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))  # (side, side, 3)
 
 
-def beam_search(encoded, decode, options):
-    """The likeliest caption of those that `beam_width` beams (K) keep in view: words (L,), and log-probability."""
+def beam_search(encoded, decode, options, name=""):
+    """The likeliest captions that `beam_width` beams (K) keep in view: list of (words (L,), log-probability)."""
     image, width = {name: encoded[name] for name in ("encoded_features", "keys")}, options.beam_width
     hidden = np.repeat(encoded["hidden"], width, 0)  # (K, units)
     scores = np.float32([0] + [-1e6] * (width - 1))  # (K,); all beams are alike, so only one begins
@@ -120,8 +133,42 @@ def beam_search(encoded, decode, options):
         scores, hidden, words = candidates.flat[best], step["next_hidden"][beam], np.column_stack((words[beam], word))
         ended = np.isin(words[:, -1:], (END, PAD))  # (K, 1)
     lengths = (words[:, 1:] != PAD).sum(1).astype(np.float32)  # (K,)
-    best = np.where(ended[:, 0] | ~ended.any(), scores / lengths**options.length_penalty, -np.inf).argmax()
-    return words[best, 1 : 1 + int(lengths[best])], float(scores[best])
+    usable = (ended[:, 0] | ~ended.any()) & (scores > -5e5)  # (K,); some beams never began
+    best = np.argsort(np.where(usable, -scores / lengths**options.length_penalty, np.inf), kind="stable")
+    best = best[: min(options.captions, usable.sum())]
+    return [(words[i, 1 : 1 + int(lengths[i])], float(scores[i])) for i in best]
+
+
+def sample_captions(encoded, decode, options, name):
+    """Captions whose words are drawn by their probabilities, none twice: list of (words (L,), log-probability)."""
+    image, found = {part: encoded[part] for part in ("encoded_features", "keys")}, {}
+    # As script 3 of the project draws them: an image of this name gets the same captions in any folder.
+    generator = np.random.default_rng((options.seed, zlib.crc32(os.fsencode(name))))
+    for chances in generator.random((DRAWS * options.captions, options.max_words), np.float32):
+        hidden, words, score = encoded["hidden"], [START], 0.0
+        for chance in chances:
+            step = decode(words=np.int32([words[-1:]]), hidden=hidden, **image)
+            hidden, log_probs = step["next_hidden"], step["log_probs"][0]
+            log_probs[find_repeats(np.int32(words), options.repeat_block)] = -1e9
+            words.append(draw_word(log_probs, chance, options.temperature, options.top_p))
+            score += float(log_probs[words[-1]])  # of the model, at temperature 1
+            if words[-1] == END:
+                break
+        found.setdefault(tuple(word for word in words[1:] if word != END), (np.int32(words[1:]), score))
+        if len(found) == options.captions:
+            break
+    return list(found.values())
+
+
+def draw_word(log_probs, chance, temperature, top_p):
+    """A word of the nucleus: of the fewest words that together have a probability of top_p. (V,) -> int"""
+    probabilities = np.exp((log_probs - log_probs.max()) / np.float32(temperature))  # (V,)
+    probabilities /= probabilities.sum()
+    falling = -np.sort(-probabilities)  # (V,)
+    inside = falling[np.cumsum(falling) - falling < top_p] if top_p < 1 else [0]
+    cumulative = np.cumsum(np.where(probabilities >= inside[-1], probabilities, 0))  # (V,)
+    threshold = min(chance, np.float32(1 - 2**-23)) * cumulative[-1]
+    return int(np.searchsorted(cumulative, threshold, side="right"))
 
 
 def find_repeats(said, length):
