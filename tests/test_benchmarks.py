@@ -5,9 +5,12 @@ import pathlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import model
+from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.features.cache import features_folder
+from captioning.inference.captions_file import make_record
 from captioning.settings import make_config
 
 SIZES = {"encoder_dim": 16, "embedding_dim": 12, "units": 32, "vocab_size": 200, "batch_size": 8}
@@ -131,3 +134,23 @@ def test_the_images_of_a_folder_are_made_once(tmp_path):
     many = folder_memory.make_images(tmp_path, 5)
     assert few < many and len(many) == 5
     assert {str(path) for path in tmp_path.rglob("*.jpg")} == many
+
+
+# --- readme_image.py ----------------------------------------------------------------------------------------------
+
+
+def test_readmes_image_has_attention_weights_above_and_evidence_below(tmp_path):
+    import readme_image
+
+    Image.new("RGB", (240, 240), "white").save(tmp_path / "a.png")
+    maps = {"attention_weights": np.eye(64)[[0, 0]], "evidence": np.eye(64)[[63, 63]]}
+    caption = GeneratedCaption(tmp_path / "a.png", str(tmp_path / "a.png"), ["two", "words"], np.zeros(3), **maps)
+    (tmp_path / "captions.jsonl").write_bytes(make_record(caption, (0, 0)).line())
+    readme_image.main([str(tmp_path / "a.jpg"), str(tmp_path / "captions.jsonl"), "a.png"])
+    pixels = np.asarray(Image.open(tmp_path / "a.jpg").convert("L"), float)
+    assert pixels.shape == (26 + 2 * (120 + 26), 3 * (120 + 4))
+    for left in (124, 248):
+        above, below = (pixels[top : top + 120, left : left + 120] for top in (26, 26 + 146))
+        for panel, (bright, dark) in ((above, (0, 105)), (below, (105, 0))):
+            assert panel[bright : bright + 15, bright : bright + 15].mean() > 150
+            assert panel[dark : dark + 15, dark : dark + 15].mean() < 70
