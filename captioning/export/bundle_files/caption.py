@@ -74,12 +74,16 @@ def find_images(names):
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = {}
     for name in names:
-        paths = [pathlib.Path(place, file) for place, _, files in os.walk(name) for file in files]
+        paths = [pathlib.Path(place, file) for place, _, files in os.walk(name, onerror=report) for file in files]
         # Files that begin with ._ hold what macOS notes beside images.
         paths = sorted(path for path in paths if path.suffix.lower() in known and not path.name.startswith("._"))
         for path in paths if os.path.isdir(name) else [pathlib.Path(name)]:
             found.setdefault(os.path.abspath(path), path)
     return list(found.values())
+
+
+def report(error):
+    print(printable(f"{error.filename}: {type(error).__name__}: {error.strerror}"), file=sys.stderr)
 
 
 def printable(text):
