@@ -154,7 +154,8 @@ def unusable_file(error):
     """What a user can do about an OSError of a file, a folder or its drive; None where it is of something else."""
     if error.filename is None and error.errno not in _LOST:
         return None
-    what = "a file or folder" if error.filename is None else os.fsdecode(error.filename)
+    named = isinstance(error.filename, str | bytes | os.PathLike)  # and not a number of an open file
+    what = os.fsdecode(error.filename) if named else "a file or folder"
     remedy = "see that it can be read and written and that its drive is there, and run the same command again"
     return f"cannot use {what} ({error.strerror or error}): {remedy}"
 
