@@ -9,6 +9,8 @@ evidence are two signatures of one file, which share their weights. Letters of s
 decoded at a time.
 """
 
+import contextlib
+import os
 import pathlib
 import shutil
 import tempfile
@@ -253,11 +255,25 @@ def _write_onnx(functions, folder):
         raise UserError("--format onnx needs one more package: run pip install tf2onnx") from None
     rules = {name: (_plain_gradient, []) for name in ("SigmoidGrad", "TanhGrad")}
     for name, function in functions.items():
-        with silenced_stderr():
+        with silenced_stderr(), _changing_in_place():
             model, _ = tf2onnx.convert.from_function(
                 function, function.input_signature, opset=_OPSET, custom_op_handlers=rules
             )
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+
+
+@contextlib.contextmanager
+def _changing_in_place():
+    """Inside the block tf2onnx optimizes a graph in place. Else it copies it, weights and all, before each attempt."""
+    name = "TF2ONNX_CATCH_ERRORS"  # and an attempt that fails ends the export
+    before = os.environ.get(name)
+    os.environ[name] = "FALSE"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _plain_gradient(graph, node, name, arguments):

@@ -608,6 +608,17 @@ def test_features_made_elsewhere_cannot_be_exported(trained, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_tf2onnx_copies_no_graph_which_would_take_gigabytes(tmp_path, monkeypatch):
+    from tf2onnx import optimizer
+
+    copied, real = [], optimizer.copy.deepcopy
+    monkeypatch.setattr(optimizer.copy, "deepcopy", lambda value: copied.append(type(value).__name__) or real(value))
+    monkeypatch.setenv("TF2ONNX_CATCH_ERRORS", "mine")
+    export("onnx", tmp_path)
+    assert copied and "Graph" not in copied
+    assert os.environ["TF2ONNX_CATCH_ERRORS"] == "mine"
+
+
 # --- Photographs ------------------------------------------------------------------------------------------------
 
 
