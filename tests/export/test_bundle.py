@@ -608,15 +608,23 @@ def test_features_made_elsewhere_cannot_be_exported(trained, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_tf2onnx_copies_no_graph_which_would_take_gigabytes(tmp_path, monkeypatch):
-    from tf2onnx import optimizer
+def test_tf2onnx_is_given_no_large_weights_of_which_it_would_keep_dozens_of_copies(tmp_path, monkeypatch):
+    import onnx
+    from tf2onnx import convert
 
-    copied, real = [], optimizer.copy.deepcopy
-    monkeypatch.setattr(optimizer.copy, "deepcopy", lambda value: copied.append(type(value).__name__) or real(value))
-    monkeypatch.setenv("TF2ONNX_CATCH_ERRORS", "mine")
-    export("onnx", tmp_path)
-    assert copied and "Graph" not in copied
-    assert os.environ["TF2ONNX_CATCH_ERRORS"] == "mine"
+    largest, real = [], convert._convert_common
+
+    def seen(graph, **more):
+        shapes = [node.attr["value"].tensor.tensor_shape.dim for node in graph.node if node.op == "Const"]
+        largest.append(max(np.prod([axis.size for axis in shape]) for shape in shapes))
+        return real(graph, **more)
+
+    monkeypatch.setattr(convert, "_convert_common", seen)
+    _, folder = export("onnx", tmp_path)
+    assert len(largest) == 3 and max(largest) <= 10_000
+    encoder = onnx.load(folder / "encoder.onnx").graph
+    assert max(np.prod(weight.dims) for weight in encoder.initializer) > 10_000
+    assert [value.name for value in encoder.input] == ["pixels"]
 
 
 # --- Photographs ------------------------------------------------------------------------------------------------
