@@ -2,6 +2,7 @@ import argparse
 import ast
 import collections
 import dataclasses
+import errno
 import importlib.util
 import io
 import json
@@ -625,6 +626,27 @@ def test_tf2onnx_is_given_no_large_weights_of_which_it_would_keep_dozens_of_copi
     encoder = onnx.load(folder / "encoder.onnx").graph
     assert max(np.prod(weight.dims) for weight in encoder.initializer) > 10_000
     assert [value.name for value in encoder.input] == ["pixels"]
+
+
+def test_the_script_names_a_folder_that_cannot_be_listed(tmp_path, monkeypatch, capsys):
+    for name in ("a.jpg", "inner/b.jpg", "inner/._b.jpg", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    runner, real = load_runner(), os.scandir
+    assert runner.find_images([tmp_path, tmp_path / "c.txt"]) == [
+        tmp_path / x for x in ("a.jpg", "inner/b.jpg", "c.txt")
+    ]
+    assert capsys.readouterr().err == ""
+
+    def scandir(path):
+        if str(path).endswith("inner"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert runner.find_images([tmp_path]) == [tmp_path / "a.jpg"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Permission denied" in line and "inner" in line
 
 
 # --- Photographs ------------------------------------------------------------------------------------------------
