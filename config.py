@@ -22,6 +22,7 @@ class Config:
     image_column: str = ""  # dataset table: the column of the file names, where it has no usual name
     caption_column: str = ""  # dataset table: the column of the captions, where it has no usual name
     image_source: Literal["each", "zip"] = "each"  # missing images: fetch each one needed, or the 13.5 GB zip file
+    delete_zip: Literal["yes", "no"] = "no"  # image_source zip: delete the zip file once its images are unpacked
     download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
     contact: str = ""  # your e-mail or web address, for servers (as Wikimedia's) that refuse whoever gives none
     demo_images: Annotated[int, (10, 1_000_000)] = 1_200  # scenes drawn for the demo

@@ -61,11 +61,7 @@ def train_captioner(config):
         progress = state.progress
         measure_loss = lambda: validate(state, validation, config, stop_if_asked)  # noqa: E731
         try:
-            with (
-                interrupts_held_back() as stop_if_asked,
-                reading_features(),
-                tensorboard_log(config) as writer,
-            ):
+            with interrupts_held_back() as stop_if_asked, reading_features(), tensorboard_log(config) as writer:
                 samples = Samples(choose_samples(prepared.validation, config), prepared.vocabulary, writer)
                 start_from.measure_start(state, measure_loss, config)
                 train_epochs(state, train, validation, samples, stop_if_asked, config)

@@ -1,16 +1,32 @@
 """What must be set before TensorFlow starts: import this module on a script's first line.
 
-No other module changes the process on import. This one does three things. It lowers TensorFlow's log level, it ends
-the process with one line after Ctrl-C, also during the long imports, and it imports TensorFlow without its notices.
+No other module changes the process on import. This one does four things. It ends the process with one line where this
+Python lacks something, it lowers TensorFlow's log level, it ends the process with one line after Ctrl-C, also during
+the long imports, and it imports TensorFlow without its notices.
 """
 
-import os
-import sys
+from support.prerequisites import check_prerequisites
 
-from support.process import end_process, modules_left_out, silenced_stderr
+check_prerequisites()  # before all else, as an older Python cannot even read some of the other modules
 
-sys.excepthook = end_process
+import os  # noqa: E402
+import sys  # noqa: E402
+
+from support.errors import UserError  # noqa: E402
+from support.process import end_process, in_notebook, modules_left_out, silenced_stderr  # noqa: E402
+
+if not in_notebook():  # whose own handling of errors goes on after the script
+    sys.excepthook = end_process
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow reads it once, on import
 # Keras imports both for parts of it that no script uses, which takes a third of the time.
-with silenced_stderr(), modules_left_out("sklearn", "matplotlib"):
-    import tensorflow  # noqa: F401
+try:
+    with silenced_stderr(), modules_left_out("sklearn", "matplotlib"):
+        import tensorflow  # noqa: F401
+except ImportError as error:  # it is installed, and not whole, or a library of the system is missing
+    remedy = "run pip install --force-reinstall -r requirements.txt"
+    if os.name == "nt":
+        remedy = f"install Microsoft's Visual C++ redistributable, and if that does not help {remedy}"
+    print(
+        f"error: {UserError(f'TensorFlow cannot be loaded ({error.__context__ or error}): {remedy}')}", file=sys.stderr
+    )
+    sys.exit(2)

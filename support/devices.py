@@ -1,9 +1,11 @@
 """What the scripts compute on: GPUs or the CPU, said in one line, and the number types that are fast there."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import shutil
+import sys
 import time
 
 import tensorflow as tf
@@ -16,7 +18,8 @@ def set_up_devices():
     anything that TensorFlow computes.
     """
     for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
+        with contextlib.suppress(RuntimeError):  # a notebook has computed before, and holds what it holds
+            tf.config.experimental.set_memory_growth(gpu, True)
     print(describe_devices())
 
 
@@ -28,7 +31,10 @@ def describe_devices():
         return f"computing on {len(gpus)} GPU{'s' * (len(gpus) > 1)}: {', '.join(names)}"
     line = f"computing on the CPU, {usable_cores()} cores"
     if _has_idle_gpu():
-        line += "; TensorFlow cannot use the GPU of this machine: pip install 'tensorflow[and-cuda]' mends that"
+        mending = "pip install 'tensorflow[and-cuda]' mends that"
+        if sys.platform == "win32":
+            mending = f"it uses GPUs under Linux only, which WSL2 runs on Windows; there {mending}"
+        line += f"; TensorFlow cannot use the GPU of this machine: {mending}"
     return line
 
 

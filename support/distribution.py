@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from support.errors import UserError
+from support.process import set_handler
 
 _TF_CONFIG_EXAMPLE = '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}'
 
@@ -69,7 +70,7 @@ def _open_strategy(name, devices=None):
         except (tf.errors.OpError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{error}".splitlines()[0]
             raise UserError(f"this worker cannot start ({reason}): correct its address in TF_CONFIG") from error
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow has made the process ignore it
+        set_handler(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow has made the process ignore it
         return strategy
     devices = devices or [device.name for device in tf.config.list_logical_devices("GPU")]
     if len(devices) > 1:

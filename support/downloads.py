@@ -5,7 +5,6 @@ import functools
 import hashlib
 import http.client
 import lzma
-import os
 import pathlib
 import queue
 import re
@@ -204,7 +203,7 @@ def _fetch(url, path, size, sha256, timeout, progress, limit, contact):
                 _receive(response, part, first, whole, progress, limit)
         if sha256 and _file_digest(part) != sha256.lower():
             raise WrongPart("its SHA-256 digest is not the expected one")
-        os.replace(part, path)
+        files.rename(part, path)
         tag.unlink(missing_ok=True)
     except WrongPart:
         part.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from support.devices import usable_cores
 from support.errors import printable
+from support.files import raise_if_lost
 
 
 class FileState(NamedTuple):
@@ -25,19 +26,25 @@ def make_state(stat, crc32):
 
 
 def read_state(path):
-    """Read a file. Returns its FileState, or None if it cannot be read."""
+    """Read a file. Returns its FileState, or None if it cannot be read; UserError where its drive has gone."""
     stat = find_stat(path)  # before it is read: a change in between shows later
     try:
         return make_state(stat, zlib.crc32(pathlib.Path(path).read_bytes())) if stat else None
-    except OSError:
+    except OSError as error:
+        raise_if_lost(error, path)
         return None
 
 
 def find_stat(path):
-    """A file's os.stat_result, or None if there is no such file, or something that is no file, such as a named pipe."""
+    """A file's os.stat_result, or None if there is no such file, or something that is no file, such as a named pipe.
+
+    Raises:
+      UserError: its drive has gone.
+    """
     try:
         found = os.stat(path)
-    except OSError:
+    except OSError as error:
+        raise_if_lost(error, path)
         return None
     return found if S_ISREG(found.st_mode) else None
 

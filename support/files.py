@@ -6,6 +6,7 @@ Each file is written beside its target and then renamed, so that a killed proces
 import contextlib
 import csv
 import errno
+import fnmatch
 import io
 import json
 import os
@@ -27,6 +28,9 @@ TEMPORARY = ".tmp-"  # temporary files' names begin with this
 STALE = 3600.0  # seconds: no process writes one temporary file for so long
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What a drive answers that fails or has gone, such as one of the network.
+_LOST = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO}
+_RENAME_WAITS = (0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between attempts to rename a file on Windows
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems without locks answer
 
 
@@ -96,7 +100,7 @@ def replacing(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        rename(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason_and_remedy(error, path.parent)}") from error
     finally:
@@ -122,6 +126,46 @@ def walk_folder(folder, onerror=None):
             waiting += filter(os.path.islink, (os.path.join(place, name) for name in folders))
 
 
+def rename(source, target):
+    """os.replace. On Windows it fails while a virus scanner, say, has one of the files open, and is tried again."""
+    for seconds in () if fcntl else _RENAME_WAITS:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(source, target)
+
+
+def list_folder(folder, pattern="*"):
+    """The paths in a folder whose names fit a pattern, in order; none where there is no folder.
+
+    Unlike `glob` it never takes a folder that cannot be listed for an empty one.
+
+    Raises:
+      OSError: the folder cannot be listed.
+    """
+    try:
+        return [pathlib.Path(folder, name) for name in sorted(fnmatch.filter(os.listdir(folder), pattern))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def unusable_file(error):
+    """What a user can do about an OSError of a file, a folder or its drive; None where it is of something else."""
+    if error.filename is None and error.errno not in _LOST:
+        return None
+    named = isinstance(error.filename, str | bytes | os.PathLike)  # and not a number of an open file
+    what = os.fsdecode(error.filename) if named else "a file or folder"
+    remedy = "see that it can be read and written and that its drive is there, and run the same command again"
+    return f"cannot use {what} ({error.strerror or error}): {remedy}"
+
+
+def raise_if_lost(error, path):
+    """Raise UserError where an OSError says that the drive fails or has gone, and not that the file is at fault."""
+    if error.errno in _LOST:
+        raise UserError(unusable_file(OSError(error.errno, error.strerror, path))) from error
+
+
 def is_pattern(path):
     """Whether TensorFlow cannot read weights by this path: it takes it for a pattern, though not when it writes."""
     return re.search(r"[\[\\]", pathlib.Path(path).as_posix()) is not None
@@ -140,10 +184,15 @@ def reason_and_remedy(error, folder):
 
 def free_space(folder):
     """How much space is free in a folder, or where the folder would be, and what to do if that is too little."""
+    return f"{disk_usage(folder).free / 1e6:,.0f} MB free there; make room and run the same command again"
+
+
+def disk_usage(folder):
+    """shutil.disk_usage of a folder, or of where it would be."""
     folder = pathlib.Path(folder)
     while not folder.exists():
         folder = folder.parent
-    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free there; make room and run the same command again"
+    return shutil.disk_usage(folder)
 
 
 def remove_leftovers(folder, age=0.0):
@@ -154,7 +203,10 @@ def remove_leftovers(folder, age=0.0):
     Args:
       age: float, seconds; younger files stay. STALE where other processes may be writing to the same folder.
     """
-    for path in pathlib.Path(folder).glob(f"{TEMPORARY}*"):
+    paths = []
+    with contextlib.suppress(OSError):  # what is wrong with the folder, its next reader says
+        paths = list_folder(folder, f"{TEMPORARY}*")
+    for path in paths:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= age:
                 path.unlink()

@@ -1,28 +1,61 @@
 """How a script starts and ends: its exit status, Ctrl-C, SIGTERM and standard error."""
 
+import builtins
 import contextlib
 import os
 import signal
 import sys
+import threading
 
 from support.errors import UserError
+from support.files import unusable_file
+
+_INTERRUPTED = "interrupted: what was finished is kept; run the same command again to go on"
 
 
 def run_script(main):
-    """Call `main(argv)` as a script.
+    """Call `main(argv)` as a script, also as one that a notebook runs by `%run`, whose process goes on.
 
-    A UserError is printed as one line and ends the process with exit status 2. SIGTERM has the effect of Ctrl-C.
+    A UserError is printed as one line and ends the script with exit status 2, and so does a file or a drive that
+    cannot be used. SIGTERM has the effect of Ctrl-C.
 
     Args:
       main: function of a list of str, the command line without the script's name.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal cannot show must not end the script
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output shows every letter; a terminal must not end the script
+        sys.stdout.reconfigure(errors="backslashreplace")
+    before = set_handler(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit_with(f"error: {error}", 2)
+    except OSError as error:
+        if (problem := unusable_file(error)) is None:
+            raise
+        _exit_with(f"error: {problem}", 2)
+    except KeyboardInterrupt:
+        if not in_notebook():
+            raise  # `end_process` follows
+        _exit_with(_INTERRUPTED, 130)
+    finally:
+        set_handler(signal.SIGTERM, before)
+
+
+def _exit_with(line, status):
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def in_notebook():
+    """Whether IPython runs this process, as notebooks do: it outlives the script."""
+    return hasattr(builtins, "__IPYTHON__")
+
+
+def set_handler(number, handler):
+    """signal.signal; does nothing in a thread that is not the main one, where Python allows no handlers."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(number, handler)
+    return None
 
 
 def end_process(kind, error, trace):
@@ -37,7 +70,7 @@ def end_process(kind, error, trace):
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
+    print(_INTERRUPTED, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(130)
@@ -48,13 +81,13 @@ def interrupts_held_back():
     """Delay Ctrl-C and SIGTERM inside the block until the program asks for them.
 
     The block is given a function, `stop_if_asked`. It raises KeyboardInterrupt once a signal has come. A second signal
-    ends the process at once.
+    ends the process at once, or in a notebook the script.
     """
     received = []
 
     def remember(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, handlers[number] if in_notebook() else signal.SIG_DFL)
         # Not print: the signal may have come in the middle of a print.
         os.write(2, b"\nstopping after this batch; once more to stop without saving\n")
 
@@ -62,12 +95,12 @@ def interrupts_held_back():
         if received:
             raise KeyboardInterrupt
 
-    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: set_handler(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop_if_asked
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            set_handler(number, handler)
 
 
 @contextlib.contextmanager

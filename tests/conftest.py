@@ -2,11 +2,15 @@
 
 import contextlib
 import csv
+import ctypes
+import gc
 import hashlib
 import http.server
 import json
+import os
 import pathlib
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -71,6 +75,39 @@ def weights(root, kind="last", run="run"):
     reader = tf.train.load_checkpoint(root / run / kind / f"ckpt-{max(numbers)}")
     names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
     return {name: reader.get_tensor(name) for name in names}
+
+
+_MOST_MEMORY = [1.2e9]  # bytes that this process may take before graphs are forgotten
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """After a test, forget graphs where they have become many: a tf.function of a module keeps all it ever made."""
+    yield
+    if memory_taken() > _MOST_MEMORY[0] and "tensorflow" in sys.modules:
+        forget_graphs()
+        _MOST_MEMORY[0] = max(1.2e9, memory_taken() + 3e8)
+
+
+def forget_graphs():
+    import keras
+    import tensorflow as tf
+
+    kind = type(tf.function(len))
+    for each in gc.get_objects():
+        if type(each) is kind:
+            each._function_cache.clear()  # it is traced again where it is needed again
+    keras.backend.clear_session()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not Linux with the GNU library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory_taken():
+    """The bytes of memory that this process takes; 0 where the system does not say it as Linux does."""
+    with contextlib.suppress(OSError):
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pathlib
 from captioning.data.captioned_images import image_path
 from support.downloads import download, download_all, unpack
 from support.errors import UserError
-from support.files import locked
+from support.files import disk_usage, free_space, locked
 
 _COCO_URL = "http://images.cocodataset.org"
 _COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists them in url_checksums/coco.txt
@@ -34,6 +34,7 @@ _COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists th
         "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
     ),
 }
+_BYTES_PER_IMAGE = 163_000  # on average, in each of these archives
 _DISPENSABLE = 0.1  # share of the images that a data set can do without, whatever the server answers
 SPLITS = ("train2014", "val2014", "train2017", "val2017")  # those with captions
 
@@ -75,6 +76,9 @@ def _fetch_archive(name, folder, wanted=None, shard=None):
       folder: path of the folder to unpack into. The archive stays there too.
       wanted: function of a member's name, whether to unpack it. None stands for all.
       shard: (number, count) of a shard, or None. A shard downloads to a file of its own, which it deletes afterwards.
+
+    Returns:
+      pathlib.Path of the archive
     """
     size, sha256 = _COCO_ARCHIVES[name]
     archive = pathlib.Path(folder, pathlib.PurePosixPath(name).name)
@@ -86,6 +90,7 @@ def _fetch_archive(name, folder, wanted=None, shard=None):
         unpack(archive, folder, wanted)
     if is_own:
         archive.unlink()
+    return archive
 
 
 def fetch_images(images, config, shared=False, total=None):
@@ -127,9 +132,38 @@ def _fetch_images_by_archive(missing, config):
                 f"{len(names)} images of {split} are missing, and there are archives only of {', '.join(SPLITS)}: "
                 "give --image_source each"
             )
-        _fetch_archive(f"zips/{split}.zip", _root_folder(config), names.__contains__)
+        _check_room(f"zips/{split}.zip", _root_folder(config), len(names))
+        archive = _fetch_archive(f"zips/{split}.zip", _root_folder(config), names.__contains__)
+        _part_with(archive, delete=config.delete_zip == "yes")
     absent = {image.name for image in missing if not image_path(image, config).is_file()}
     return skipped | {name: "not in the zip file" for name in sorted(absent - skipped.keys())}
+
+
+def _check_room(name, folder, count):
+    """Say what an archive and `count` images of it take on disk; UserError where that is more than there is."""
+    archive = pathlib.Path(folder, pathlib.PurePosixPath(name).name)
+    archive_bytes, image_bytes = _COCO_ARCHIVES[name][0], count * _BYTES_PER_IMAGE
+    kept = [path.stat().st_size for path in (archive, archive.with_name(f"{archive.name}.part")) if path.is_file()]
+    if kept != [archive_bytes]:
+        print(
+            f"{archive.name} takes {archive_bytes / 1e9:.1f} GB in {folder}, and the {count} images that are unpacked "
+            f"from it about {image_bytes / 1e9:.1f} GB"
+        )
+    if archive_bytes - sum(kept) + image_bytes > disk_usage(folder).free:
+        raise UserError(
+            f"{archive.name} and its images do not fit into {folder} ({free_space(folder)}), "
+            "or give --image_source each, which fetches only the images that are needed"
+        )
+
+
+def _part_with(archive, delete):
+    """Delete an archive out of which all that is needed has been unpacked, or say that the user may."""
+    size = archive.stat().st_size / 1e9
+    if delete:
+        archive.unlink()
+        print(f"{archive} is deleted ({size:.1f} GB): all images that are needed are unpacked and checked")
+    else:
+        print(f"{archive} may be deleted ({size:.1f} GB), as all images that are needed are unpacked and checked")
 
 
 def _fetch_images_one_by_one(missing, config, shared, total):

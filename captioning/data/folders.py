@@ -32,13 +32,21 @@ def read_folder(folder, columns, max_words):
 
 
 def _list_files(folder):
-    """The files below a folder and in linked ones, with slashes, in order of their names. Path -> list of str."""
+    """The files below a folder and in linked ones, with slashes, in order of their names. Path -> list of str.
+
+    Raises:
+      OSError: it, or a folder in it, cannot be listed. Captions would be missing without a word.
+    """
     found = []
-    for place, folders, files in walk_folder(folder):
+    for place, folders, files in walk_folder(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         place = pathlib.Path(place).relative_to(folder)
         found += [(place / name).as_posix() for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+def _raise(error):
+    raise error
 
 
 def _read_sidecars(folder, files, max_words):

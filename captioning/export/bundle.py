@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from captioning.data.captioned_images import image_path
 from captioning.decoder.rules import ban_words, next_word_log_probs
+from captioning.export.onnx_models import write_onnx
 from captioning.export.saved_model import new_folder
 from captioning.features import image_reader
 from captioning.features.cache import load_data
@@ -35,7 +36,6 @@ DEFAULT_WEIGHTS = {"litert": "float16", "onnx": "float32"}  # the smallest that 
 _DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block", "temperature", "top_p", "seed")
 _CALIBRATION_IMAGES = 100
 _MOST_BYTES = 2_000_000_000  # of a model: both formats end at 2 GiB
-_OPSET = 18  # of ONNX
 _FILES = pathlib.Path(__file__).parent / "bundle_files"  # caption.py and README.md, which are copied
 
 
@@ -66,7 +66,7 @@ def export_bundle(captioner, network, kind, weights, config, folder):
     with new_folder(folder) as temporary:
         functions = _bundle_functions(captioner, network)
         if kind == "onnx":
-            _write_onnx(functions, temporary)
+            write_onnx(functions, temporary)
         else:
             images = _calibration_images(config) if weights == "int8" else None
             _write_litert(functions, captioner, weights, images, temporary)
@@ -240,35 +240,3 @@ def _calibration_images(config):
         ) from error
     print(f"int8 weights are calibrated on {count} training images of {config.data_dir}, drawn by seed {config.seed}")
     return images
-
-
-# --- ONNX -------------------------------------------------------------------------------------------------------
-
-
-def _write_onnx(functions, folder):
-    """Write encoder.onnx, decoder.onnx and evidence.onnx; UserError where tf2onnx is not installed."""
-    try:
-        import tf2onnx
-    except ImportError:
-        raise UserError("--format onnx needs one more package: run pip install tf2onnx") from None
-    rules = {name: (_plain_gradient, []) for name in ("SigmoidGrad", "TanhGrad")}
-    for name, function in functions.items():
-        with silenced_stderr():
-            model, _ = tf2onnx.convert.from_function(
-                function, function.input_signature, opset=_OPSET, custom_op_handlers=rules
-            )
-        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
-
-
-def _plain_gradient(graph, node, name, arguments):
-    """How tf2onnx shall write the gradients of sigmoid and tanh, for which it has no rule.
-
-    y, d_y -> d_y * (y - y * y) for the sigmoid, d_y * (1 - y * y) for tanh.
-    """
-    y, d_y = node.input
-    minuend = y if node.type == "SigmoidGrad" else graph.make_const(f"{name}/one", np.float32(1)).output[0]
-    square = graph.make_node("Mul", [y, y]).output[0]
-    slope = graph.make_node("Sub", [minuend, square]).output[0]
-    shapes, types = node.output_shapes, node.output_dtypes
-    graph.remove_node(node.name)
-    graph.make_node("Mul", [d_y, slope], outputs=node.output, name=name, shapes=shapes, dtypes=types)

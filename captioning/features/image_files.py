@@ -9,6 +9,7 @@ from PIL import Image
 from captioning.features.cnn import IMAGE_SIZE
 from captioning.features.image_reader import MOST_FILE_PIXELS, open_image, upright_rgb
 from support.errors import printable
+from support.files import raise_if_lost
 
 
 def set_up_pillow():
@@ -32,6 +33,7 @@ def load_image(path, cut=None):
 
     Raises:
       ValueError: the file is missing or damaged, or has too many pixels.
+      UserError: its drive has gone.
     """
     size = (IMAGE_SIZE, IMAGE_SIZE)
     try:
@@ -41,5 +43,7 @@ def load_image(path, cut=None):
                 cut.append(path)
             return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     except Exception as error:  # on damaged files Pillow's decoders raise errors of many classes
+        if isinstance(error, OSError):
+            raise_if_lost(error, path)
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(printable(f"{path} cannot be read as an image ({reason})")) from error

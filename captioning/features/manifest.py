@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from support.errors import UserError
 from support.file_states import FileState, has_size_and_time, renew_states
-from support.files import write_durably
+from support.files import list_folder, write_durably
 
 _MANIFEST = "manifest.jsonl"
 MADE_ELSEWHERE = "made elsewhere"  # in the place of a network's identity, where another program made the features
@@ -81,7 +81,7 @@ def read_manifest(folder, files):
       UserError: no file is left whole that names the network, or two networks have made features in this folder.
     """
     networks, entries, begun, damage = {}, {}, None, None
-    journals = sorted(pathlib.Path(folder).glob("manifest-*.jsonl"))
+    journals = list_folder(folder, "manifest-*.jsonl")
     for path in [pathlib.Path(folder, _MANIFEST), *journals]:
         try:
             network, found = _read_lines(path)

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from support.distribution import is_chief
 from support.errors import FileError, UserError
-from support.files import free_space, is_pattern
+from support.files import free_space, is_pattern, list_folder
 
 # What TensorFlow writes for a checkpoint, and the folder that it writes it in first. All else is somebody's own.
 _WRITTEN = re.compile(r"(ckpt-(?:0|[1-9][0-9]*))(\.index|\.data-[0-9]{5}-of-[0-9]{5}|_temp)")
@@ -40,7 +40,7 @@ def save_checkpoint(objects, folder, number):
         raise UserError(f"cannot write {path}: {reason} ({free_space(folder)})") from error
     finally:
         kept = [path.name for path in list_checkpoints(folder) if _checkpoint_number(path) <= number][:2]
-        for file in folder.glob("ckpt-*"):
+        for file in list_folder(folder, "ckpt-*"):
             name, part = match.groups() if (match := _WRITTEN.fullmatch(file.name)) else ("", "")
             if part == "_temp" and file.is_dir():  # of a save that was killed or failed
                 shutil.rmtree(file)
@@ -93,7 +93,7 @@ def _readable_path(path, owner):
 
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, without endings, the newest first."""
-    paths = (path.with_suffix("") for path in folder.glob("ckpt-*.index") if _WRITTEN.fullmatch(path.name))
+    paths = (path.with_suffix("") for path in list_folder(folder, "ckpt-*.index") if _WRITTEN.fullmatch(path.name))
     return sorted(paths, key=_checkpoint_number, reverse=True)
 
 

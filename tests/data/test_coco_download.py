@@ -1,5 +1,6 @@
 import dataclasses
 import pathlib
+import shutil
 import zipfile
 
 import pytest
@@ -156,6 +157,53 @@ def test_the_archive_of_every_split_is_the_other_way(config, server, split):
     images = [CaptionedImage(n, name) for n, name in enumerate(("a.jpg", "c.jpg", "d.jpg"))]
     assert fetch_images(images, config) == {"d.jpg": "not in the zip file"}
     assert files_below(config.coco_dir) == {f"{split}.zip", f"{split}/a.jpg", f"{split}/c.jpg"}
+
+
+@pytest.mark.parametrize("delete", ["yes", "no"])
+def test_what_an_archive_takes_is_told_before_and_that_it_may_go_afterwards(config, server, capsys, delete):
+    config = dataclasses.replace(config, image_source="zip", delete_zip=delete)
+    publish(server, "zips/train2014.zip", {"train2014/a.jpg": b"image"})
+    assert fetch_images([CaptionedImage(0, "a.jpg"), CaptionedImage(1, "b.jpg")], config).keys() == {"b.jpg"}
+    before, after = capsys.readouterr().out.splitlines()
+    assert before.startswith(f"train2014.zip takes 0.0 GB in {config.coco_dir}, and the 2 images ")
+    assert f"{config.coco_dir}/train2014.zip {'is deleted' if delete == 'yes' else 'may be deleted'}" in after
+    assert files_below(config.coco_dir) == {"train2014/a.jpg", *(["train2014.zip"] if delete == "no" else [])}
+
+
+def test_an_archive_whose_images_cannot_be_unpacked_stays(config, server):
+    config = dataclasses.replace(config, image_source="zip", delete_zip="yes")
+    publish(server, "zips/train2014.zip", {"train2014/a.jpg": b"image"})
+    archive = server.folder / "zips/train2014.zip"
+    archive.write_bytes(archive.read_bytes().replace(b"image", b"imagx"))  # its CRC-32 is wrong now
+    server.publish(archive)
+    with pytest.raises(UserError, match="is damaged"):
+        fetch_images([CaptionedImage(0, "a.jpg")], config)
+    assert files_below(config.coco_dir) == {"train2014.zip"}
+
+
+@pytest.mark.parametrize(("free", "come", "fits"), [(13.6e9, 0, False), (13.6e9, 200_000_000, True), (13.7e9, 0, True)])
+def test_an_archive_that_does_not_fit_is_not_begun(config, monkeypatch, free, come, fits):
+    """The archive has 13.51 GB, and a thousand images of it take 163 MB."""
+    monkeypatch.setattr("support.files.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free))
+    monkeypatch.setattr("captioning.data.coco_download.download", lambda url, path, **more: empty_archive(path))
+    config = dataclasses.replace(config, image_source="zip")
+    images = [CaptionedImage(number, f"{number}.jpg") for number in range(1000)]
+    if come:
+        part = pathlib.Path(config.coco_dir, "train2014.zip.part")
+        part.parent.mkdir()
+        with part.open("wb") as file:
+            file.truncate(come)
+    if fits:
+        assert len(fetch_images(images, config)) == 1000
+        return
+    with pytest.raises(UserError, match="do not fit into .*13,600 MB free there.*--image_source each"):
+        fetch_images(images, config)
+    assert not pathlib.Path(config.coco_dir).exists()
+
+
+def empty_archive(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    zipfile.ZipFile(path, "w").close()
 
 
 def test_a_split_without_an_archive_is_one_line(config):

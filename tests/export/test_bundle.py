@@ -2,6 +2,7 @@ import argparse
 import ast
 import collections
 import dataclasses
+import errno
 import importlib.util
 import io
 import json
@@ -606,6 +607,46 @@ def test_features_made_elsewhere_cannot_be_exported(trained, tmp_path):
     with pytest.raises(UserError, match="made by another program"):
         inference.main(["--run_dir", str(trained / "run"), "--export", str(tmp_path / "m"), "--format", "litert"])
     assert os.listdir(tmp_path) == []
+
+
+def test_tf2onnx_is_given_no_large_weights_of_which_it_would_keep_dozens_of_copies(tmp_path, monkeypatch):
+    import onnx
+    from tf2onnx import convert
+
+    largest, real = [], convert._convert_common
+
+    def seen(graph, **more):
+        shapes = [node.attr["value"].tensor.tensor_shape.dim for node in graph.node if node.op == "Const"]
+        largest.append(max(np.prod([axis.size for axis in shape]) for shape in shapes))
+        return real(graph, **more)
+
+    monkeypatch.setattr(convert, "_convert_common", seen)
+    _, folder = export("onnx", tmp_path)
+    assert len(largest) == 3 and max(largest) <= 10_000
+    encoder = onnx.load(folder / "encoder.onnx").graph
+    assert max(np.prod(weight.dims) for weight in encoder.initializer) > 10_000
+    assert [value.name for value in encoder.input] == ["pixels"]
+
+
+def test_the_script_names_a_folder_that_cannot_be_listed(tmp_path, monkeypatch, capsys):
+    for name in ("a.jpg", "inner/b.jpg", "inner/._b.jpg", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    runner, real = load_runner(), os.scandir
+    assert runner.find_images([tmp_path, tmp_path / "c.txt"]) == [
+        tmp_path / x for x in ("a.jpg", "inner/b.jpg", "c.txt")
+    ]
+    assert capsys.readouterr().err == ""
+
+    def scandir(path):
+        if str(path).endswith("inner"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert runner.find_images([tmp_path]) == [tmp_path / "a.jpg"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Permission denied" in line and "inner" in line
 
 
 # --- Photographs ------------------------------------------------------------------------------------------------

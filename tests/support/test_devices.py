@@ -66,7 +66,20 @@ def test_a_gpu_that_tensorflow_cannot_use_is_named_with_the_line_that_mends_it(m
     monkeypatch.setattr(devices, "_has_idle_gpu", lambda: True)
     line = describe_devices()
     assert line.startswith("computing on the CPU") and "\n" not in line
-    assert "pip install 'tensorflow[and-cuda]'" in line
+    assert "pip install 'tensorflow[and-cuda]'" in line and "WSL2" not in line
+    monkeypatch.setattr(devices.sys, "platform", "win32")
+    assert "under Linux only, which WSL2 runs on Windows; there pip install" in describe_devices()
+
+
+def test_memory_that_a_notebook_has_taken_already_is_no_error(monkeypatch, capsys):
+    pretend_gpus(monkeypatch, A100)
+
+    def refuse(gpu, on):
+        raise RuntimeError("Physical devices cannot be modified after being initialized")
+
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", refuse)
+    set_up_devices()
+    assert capsys.readouterr().out == "computing on 1 GPU: NVIDIA A100\n"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from conftest import full_disk, options
 from support import files
 from support.errors import UserError
+from support.files import fcntl
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -134,6 +135,65 @@ def test_leftovers_go_and_young_ones_stay_where_other_hosts_write(tmp_path):
     files.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
     files.remove_leftovers(tmp_path / "none")
+
+
+class Windows:
+    """What locks files on Windows, msvcrt: one handle locks a byte. It knows no shared locks."""
+
+    LK_NBLCK = 2
+
+    def locking(self, number, mode, count):
+        assert mode == self.LK_NBLCK and count == 1 and os.lseek(number, 0, os.SEEK_CUR) > 1000
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    if fcntl is None:
+        pytest.skip("this is Windows")
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "msvcrt", Windows(), raising=False)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+
+
+def test_a_file_that_another_program_has_open_on_windows_is_renamed_soon_after(windows, tmp_path, monkeypatch):
+    refusals, real = [PermissionError(errno.EACCES, "Access is denied")] * 3, os.replace
+
+    def replace(source, target):
+        if refusals:
+            raise refusals.pop()
+        real(source, target)
+
+    monkeypatch.setattr("support.files.os.replace", replace)
+    files.write_bytes(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and names_in(tmp_path) == ["a"]
+    refusals += [PermissionError(errno.EACCES, "Access is denied")] * 100
+    with pytest.raises(UserError, match="cannot write .*no other program has the file open"):
+        files.write_bytes(tmp_path / "a", b"newer")
+
+
+def test_a_lock_on_windows_keeps_others_out_and_ends_with_its_block(windows, tmp_path):
+    for _ in range(2):
+        with files.locked(tmp_path), files.locked(tmp_path, "shard", shared=True):
+            with pytest.raises(UserError, match=f"process {os.getpid()} is at work on"), files.locked(tmp_path):
+                pass
+
+
+# Folders
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch, number):
+    (tmp_path / "ckpt-1").touch()
+    assert files.list_folder(tmp_path, "ckpt-*") == [tmp_path / "ckpt-1"]
+    assert files.list_folder(tmp_path / "none") == files.list_folder(tmp_path / "ckpt-1") == []
+    refuse(monkeypatch, "os.listdir", number)
+    with pytest.raises(OSError):
+        files.list_folder(tmp_path)
+    files.remove_leftovers(tmp_path)
 
 
 # Locks

@@ -1,15 +1,19 @@
 """How scripts end, and what importing the modules of support/ does to the process."""
 
+import builtins
+import errno
+import io
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from support.errors import UserError
-from support.process import end_process, interrupts_held_back, modules_left_out, silenced_stderr
+from support.process import end_process, interrupts_held_back, modules_left_out, run_script, silenced_stderr
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -58,6 +62,86 @@ def test_an_interrupt_ends_a_script_with_one_line_and_130(number):
     assert ended.stderr == "interrupted: what was finished is kept; run the same command again to go on\n"
 
 
+def last_words(capsys, error):
+    """How run_script ends where `main` raises an error: (exit status, its one line on standard error)."""
+
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    return ended.value.code, line
+
+
+class NotebookOutput:
+    """Standard output of a notebook: text is written, and nothing is reconfigured."""
+
+    def __init__(self):
+        self.text = io.StringIO()
+        self.write, self.flush = self.text.write, self.text.flush
+
+
+def test_a_script_runs_in_a_notebook_and_leaves_it_as_it_was(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    monkeypatch.setattr(sys, "stdout", NotebookOutput())
+    monkeypatch.setattr(sys, "argv", ["script.py", "--units", "3"])
+    run_script(print)
+    assert sys.stdout.text.getvalue() == "['--units', '3']\n"
+    assert last_words(capsys, UserError("no a"))[0] == 2
+    assert last_words(capsys, KeyboardInterrupt())[0] == 130  # and not the end of the notebook
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_second_interrupt_in_a_notebook_ends_the_script_and_not_the_notebook(monkeypatch):
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts_held_back():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == before != signal.SIG_DFL
+
+
+def test_a_script_runs_in_another_thread_where_no_signal_can_be_handled():
+    seen = []
+
+    def main(argv):
+        with interrupts_held_back() as stop_if_asked:
+            stop_if_asked()
+            seen.append(argv)
+
+    thread = threading.Thread(target=run_script, args=(main,))
+    thread.start()
+    thread.join()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "path"),
+    [
+        (errno.EACCES, "a.json"),
+        (errno.ESTALE, pathlib.Path("a.json")),
+        (errno.EIO, b"a.json"),
+        (errno.EIO, 3),
+        (errno.EIO, None),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(capsys, number, path):
+    status, line = last_words(capsys, OSError(number, os.strerror(number), path))
+    assert status == 2 and line.startswith(
+        f"error: cannot use {'a file or folder' if path in (3, None) else 'a.json'} ("
+    )
+    assert os.strerror(number) in line and line.endswith("run the same command again")
+
+
+def test_an_error_that_is_of_no_file_keeps_its_traceback():
+    def main(argv):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        run_script(main)
+
+
 def test_other_errors_keep_their_traceback(capsys):
     end_process(ValueError, ValueError("a fault of the program"), None)
     assert "ValueError: a fault of the program" in capsys.readouterr().err
@@ -85,7 +169,7 @@ def test_standard_error_is_silent_inside_the_block_only(capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["errors", "process", "command_line", "files", "downloads"])
+@pytest.mark.parametrize("module", ["errors", "prerequisites", "process", "command_line", "files", "downloads"])
 def test_importing_a_module_changes_nothing_and_loads_no_tensorflow(module):
     code = (
         "import os, signal, sys\n"

@@ -74,10 +74,13 @@ def find_images(names):
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = {}
     for name in names:
-        paths = [pathlib.Path(place, file) for place, _, files in os.walk(name) for file in files]
-        # Files that begin with ._ hold what macOS notes beside images.
-        paths = sorted(path for path in paths if path.suffix.lower() in known and not path.name.startswith("._"))
-        for path in paths if os.path.isdir(name) else [pathlib.Path(name)]:
+        paths = [pathlib.Path(name)]
+        if os.path.isdir(name):
+            walk = os.walk(name, onerror=lambda error: print(printable(str(error)), file=sys.stderr))
+            paths = sorted(pathlib.Path(place, file) for place, _, files in walk for file in files)
+            # Files that begin with ._ hold what macOS notes beside images.
+            paths = [path for path in paths if path.suffix.lower() in known and not path.name.startswith("._")]
+        for path in paths:
             found.setdefault(os.path.abspath(path), path)
     return list(found.values())
 
