@@ -315,8 +315,8 @@ def test_inception_end_to_end_with_random_weights(coco):
 
     statistics = (features / "random_statistics.npz").rename(coco / "kept.npz")
     network = feature_network(config, statistics, expected_identity=prepared.network)
-    pixels = load_image(coco / "coco" / "train2014" / f"{paths[0].stem}.jpg")
-    with extraction_graphs(config.extract_precision):
+    pixels = load_image(coco / "coco" / "train2014" / f"{paths[0].stem}.jpg", 299)
+    with extraction_graphs(config):
         again = network(tf.constant(pixels[np.newaxis]))[0].numpy()
     assert np.abs(again - first).mean() < 0.05 * first.astype(float).std()
 

@@ -19,7 +19,7 @@ import tensorflow as tf
 from captioning.captioner import Captioner
 from captioning.data.prepared_data import read_prepared_settings
 from captioning.features.cache import features_folder, random_statistics
-from captioning.features.cnn import CHANNELS
+from captioning.features.cnn import CNNS
 from captioning.features.frozen_graph import kept_network
 from captioning.features.inception import feature_network
 from captioning.features.manifest import MADE_ELSEWHERE
@@ -32,6 +32,7 @@ from captioning.settings import (
     make_config,
     other_run,
     quote,
+    read_saved_settings,
     train_command,
 )
 from captioning.training.checkpoints import captioner_checkpoint, checkpoint_digest, list_checkpoints, restore_newest
@@ -139,7 +140,7 @@ def run_network(config, keep=False):
         with a GPU it is made anew all the same.
 
     Returns:
-      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+      function of uint8 (B, side, side, 3) -> float32 (B, P, F)
 
     Raises:
       UserError: another program made those features, or the settings name another network than the run's.
@@ -172,7 +173,7 @@ def run_settings(given, run_dir):
     config = make_config(given, {"run_dir": run_dir})
     if not path.exists():
         raise UserError(_nothing_trained(config))
-    saved = read_json(path, dict)
+    saved = read_saved_settings(path)
     if given.get("data_dir", saved.get("data_dir")) != saved.get("data_dir"):
         saved |= read_prepared_settings(given["data_dir"])
     names = (*DATA_SETTINGS, "data_dir", *MODEL_SETTINGS)
@@ -200,7 +201,11 @@ def read_captioner(folder, config):
     folder = pathlib.Path(folder)
     check_model_settings(folder, config)
     vocabulary = read_vocabulary(folder / "vocabulary.json")
-    encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(CHANNELS, np.float32))
+    # The run's own, as the settings may name that of other data, which is then refused for its features.
+    cnn = CNNS.get(read_saved_settings(folder / "config.json")["cnn"])
+    if cnn is None:
+        raise FileError(folder / "config.json", "is damaged (it names a CNN that is not known)")
+    encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(cnn.channels, np.float32))
     checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), [folder / "best", folder / "last"])
     if checkpoint is None:
         return None

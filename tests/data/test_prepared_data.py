@@ -13,7 +13,6 @@ from captioning.data.coco import read_coco_captions
 from captioning.data.prepared_data import leave_out, read_prepared_settings, retract_prepared, save_prepared
 from captioning.data.splits import _draw_examples, _split_by_image
 from captioning.features.cache import cached_network, feature_path, features_folder, load_data, measure_features
-from captioning.features.cnn import CHANNELS
 from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE
 from captioning.features.missing import find_missing
 from captioning.settings import DATA_SETTINGS, make_config, naming_commands
@@ -327,4 +326,4 @@ def test_any_prepared_file_loads_or_is_one_line(root, damage):
             return check_one_line(error)
         for image in prepared.train + prepared.validation:
             assert all(0 <= i < len(prepared.vocabulary) for ids in image.encoded_captions for i in ids)
-        assert prepared.feature_mean.shape == (CHANNELS,)
+        assert prepared.feature_mean.shape == (2048,)

@@ -15,6 +15,7 @@ from PIL import Image
 from captioning.data.captioned_images import CaptionedImage, image_path, name_features
 from captioning.features import extraction
 from captioning.features.cache import feature_path, features_folder, random_statistics
+from captioning.features.cnn import CNNS
 from captioning.features.extraction import _CALIBRATION_IMAGES, cache_features, calibration_paths, extract_features
 from captioning.features.inception import network_identity
 from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE, read_manifest, scan_features
@@ -147,8 +148,8 @@ def test_a_copy_of_everything_without_its_times_is_not_extracted_again(config, i
 def test_an_image_that_changes_while_it_is_read_is_extracted_again(config, images, network, monkeypatch):
     load_image = extraction.load_image
 
-    def load_and_change(path, cut):
-        pixels = load_image(path, cut)
+    def load_and_change(path, side, cut):
+        pixels = load_image(path, side, cut)
         if path == image_path(images[3], config):
             draw(images[3], config, 150)
         return pixels
@@ -546,7 +547,7 @@ def test_an_interrupt_waits_for_no_batch_and_finished_features_stay(config, imag
 def test_each_image_gets_its_own_features_in_order(config, images, network):
     paths = [image_path(image, config) for image in images]
     paths.insert(2, paths[0].with_name("missing.png"))
-    batches = list(extract_features(extraction.feature_network(config, None, None), paths, 2))
+    batches = list(extract_features(extraction.feature_network(config, None, None), CNNS[config.cnn], paths, 2))
     assert [[path.stem for path in done] for done, _, _ in batches] == [["0", "1"], ["2"], ["3", "4"], ["5"]]
     assert [features[:, 0, 0].tolist() for _, features, _ in batches] == [[0, 1], [2], [3, 4], [5]]
     ((path, reason),) = [bad for _, _, failed in batches for bad in failed]
@@ -554,7 +555,7 @@ def test_each_image_gets_its_own_features_in_order(config, images, network):
 
 
 def test_a_batch_without_a_readable_image_has_no_features(tmp_path):
-    ((done, features, failed),) = extract_features(None, [tmp_path / "a", tmp_path / "b"], 4)
+    ((done, features, failed),) = extract_features(None, CNNS["InceptionV3"], [tmp_path / "a", tmp_path / "b"], 4)
     assert (done, features.shape, len(failed)) == ([], (0, 64, 2048), 2)
 
 
@@ -588,7 +589,8 @@ def test_batches_go_to_all_devices_in_turn(tmp_path):
         "    used.append((int(pixels.numpy().mean()), pixels.device[-5:], features.device[-5:]))\n"
         "    return features\n"
         "paths = sorted(pathlib.Path(sys.argv[1]).iterdir())\n"
-        "means = [features.mean() for _, features, _ in extraction.extract_features(note, paths, 1)]\n"
+        "extracted = extraction.extract_features(note, extraction.CNNS['InceptionV3'], paths, 1)\n"
+        "means = [features.mean() for _, features, _ in extracted]\n"
         "print(json.dumps([[float(mean) for mean in means], sorted(used)]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)

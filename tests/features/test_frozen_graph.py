@@ -35,7 +35,7 @@ def features(network, pixels=PIXELS):
 
 
 def plain_features(config, pixels=PIXELS, statistics=None):
-    with extraction_graphs(config.extract_precision):
+    with extraction_graphs(config):
         return features(feature_network(config, statistics), pixels)
 
 

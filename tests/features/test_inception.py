@@ -63,7 +63,7 @@ def tiny(monkeypatch):
 
 def compute(config, pixels, *args, **kwargs):
     network = feature_network(config, *args, **kwargs)
-    with extraction_graphs(config.extract_precision):
+    with extraction_graphs(config):
         return network(tf.constant(pixels)).numpy()
 
 
@@ -172,8 +172,8 @@ def test_a_shard_takes_the_calibration_of_one_that_was_quicker(tiny, tmp_path, i
     paths, place = images[0], tmp_path / "a.npz"
     calibrate = inception.calibrate
 
-    def calibrate_slowly(network, calibration):
-        values = calibrate(network, calibration)
+    def calibrate_slowly(network, cnn, calibration):
+        values = calibrate(network, cnn, calibration)
         inception.write_statistics(place, [2 * value for value in values], network_identity(random_config()))
         return values
 
@@ -231,7 +231,7 @@ def rewriting():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_extraction_leaves_the_rewriting_of_other_graphs_as_it_was(precision):
     config = make_config({"extract_precision": precision})
-    with pytest.raises(KeyboardInterrupt), extraction_graphs(config.extract_precision):
+    with pytest.raises(KeyboardInterrupt), extraction_graphs(config):
         assert rewriting() == (precision == "bfloat16", False)
         raise KeyboardInterrupt
     assert rewriting() == (False, True)
@@ -260,19 +260,19 @@ def gpu(monkeypatch):
 def test_a_gpu_computes_in_the_type_that_is_fast_there(gpu, tiny, capability, expected):
     gpu(capability)
     config = make_config()
-    assert extraction_precision(config.extract_precision) == expected
-    assert extraction_precision("float32") == "float32"
+    assert extraction_precision(config) == expected
+    assert extraction_precision(make_config({"extract_precision": "float32"})) == "float32"
     feature_network(config)
     assert tiny.policies == ["float32" if expected == "float32" else f"mixed_{expected}"]
     assert keras.config.dtype_policy().name == "float32"
-    with extraction_graphs(config.extract_precision):
+    with extraction_graphs(config):
         assert rewriting() == (False, False)  # which is for CPUs
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_computes_in_the_type_that_is_fast_there(tiny, monkeypatch, fast):
     monkeypatch.setattr(inception, "has_fast_bfloat16", lambda: fast)
-    assert extraction_precision("auto") == ("bfloat16" if fast else "float32")
+    assert extraction_precision(make_config()) == ("bfloat16" if fast else "float32")
     feature_network(make_config())
     assert tiny.policies == ["float32"]  # TensorFlow rewrites the graph
 
@@ -289,7 +289,7 @@ def test_a_gpus_type_gives_float32s_features_up_to_rounding(gpu, tiny, tmp_path,
 
 def photographs(count):
     paths = sorted((SHARED / "coco_mini" / "val2017").glob("*.jpg"))[:count]
-    return np.stack([load_image(path) for path in paths])
+    return np.stack([load_image(path, 299) for path in paths])
 
 
 def error(found, wanted):

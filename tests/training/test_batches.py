@@ -116,7 +116,7 @@ def test_what_is_left_of_an_epoch_has_the_batches_it_would_have_had(config):
 def test_batches_read_ahead_are_bounded_by_cores_and_by_memory(monkeypatch, cores, batch_size, dtype, parallel):
     monkeypatch.setattr(batches, "usable_cores", lambda: cores)
     config = make_config({"batch_size": batch_size, "feature_dtype": dtype})
-    assert _parallel_batches(config.batch_size, config.feature_dtype) == parallel
+    assert _parallel_batches(config.batch_size, config) == parallel
     assert parallel == 1 or parallel * batch_size * 64 * 2048 * np.dtype(dtype).itemsize <= batches._READ_AHEAD
 
 
