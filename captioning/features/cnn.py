@@ -17,7 +17,7 @@ class CNN:
       imagenet_digest: str, MD5 or SHA-256 of Keras's file of its ImageNet weights without the top.
       preprocessing: str, mode of Keras's preprocess_input. "" for a network that does this itself: it takes 0 to 255.
       grid_layer: str, the layer whose output is the grid; "" for the last.
-      rounds_weights: bool, whether bfloat16_weights.py knows its layers.
+      rounds_weights: bool, whether bfloat16_weights.py can round its weights. Others are float32 unless one asks.
     """
 
     name: str

@@ -36,6 +36,8 @@ _PIXELS, _FEATURES = "pixels:0", "Identity:0"  # as TensorFlow names what featur
 # What a graph may consist of. A file that somebody else wrote could do anything else, such as write files.
 _OPERATIONS = {"Placeholder", "Const", "Identity", "Cast", "Reshape", "Mul", "RealDiv", "AddV2", "Sub"}
 _OPERATIONS |= {"Conv2D", "BiasAdd", "FusedBatchNormV3", "Relu", "MaxPool", "AvgPool", "ConcatV2"}
+_OPERATIONS |= {"DepthwiseConv2dNative", "MatMul", "Pad", "Mean", "Relu6", "Sigmoid", "Erfc", "Neg", "Add"}
+_OPERATIONS |= {"SquaredDifference", "Rsqrt", "Shape", "StridedSlice", "Pack", "Prod", "GatherV2"}
 
 
 def kept_network(folder, config, statistics, expected_identity):

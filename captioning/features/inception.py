@@ -162,9 +162,14 @@ def check_identity(config, statistics, expected):
 
 
 def extraction_precision(config):
-    """The number type that the CNN computes in: "float32", "bfloat16" or "float16". "auto" is the fastest here."""
+    """The number type that the CNN computes in: "float32", "bfloat16" or "float16".
+
+    "auto" is the fastest here that was seen to leave captions as they are, see docs/measurements.md.
+    """
     if config.extract_precision != "auto":
         return config.extract_precision
+    if not CNNS[config.cnn].rounds_weights:
+        return "float32"
     if has_fast_bfloat16():
         return "bfloat16"
     gpus = tf.config.list_physical_devices("GPU")
@@ -217,7 +222,9 @@ def load_cnn(cnn, weights, precision):
             weights=None if weights == "random" else weights,
             input_shape=(cnn.image_size, cnn.image_size, 3),
         )
-        return keras.Model(model.input, model.get_layer(cnn.grid_layer).output) if cnn.grid_layer else model
+        if cnn.grid_layer:
+            model = keras.Model(model.input, model.get_layer(cnn.grid_layer).output)
+        return _use_depthwise(model)
     except Exception as error:  # a download or an HDF5 file raises errors of many classes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -226,3 +233,25 @@ def load_cnn(cnn, weights, precision):
         ) from error
     finally:
         keras.config.set_dtype_policy(policy)
+
+
+def _use_depthwise(model):
+    """The same Keras model, with a DepthwiseConv2D for each convolution that has a group for each channel.
+
+    Keras leaves convolutions in groups to XLA. That is slow on a CPU, and neither LiteRT nor ONNX can hold it.
+    """
+    in_groups = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D) and layer.groups > 1]
+    if not in_groups:
+        return model
+
+    def replace(layer):
+        if layer not in in_groups:
+            return layer
+        options = {"strides": layer.strides, "padding": layer.padding, "use_bias": layer.use_bias}
+        return keras.layers.DepthwiseConv2D(layer.kernel_size, **options, dtype=layer.dtype_policy, name=layer.name)
+
+    changed = keras.models.clone_model(model, clone_function=replace)
+    for layer in in_groups:
+        kernel, *bias = layer.get_weights()  # (height, width, 1, channels)
+        changed.get_layer(layer.name).set_weights([kernel.transpose(0, 1, 3, 2), *bias])
+    return changed

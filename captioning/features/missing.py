@@ -1,8 +1,10 @@
 """Which images have no features yet, or features that no longer fit."""
 
+import dataclasses
 import functools
 import pathlib
 
+import numpy as np
 from tqdm import tqdm
 
 from captioning.data.captioned_images import image_path
@@ -98,6 +100,9 @@ def _check_made_elsewhere(images, manifest, files, config):
       UserError: a feature is missing or damaged.
     """
     folder, shape, dtype = features_folder(config), CNNS[config.cnn].feature_shape, config.feature_dtype
+    known = [feature_path(image, folder) for image in images if feature_stem(image) in manifest.entries]
+    if known and np.load(known[0], mmap_mode="r").shape != shape:  # they were taken for those of another --cnn
+        manifest = dataclasses.replace(manifest, entries={})
     new = _files_without_line(images, manifest, files)
     entries = dict(manifest.entries)
     with cancelling_pool(usable_cores()) as pool:
@@ -110,7 +115,7 @@ def _check_made_elsewhere(images, manifest, files, config):
     gaps = [image for image in images if feature_stem(image) not in entries]
     if gaps:
         raise UserError(
-            f"{len(gaps)} of {len(images)} features are missing, damaged, not {shape} numbers as those of --cnn "
+            f"{len(gaps)} of {len(images)} features are missing, damaged, not of the shape {shape} of --cnn "
             f"{config.cnn} or too large for --feature_dtype {dtype}, such as {feature_path(gaps[0], folder)}. "
             "The features in this folder were made elsewhere, and another network does not fill their gaps: "
             "make these with the program that made the others, or name another --features_dir"

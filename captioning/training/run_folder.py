@@ -111,6 +111,9 @@ def check_network(folder, data_dir, prepared):
     if network != prepared.network:
         theirs = f"{data_dir}'s ({prepared.network})"
         raise FileError(folder, f"was trained on features of another network ({network}) than {theirs}")
+    channels, theirs = _run_cnn(folder).channels, len(prepared.feature_mean)
+    if channels != theirs:  # made elsewhere, by two programs
+        raise FileError(folder, f"was trained on features of {channels} channels, and {data_dir}'s have {theirs}")
 
 
 def check_model_settings(folder, config, remedy=None):
@@ -130,6 +133,15 @@ def check_model_settings(folder, config, remedy=None):
 def _features_network(folder):
     """The identity of the network whose features the run was trained on, a str; MADE_ELSEWHERE for another program."""
     return read_json(pathlib.Path(folder, _NETWORK), str)
+
+
+def _run_cnn(folder):
+    """The CNN that the run was trained with. The settings may name another, that of other data."""
+    path = pathlib.Path(folder, "config.json")
+    name = str(read_saved_settings(path)["cnn"])
+    if name not in CNNS:
+        raise FileError(path, f"is damaged (its CNN is {name!r})")
+    return CNNS[name]
 
 
 def run_network(config, keep=False):
@@ -201,11 +213,7 @@ def read_captioner(folder, config):
     folder = pathlib.Path(folder)
     check_model_settings(folder, config)
     vocabulary = read_vocabulary(folder / "vocabulary.json")
-    # The run's own, as the settings may name that of other data, which is then refused for its features.
-    cnn = CNNS.get(read_saved_settings(folder / "config.json")["cnn"])
-    if cnn is None:
-        raise FileError(folder / "config.json", "is damaged (it names a CNN that is not known)")
-    encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(cnn.channels, np.float32))
+    encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(_run_cnn(folder).channels, np.float32))
     checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), [folder / "best", folder / "last"])
     if checkpoint is None:
         return None

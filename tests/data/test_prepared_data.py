@@ -288,6 +288,16 @@ def test_a_damaged_prepared_file_is_named_with_the_command(copied, name, damage)
     assert "\n" not in str(raised.value)
 
 
+def test_data_from_before_the_choice_of_a_cnn_are_inceptionv3s(copied):
+    path = pathlib.Path(copied.data_dir, "settings.json")
+    saved = json.loads(path.read_text())
+    assert saved.pop("cnn") == "InceptionV3"
+    path.write_text(json.dumps(saved))
+    load_data(copied)
+    with pytest.raises(UserError, match="prepared with --cnn InceptionV3, not VGG16: give --cnn InceptionV3, or run"):
+        load_data(dataclasses.replace(copied, cnn="VGG16"))
+
+
 TOKEN_IDS = st.lists(st.integers(0, 20) | st.sampled_from([21, -1, 2**40]), max_size=5)
 PREPARED = st.lists(
     records(

@@ -95,7 +95,7 @@ def test_features_are_read_in_the_graph_as_numpy_reads_them(tmp_path, dtype, ver
     features = noise()[0].astype(dtype)
     path = tmp_path / "a.npy"
     save_version(path, features, version)
-    read = tf.function(read_feature)(str(path), "float32")
+    read = tf.function(read_feature)(str(path), SHAPE, "float32")
     assert read.shape == (64, 2048)
     np.testing.assert_array_equal(read, features.astype(np.float32))
     assert check_feature_file(path, SHAPE) == read_state(path)
@@ -140,7 +140,7 @@ def test_no_truncated_feature_passes_for_a_whole_one(tmp_path, dtype):
     for kept in (0, 3, 9, 128, 128 + 4096, 100_000, 262_143, 262_144, 262_272 - 16, -4096, -16, -1):
         path.write_bytes(data[:kept])
         with pytest.raises(UserError, match=rf"^{path} is damaged$"), reading_features():
-            read(tf.constant(str(path)), "float32")
+            read(tf.constant(str(path)), SHAPE, "float32")
 
 
 def test_a_feature_that_is_gone_is_one_line_while_training_reads(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -368,6 +369,28 @@ def test_whole_features_that_this_program_did_not_write_are_refused(config, imag
     assert run(images, config) == 1
 
 
+@pytest.mark.parametrize("first", ["by name", "by path"])
+def test_features_of_imagenets_weights_are_the_same_by_name_and_by_path(config, images, network, monkeypatch, first):
+    path = pathlib.Path(config.coco_dir, "notop.h5")
+    path.write_bytes(b"weights")
+    known = dataclasses.replace(CNNS[config.cnn], imagenet_digest=hashlib.md5(b"weights").hexdigest())
+    monkeypatch.setitem(CNNS, config.cnn, known)
+    by_path = dataclasses.replace(config, inception_weights=str(path))
+    before, after = (config, by_path) if first == "by name" else (by_path, config)
+    assert run(images, before) == COUNT
+    assert run(images, after) == 0
+    path.write_bytes(b"others")
+    with pytest.raises(UserError, match=r"another network \(InceptionV3, weights imagenet\) than .* \(.*SHA-256"):
+        find_missing(images, by_path)
+
+
+def test_features_of_another_cnn_are_refused(config, images, network):
+    run(images, config)
+    other = dataclasses.replace(config, cnn="VGG16")
+    with pytest.raises(UserError, match=r"another network \(InceptionV3, .*\(VGG16, .*name another --features_dir, or"):
+        find_missing(images, other)
+
+
 # --- Features made elsewhere
 
 
@@ -407,7 +430,8 @@ def test_a_gap_in_features_made_elsewhere_is_not_filled(config, images, elsewher
         with pytest.raises(UserError) as raised:
             find_missing(images, config, shared)
         assert str(raised.value) == (
-            f"2 of 6 features are missing, damaged or too large for --feature_dtype float16, such as {elsewhere[2]}. "
+            "2 of 6 features are missing, damaged, not of the shape (64, 2048) of --cnn InceptionV3 "
+            f"or too large for --feature_dtype float16, such as {elsewhere[2]}. "
             "The features in this folder were made elsewhere, and another network does not fill their gaps: "
             "make these with the program that made the others, or name another --features_dir"
         )
@@ -421,6 +445,20 @@ def test_features_made_elsewhere_must_fit_into_the_number_type_that_they_are_rea
     with pytest.raises(UserError, match=rf"1 of 6 .*too large for --feature_dtype float16, such as {elsewhere[2]}"):
         find_missing(images, config)
     assert find_missing(images, dataclasses.replace(config, feature_dtype="float32")) == []
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_features_made_elsewhere_must_have_the_shape_of_the_cnn(config, images, elsewhere, known):
+    if known:
+        find_missing(images, config)
+    other = dataclasses.replace(config, cnn="MobileNetV3Large")
+    with pytest.raises(UserError, match=r"6 of 6 .*not of the shape \(49, 960\) of --cnn MobileNetV3Large"):
+        find_missing(images, other)
+    for path in elsewhere:
+        np.save(path, np.ones((49, 960), np.float16))
+    assert find_missing(images, other) == []
+    with pytest.raises(UserError, match=r"6 of 6 features are .*not of the shape \(64, 2048\) of --cnn InceptionV3"):
+        find_missing(images, config)
 
 
 def test_features_made_elsewhere_that_changed_are_read_again(config, images, elsewhere):

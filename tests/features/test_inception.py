@@ -273,6 +273,8 @@ def test_a_gpu_computes_in_the_type_that_is_fast_there(gpu, tiny, capability, ex
 def test_a_cpu_computes_in_the_type_that_is_fast_there(tiny, monkeypatch, fast):
     monkeypatch.setattr(inception, "has_fast_bfloat16", lambda: fast)
     assert extraction_precision(make_config()) == ("bfloat16" if fast else "float32")
+    assert extraction_precision(make_config({"cnn": "EfficientNetV2B0"})) == "float32"
+    assert extraction_precision(make_config({"cnn": "VGG16", "extract_precision": "bfloat16"})) == "bfloat16"
     feature_network(make_config())
     assert tiny.policies == ["float32"]  # TensorFlow rewrites the graph
 
