@@ -15,8 +15,8 @@ import data_utils
 from captioning.features import extraction
 from captioning.features.cache import feature_path, features_folder, load_data
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.features.network import extraction_graphs, feature_network, network_identity
 from captioning.settings import naming_commands, read_settings
 from captioning.vocabulary import END, START, UNK
 from conftest import IMAGES, full_disk, options, write_coco

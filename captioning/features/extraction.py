@@ -14,8 +14,8 @@ from captioning.features.cache import feature_path, features_folder, random_stat
 from captioning.features.cnn import CNNS
 from captioning.features.feature_files import write_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, feature_network, network_identity
 from captioning.features.manifest import merge_journals, open_journal
+from captioning.features.network import extraction_graphs, feature_network, network_identity
 from support.devices import usable_cores
 from support.file_states import cancelling_pool, read_state
 from support.forecast import Forecast

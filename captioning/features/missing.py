@@ -11,7 +11,6 @@ from captioning.data.captioned_images import image_path
 from captioning.features.cache import feature_path, feature_stem, features_folder, random_statistics
 from captioning.features.cnn import CNNS
 from captioning.features.feature_files import check_feature_file
-from captioning.features.inception import network_identity
 from captioning.features.manifest import (
     MADE_ELSEWHERE,
     Entry,
@@ -22,6 +21,7 @@ from captioning.features.manifest import (
     ways_out,
     write_manifest,
 )
+from captioning.features.network import network_identity
 from support.devices import usable_cores
 from support.errors import UserError
 from support.file_states import FileState, cancelling_pool, find_stat, renew_states

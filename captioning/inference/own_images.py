@@ -19,7 +19,7 @@ from captioning.features.cache import ImageToCaption
 from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs
+from captioning.features.network import extraction_graphs
 from support.downloads import download_all
 from support.errors import FileError, UserError, mended_by, printable
 from support.files import walk_folder

@@ -21,8 +21,8 @@ from captioning.data.prepared_data import read_prepared_settings
 from captioning.features.cache import features_folder, random_statistics
 from captioning.features.cnn import CNNS
 from captioning.features.frozen_graph import kept_network
-from captioning.features.inception import feature_network
 from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.features.network import feature_network
 from captioning.settings import (
     DATA_SETTINGS,
     MODEL_SETTINGS,

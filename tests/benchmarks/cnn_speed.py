@@ -18,7 +18,7 @@ from drawn_data import describe_machine, draw_photographs
 
 from captioning.features.cnn import CNNS
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, extraction_precision, feature_network
+from captioning.features.network import extraction_graphs, extraction_precision, feature_network
 from captioning.settings import read_settings
 from support.devices import set_up_devices
 from support.process import run_script

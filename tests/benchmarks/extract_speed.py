@@ -23,7 +23,7 @@ from captioning.features.cnn import CNNS, preprocess
 from captioning.features.extraction import extract_features
 from captioning.features.feature_files import write_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, feature_network, load_cnn, network_identity
+from captioning.features.network import extraction_graphs, feature_network, load_cnn, network_identity
 from captioning.features.random_weights import set_random_weights, set_statistics
 from captioning.settings import read_settings
 from support.devices import set_up_devices

@@ -29,7 +29,7 @@ from captioning.captioner import decode_captions
 from captioning.decoder.beam_search import beam_search
 from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
-from captioning.features.inception import extraction_graphs, feature_network
+from captioning.features.network import extraction_graphs, feature_network
 from captioning.settings import make_config
 from captioning.training.batches import caption_batches, collect_captions
 from config import Config

@@ -32,7 +32,7 @@ from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import load_image
 from captioning.features.image_reader import MOST_FILE_PIXELS
-from captioning.features.inception import feature_network
+from captioning.features.network import feature_network
 from captioning.inference.own_images import _IMAGE_FORMATS, find_images
 from captioning.settings import make_config
 from captioning.training import run_folder

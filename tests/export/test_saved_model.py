@@ -23,7 +23,7 @@ from captioning.features.cache import ImageToCaption
 from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, feature_network
+from captioning.features.network import extraction_graphs, feature_network
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD
 from captioning.words import join_words

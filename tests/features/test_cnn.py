@@ -17,7 +17,7 @@ from captioning.features import cnn as cnns
 from captioning.features.cnn import CNNS, preprocess
 from captioning.features.extraction import extract_features
 from captioning.features.frozen_graph import _OPERATIONS, _graph_function, _rewrite_graph
-from captioning.features.inception import _use_depthwise, feature_graph, load_cnn, network_identity
+from captioning.features.network import _use_depthwise, feature_graph, load_cnn, network_identity
 from captioning.settings import make_config
 from config import Config
 from support.errors import UserError

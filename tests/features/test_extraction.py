@@ -18,9 +18,9 @@ from captioning.features import extraction
 from captioning.features.cache import feature_path, features_folder, random_statistics
 from captioning.features.cnn import CNNS
 from captioning.features.extraction import _CALIBRATION_IMAGES, cache_features, calibration_paths, extract_features
-from captioning.features.inception import network_identity
 from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE, read_manifest, scan_features
 from captioning.features.missing import find_missing
+from captioning.features.network import network_identity
 from captioning.settings import make_config
 from support.errors import UserError
 

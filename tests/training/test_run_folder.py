@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from captioning.features.inception import network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.features.network import network_identity
 from captioning.settings import make_config, naming_commands
 from captioning.training.run_folder import begin_run, check_new_run, check_run_fits, run_network, run_settings
 from captioning.vocabulary import SPECIAL_WORDS
