@@ -36,6 +36,7 @@ class CNN:
 
 
 _TABLE = (
+    # The only one that computes in fewer bits by itself, see bfloat16_weights.py (Szegedy et al., arXiv 1512.00567).
     CNN("InceptionV3", 299, 8, 2048, "bcbd6486424b2319ff4ef7d526e38f63", "tf", rounds_weights=True),
     CNN("MobileNetV3Large", 224, 7, 960, "07fb09a5933dd0c8eaafa16978110389"),
     CNN("EfficientNetV2B0", 224, 7, 1280, "893217f2bb855e2983157299931e43ff"),
@@ -46,7 +47,7 @@ _TABLE = (
     CNN("ResNet50V2", 224, 7, 2048, "fac2f116257151a9d068a22e544a4917", "tf"),
     CNN("ResNet101V2", 224, 7, 2048, "c0ed64b8031c3730f411d2eb4eea35b5", "tf"),
     CNN("DenseNet121", 224, 7, 1024, "30ee3e1110167f948a6b9946edeeb738", "torch"),
-    # The annotation vectors of the paper (section 4.2.1): the fourth grid of VGG before it is halved, 14x14x512.
+    # The paper's annotation vectors (section 4.3): 14x14x512, from before the last pooling.
     CNN("VGG16", 224, 14, 512, "6d6bbae143d832006294945121d1f1fc", "caffe", grid_layer="block5_conv3"),
     CNN("ConvNeXtTiny", 224, 7, 768, "d547c096cabd03329d7be5562c5e14798aa39ed24b474157cef5e85ab9e49ef1"),
     CNN("ConvNeXtSmall", 224, 7, 768, "6fc8009faa2f00c1c1dfce59feea9b0745eb260a7dd11bee65c8e20843da6eab"),

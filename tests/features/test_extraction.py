@@ -553,7 +553,7 @@ def test_an_interrupt_waits_for_no_batch_and_finished_features_stay(config, imag
     first = image_path(images[0], config)
     made, waited, released = [], [], threading.Event()
 
-    def extract_batch(network, paths, load, device):
+    def extract_batch(network, cnn, paths, load, device):
         if paths != [first] and not released.is_set():
             waited.append(released.wait(20))
         made.extend(paths)

@@ -125,9 +125,9 @@ def test_no_more_than_that_is_read_before_it_is_needed(config, monkeypatch):
     read = []
     real = batches.read_feature
 
-    def counted(path, dtype):
+    def counted(path, shape, dtype):
         with tf.control_dependencies([tf.py_function(lambda: read.append(1), [], [])]):
-            return real(path, dtype)
+            return real(path, shape, dtype)
 
     monkeypatch.setattr(batches, "usable_cores", lambda: 224)
     monkeypatch.setattr(batches, "_READ_AHEAD", 4 * 2 * 64 * 2048 * np.dtype(config.feature_dtype).itemsize)
