@@ -22,7 +22,7 @@ from captioning.settings import make_config
 from config import Config
 from support.errors import UserError
 
-FAMILIES = ("VGG16", "EfficientNetV2B0", "ResNet50V2", "ConvNeXtTiny")  # MobileNetV3Large: see test_another_cnn.py
+FAMILIES = ("VGG16", "EfficientNetV2B0", "ConvNeXtTiny")  # MobileNetV3Large: see test_another_cnn.py
 
 
 def config_of(name, **settings):
@@ -86,7 +86,7 @@ def test_a_network_of_random_weights_gives_its_grid_of_features(name, paths, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(CNNS.keys() - {*FAMILIES, "InceptionV3"}))
+@pytest.mark.parametrize("name", sorted(CNNS.keys() - {*FAMILIES, "InceptionV3", "MobileNetV3Large"}))
 def test_the_others_have_the_grid_of_the_table(name):
     cnn = CNNS[name]
     assert load_cnn(cnn, "random", "float32").output_shape == (None, cnn.grid_size, cnn.grid_size, cnn.channels)
