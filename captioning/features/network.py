@@ -6,6 +6,7 @@ import pathlib
 import threading
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from captioning.features.bfloat16_weights import round_weights
@@ -224,6 +225,9 @@ def load_cnn(cnn, weights, precision):
         )
         if cnn.grid_layer:
             model = keras.Model(model.input, model.get_layer(cnn.grid_layer).output)
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.Normalization):  # its tensors would become inputs of an ONNX model
+                layer.mean, layer.variance = np.asarray(layer.mean), np.asarray(layer.variance)
         return _use_depthwise(model)
     except Exception as error:  # a download or an HDF5 file raises errors of many classes
         reason = (str(error).splitlines() or [type(error).__name__])[0]

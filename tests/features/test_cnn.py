@@ -74,8 +74,9 @@ def slow_but(quick, names):
 def test_a_network_of_random_weights_gives_its_grid_of_features(name, paths, tmp_path):
     """By the graph that is kept beside a run."""
     config, cnn, statistics = config_of(name), CNNS[name], tmp_path / "statistics.npz"
-    graph = feature_graph(config, statistics, paths).get_concrete_function().graph.as_graph_def()
-    kept = _rewrite_graph(graph, "float32")
+    function = feature_graph(config, statistics, paths).get_concrete_function()
+    assert [tensor.name for tensor in function.inputs] == ["pixels:0"]  # all else is in the graph, as ONNX needs it
+    kept = _rewrite_graph(function.graph.as_graph_def(), "float32")
     assert {node.op for node in kept.node} <= _OPERATIONS and not kept.library.function
     ((done, features, failed),) = extract_features(_graph_function(kept), cnn, paths, 2)
     assert (done, failed) == (paths, [])
