@@ -446,7 +446,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
     """The second one comes while the first writes its models."""
-    monkeypatch.setattr(export_bundle, "_bundle_functions", lambda captioner, network: captioner)
+    monkeypatch.setattr(export_bundle, "_bundle_functions", lambda captioner, network, cnn: captioner)
 
     def write(captioner, again, weights, images, folder):
         monkeypatch.setattr(export_bundle, "_write_litert", lambda *_: pytest.fail("two at once"))

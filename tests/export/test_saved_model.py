@@ -154,15 +154,16 @@ def test_an_image_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch
         monkeypatch.setattr(module, "MOST_PIXELS", limits[0])
         monkeypatch.setattr(module, "MOST_FILE_PIXELS", limits[1])
     data = encoded(kind, 1200, 1300)
-    _, found = tf.function(lambda data: graph_images._read_image(data))(tf.constant(data))  # traced with these limits
+    read = tf.function(lambda data: graph_images._read_image(data, 299))  # traced with these limits
+    _, found = read(tf.constant(data))
     assert found.numpy().decode() == status
     (tmp_path / "a").write_bytes(data)
     with contextlib.nullcontext() if status == "ok" else pytest.raises(ValueError, match="pixels are more than"):
         load_image(tmp_path / "a", 299)
 
 
-decode_in_graph = tf.function(_decode_image)
-read_in_graph = tf.function(graph_images._read_image)
+decode_in_graph = tf.function(lambda data: _decode_image(data, 299))
+read_in_graph = tf.function(lambda data: graph_images._read_image(data, 299))
 
 
 @pytest.mark.parametrize("name", SAME | NEAR)
