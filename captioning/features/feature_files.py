@@ -136,7 +136,7 @@ def check_feature_file(path, shape, dtype="float32"):
     try:
         stat, data = path.stat(), path.read_bytes()
         end = _header_end(data)
-        number_type = _number_type(data[:end], len(data) - end)
+        number_type = _number_type(data[:end], len(data) - end, shape)
     except ValueError:
         return None
     except OSError as error:
@@ -152,6 +152,14 @@ def check_feature_file(path, shape, dtype="float32"):
     return make_state(stat, zlib.crc32(data)) if magnitudes.max() <= limit else None
 
 
+def has_shape(path, shape):
+    """Whether a feature file can be read and has this shape. Reads its header alone."""
+    try:
+        return np.load(path, mmap_mode="r").shape == shape
+    except (OSError, ValueError):
+        return False
+
+
 def _header_end(data):
     """What `_npy_header_length` computes in a graph. Raises ValueError where the bytes are too few."""
     if len(data) < 12:
@@ -160,8 +168,8 @@ def _header_end(data):
 
 
 @functools.lru_cache(8)  # all files of a program have the same header, and reading one takes long
-def _number_type(header, length):
-    """The number type of a feature file with this header and so many bytes behind it, or None if it is no such file.
+def _number_type(header, length, shape):
+    """The number type of a (P, F) feature file with this header and so many bytes behind it, or None if it is none.
 
     Raises:
       ValueError: the header is damaged.

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import pathlib
 
-import numpy as np
 from tqdm import tqdm
 
 from captioning.data.captioned_images import image_path
 from captioning.features.cache import feature_path, feature_stem, features_folder, random_statistics
 from captioning.features.cnn import CNNS
-from captioning.features.feature_files import check_feature_file
+from captioning.features.feature_files import check_feature_file, has_shape
 from captioning.features.manifest import (
     MADE_ELSEWHERE,
     Entry,
@@ -101,7 +100,7 @@ def _check_made_elsewhere(images, manifest, files, config):
     """
     folder, shape, dtype = features_folder(config), CNNS[config.cnn].feature_shape, config.feature_dtype
     known = [feature_path(image, folder) for image in images if feature_stem(image) in manifest.entries]
-    if known and np.load(known[0], mmap_mode="r").shape != shape:  # they were taken for those of another --cnn
+    if known and not has_shape(known[0], shape):  # they were taken for those of another --cnn
         manifest = dataclasses.replace(manifest, entries={})
     new = _files_without_line(images, manifest, files)
     entries = dict(manifest.entries)

@@ -174,7 +174,7 @@ def test_the_script_finds_the_captions_of_script_3(exported, images, width, leng
 def test_the_script_says_the_several_captions_of_script_3(exported, images, several, capsys):
     captioner, _, runner = exported
     config = decoding_settings({}, dataclasses.replace(CONFIG, **several))
-    features = colour_network(np.stack([load_image(path) for path in images]))
+    features = colour_network(np.stack([load_image(path, 299) for path in images]))
     named = [ImageToCaption(pathlib.Path(path), str(path)) for path in images]
     captions = caption_batch(captioner, named, features, config)
     capsys.readouterr()
