@@ -6,6 +6,10 @@ from typing import Annotated, Literal
 # `Annotated[int, (1, None)]` is an int of 1 or more: (lowest, highest), either may be None.
 # The comment behind a setting is its text in `--help`.
 
+_EFFICIENT = Literal["EfficientNetV2B0", "EfficientNetV2B1", "EfficientNetV2B2", "EfficientNetV2B3", "EfficientNetV2S"]
+_CONVNEXT = Literal["ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase"]
+_OTHERS = Literal["InceptionV3", "MobileNetV3Large", "ResNet50V2", "ResNet101V2", "DenseNet121", "VGG16"]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -32,15 +36,16 @@ class Config:
     max_words: Annotated[int, (1, 200)] = 40  # longer captions are left out of training, and decoding stops there
     seed: Annotated[int, (0, 2**31 - 1)] = 42  # fixes the draw, the split, the initial weights and every shuffle
 
-    # Features: InceptionV3 over each image, once
+    # Features: a CNN over each image, once
+    cnn: Literal[_OTHERS, _EFFICIENT, _CONVNEXT] = "InceptionV3"  # network of keras.applications; VGG16 is the paper's
     inception_weights: str = "imagenet"  # imagenet, random, or the path of a .weights.h5 file without the top
     features_dir: str = ""  # feature cache, one .npy per image; empty for <data_dir>/features
-    feature_dtype: Literal["float16", "float32"] = "float16"  # number type of features: 262 or 524 kB per image
-    extract_batch: Annotated[int, (1, 1024)] = 16  # images per InceptionV3 call
-    extract_precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of InceptionV3; auto: the faster on this CPU
+    feature_dtype: Literal["float16", "float32"] = "float16"  # number type of features: 262 or 524 kB of InceptionV3's
+    extract_batch: Annotated[int, (1, 1024)] = 16  # images per call of the CNN
+    extract_precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the CNN; auto: the faster for InceptionV3
 
     # Model: letters as in model.py
-    encoder_dim: Annotated[int, (1, 16_384)] = 256  # D: encoded feature at each of the 64 locations
+    encoder_dim: Annotated[int, (1, 16_384)] = 256  # D: encoded feature at each location
     embedding_dim: Annotated[int, (1, 16_384)] = 256  # E: word embedding
     units: Annotated[int, (1, 16_384)] = 512  # U: GRU and attention
 

@@ -1,4 +1,4 @@
-"""Script 1: find or download captioned images, split them, extract InceptionV3's features, build the vocabulary.
+"""Script 1: find or download captioned images, split them, extract a CNN's features, build the vocabulary.
 
 python data_utils.py [--dataset coco|demo|karpathy|table] [--shard I/N] [--<field> VALUE ...]
 """

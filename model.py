@@ -21,7 +21,7 @@ from config import Config
 
 
 class CNN_Encoder(keras.Model):
-    """Encodes the InceptionV3 feature of each location: normalisation, Dense, ReLU.
+    """Encodes the CNN's feature of each location: normalisation, Dense, ReLU.
 
     Args:
       encoder_dim: int, D.

@@ -13,6 +13,7 @@ import shlex
 from config import PRESETS, Config
 from support.command_line import check_value, make_settings, parse_command_line
 from support.errors import FileError, UserError
+from support.files import read_json
 
 # What the prepared files depend on. The later scripts take these from the folder of prepared data.
 DATA_SETTINGS = (
@@ -32,6 +33,7 @@ DATA_SETTINGS = (
     "vocab_size",
     "max_words",
     "seed",
+    "cnn",
     "inception_weights",
     "features_dir",
     "feature_dtype",
@@ -98,6 +100,11 @@ def make_config(*layers):
     if not (config.contact.isascii() and config.contact.isprintable()):
         raise UserError(f"--contact takes an e-mail or web address in ASCII, not {config.contact!r}")
     return dataclasses.replace(config, **{name: os.path.expanduser(getattr(config, name)) for name in _PATHS})
+
+
+def read_saved_settings(path):
+    """The dict of a settings.json or config.json, or FileError. Where it is from before --cnn, it was InceptionV3."""
+    return {"cnn": "InceptionV3"} | read_json(path, dict)
 
 
 def adopt_settings(given, saved, names, source):

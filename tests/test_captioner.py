@@ -58,7 +58,7 @@ def test_what_is_trained_on_is_captioned_with(tmp_path, stored, dtype):
     made = np.random.default_rng(0).standard_normal((64, 2048)).astype(stored)
     images = [CaptionedImage(1, "a.jpg")]
     np.save(tmp_path / "a.npy", made)
-    trained = _read_features(tf.constant([str(tmp_path / "a.npy")]), config.feature_dtype)
+    trained = _read_features(tf.constant([str(tmp_path / "a.npy")]), config)
     ((_, captioned),) = cached_batches(dataset_images(images, config), config)
     assert captioned.dtype == tf.float32
     np.testing.assert_array_equal(captioned, tf.cast(trained, tf.float32))

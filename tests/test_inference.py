@@ -476,3 +476,14 @@ def test_karpathys_splits_are_prepared_trained_on_and_scored(coco, monkeypatch, 
 
     inference.main([*run, "--output", str(coco / "figures"), "--plot_images", "2"])  # images where they lie
     assert len(list((coco / "figures").glob("*.png"))) == 2
+
+
+def test_a_run_from_before_the_choice_is_inceptionv3s(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("cnn") == "InceptionV3"
+    path.write_text(json.dumps(saved))
+    config = run_folder.run_settings({}, str(tmp_path / "run"))
+    assert config.cnn == "InceptionV3"
+    assert run_folder.read_captioner(tmp_path / "run", config).encoder.feature_mean.shape == (2048,)

@@ -11,13 +11,14 @@ import model
 from captioning.attention.evidence import explain_captions
 from captioning.decoder.basic_layers import variational_dropout
 from captioning.decoder.rules import _BANNED_WORDS, ban_words
-from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.cnn import CNNS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
 from config import Config
 
 SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16, "dropout": 0.4})
 VOCABULARY = 30
+LOCATIONS, CHANNELS = CNNS["InceptionV3"].feature_shape
 NO_MEAN = np.zeros(CHANNELS, np.float32)
 CAPTIONS = tf.constant([[START, 5, 6, 7, END], [START, 8, END, PAD, PAD], [START, 9, 10, END, PAD]])
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from captioning.export import bundle as export_bundle
 from captioning.export import saved_model as export
-from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.cnn import CNNS
 from captioning.features.feature_files import read_feature
 from captioning.training.checkpoints import _readable_path, restore_newest, save_checkpoint
 from captioning.training.tensorboard import log_epoch, tensorboard_log
@@ -61,8 +61,9 @@ def test_the_link_goes_with_what_was_restored(folder):
 
 
 def test_features_and_events_are_read_and_written_there(folder):
-    np.save(folder / "1.npy", np.ones((LOCATIONS, CHANNELS), np.float16))
-    assert tf.reduce_all(read_feature(str(folder / "1.npy"), "float16") == 1)
+    shape = CNNS["InceptionV3"].feature_shape
+    np.save(folder / "1.npy", np.ones(shape, np.float16))
+    assert tf.reduce_all(read_feature(str(folder / "1.npy"), shape, "float16") == 1)
     pytest.importorskip("tensorboard")
     with tensorboard_log(types.SimpleNamespace(tensorboard="yes", run_dir=str(folder))) as writer:
         log_epoch(writer, {"epoch": 1, "loss": 1.0}, 0.1, [])

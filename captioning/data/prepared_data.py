@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 
 from captioning.data.captioned_images import CaptionedImage, check_validation, clean_folder, clean_id, find_name_problem
-from captioning.settings import DATA_SETTINGS, quote
+from captioning.settings import DATA_SETTINGS, quote, read_saved_settings
 from captioning.vocabulary import build_vocabulary, encode_captions, read_vocabulary
 from captioning.words import character_scripts
 from support.errors import FileError, UserError
@@ -134,7 +134,7 @@ def read_prepared_settings(data_dir):
 def _read_settings_file(data_dir):
     """The content of settings.json: dict of DATA_SETTINGS, "splits" and "network" to values, or FileError."""
     path = pathlib.Path(data_dir, "settings.json")
-    saved = read_json(path, dict)
+    saved = read_saved_settings(path)
     for name in (*DATA_SETTINGS, "splits", "network"):
         if name not in saved:
             raise FileError(path, f"is damaged (it does not say {name})")

@@ -26,7 +26,6 @@ from captioning.evaluation.metrics import (
     write_metrics,
 )
 from captioning.features.cache import cached_batches
-from captioning.features.cnn import LOCATIONS
 from captioning.settings import make_config
 from support.errors import UserError, printable
 
@@ -161,10 +160,8 @@ def _describe_scored(captioner, images, split, config):
 
 def _can_use_boxes(images, config):
     """Whether the boxes of what captions name are known. Those that cannot be used are told in one line."""
-    blank = [
-        GeneratedCaption(image.path, image.name, [], np.zeros(0), np.zeros((0, LOCATIONS)), image.image_id)
-        for image in images
-    ]
+    no_map = np.zeros((0, 1))  # there are no words
+    blank = [GeneratedCaption(image.path, image.name, [], np.zeros(0), no_map, image.image_id) for image in images]
     try:
         return find_groundings(blank, config)[0] is not None
     except UserError as error:

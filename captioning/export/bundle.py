@@ -22,7 +22,7 @@ from captioning.export.onnx_models import write_onnx
 from captioning.export.saved_model import new_folder
 from captioning.features import image_reader
 from captioning.features.cache import load_data
-from captioning.features.cnn import CHANNELS, IMAGE_SIZE, LOCATIONS
+from captioning.features.cnn import CNNS
 from captioning.features.image_files import load_image
 from captioning.words import CHARACTER
 from support.errors import UserError
@@ -52,7 +52,7 @@ def export_bundle(captioner, network, kind, weights, config, folder):
 
     Args:
       captioner: Captioner
-      network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
+      network: function of uint8 (B, side, side, 3) -> float32 (B, P, F), as feature_network returns.
       kind: "litert" or "onnx".
       weights: str, their number type, one of WEIGHTS[kind].
       config: Config; its settings of decoding are the script's defaults.
@@ -64,7 +64,7 @@ def export_bundle(captioner, network, kind, weights, config, folder):
     """
     _check_size(captioner)
     with new_folder(folder) as temporary:
-        functions = _bundle_functions(captioner, network)
+        functions = _bundle_functions(captioner, network, CNNS[config.cnn])
         if kind == "onnx":
             write_onnx(functions, temporary)
         else:
@@ -72,8 +72,7 @@ def export_bundle(captioner, network, kind, weights, config, folder):
             _write_litert(functions, captioner, weights, images, temporary)
         write_json(temporary / "vocabulary.json", captioner.vocabulary)
         write_json(temporary / "captioner.json", _describe(captioner, kind, weights, config), indent=1)
-        readme = (_FILES / "README.md").read_text(encoding="utf-8")
-        (temporary / "README.md").write_text(readme.replace("RUNTIME", _RUNTIMES[kind]), encoding="utf-8")
+        (temporary / "README.md").write_text(_fill_readme(kind, CNNS[config.cnn]), encoding="utf-8")
         for file in (_FILES / "caption.py", pathlib.Path(image_reader.__file__)):
             shutil.copyfile(file, temporary / file.name)
 
@@ -88,15 +87,26 @@ def _check_size(captioner):
         )
 
 
+def _fill_readme(kind, cnn):
+    """The text of a bundle's README.md for its format and CNN."""
+    text, side = (_FILES / "README.md").read_text(encoding="utf-8"), cnn.grid_size
+    sizes = {"IMAGE_SIZE": f"{cnn.image_size} x {cnn.image_size}", "GRID_SIZE": f"{side} x {side}"}
+    for name, value in {"RUNTIME": _RUNTIMES[kind], **sizes}.items():
+        text = text.replace(name, value)
+    return text
+
+
 def _describe(captioner, kind, weights, config):
     """What captioner.json holds."""
+    cnn = CNNS[config.cnn]
+    locations, channels = cnn.feature_shape
     return {
         "format": kind,
         "weights": weights,
         "sizes": {
-            "image": IMAGE_SIZE,
-            "locations": LOCATIONS,
-            "channels": CHANNELS,
+            "image": cnn.image_size,
+            "locations": locations,
+            "channels": channels,
             "encoder_dim": config.encoder_dim,
             "embedding_dim": config.embedding_dim,
             "units": config.units,
@@ -119,17 +129,17 @@ def _describe_decoding(config):
 # --- The functions ----------------------------------------------------------------------------------------------
 
 
-def _bundle_functions(captioner, network):
+def _bundle_functions(captioner, network, cnn):
     """The functions of a bundle as dict of name to tf.function. All shapes are fixed but for K."""
     encoder, decoder = captioner.encoder, captioner.decoder
-    encoded_features = encoder(tf.zeros((1, LOCATIONS, CHANNELS)))  # (1, P, D)
+    encoded_features = encoder(tf.zeros((1, *cnn.feature_shape)))  # (1, P, D)
     keys, hidden = decoder.attention.key_layer(encoded_features), decoder.initial_hidden(encoded_features)
-    pixels = tf.TensorSpec((1, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8, "pixels")
+    pixels = tf.TensorSpec((1, cnn.image_size, cnn.image_size, 3), tf.uint8, "pixels")
     word, said = (tf.TensorSpec((1, 1), tf.int32, name) for name in ("words", "said"))
     words = tf.TensorSpec((None, 1), tf.int32, "words")
     one_hidden, many_hidden = (tf.TensorSpec((count, hidden.shape[1]), name="hidden") for count in (1, None))
     image = tf.TensorSpec(encoded_features.shape, name="encoded_features"), tf.TensorSpec(keys.shape, name="keys")
-    norms = tf.TensorSpec((1, LOCATIONS), name="feature_norms")
+    norms = tf.TensorSpec(encoded_features.shape[:2], name="feature_norms")
 
     @tf.function(input_signature=[pixels])
     def encode(pixels):
@@ -174,10 +184,10 @@ def _word_evidence(decoder, words, said, hidden, encoded_features, keys, feature
       dict of next_hidden (1, U), attention_weights (1, P) and evidence (1, P)
     """
     sightings = decoder.detector(encoded_features, said[0])[:, :, 0]  # (1, P)
-    state = words, encoded_features, hidden, keys
-    words, moved, hidden, keys = (tf.repeat(x, LOCATIONS, 0) for x in state)  # (P, 1), (P, P, D), (P, U), (P, P, U)
-    ones = tf.ones(LOCATIONS)
-    directions = tf.repeat(tf.transpose(encoded_features, (1, 0, 2)), LOCATIONS, 1)  # (P, P, D)
+    P, state = encoded_features.shape[1], (words, encoded_features, hidden, keys)
+    words, moved, hidden, keys = (tf.repeat(x, P, 0) for x in state)  # (P, 1), (P, P, D), (P, U), (P, P, U)
+    ones = tf.ones(P)
+    directions = tf.repeat(tf.transpose(encoded_features, (1, 0, 2)), P, 1)  # (P, P, D)
     with tf.GradientTape() as forwards:
         forwards.watch(ones)
         with tf.GradientTape() as backwards:
@@ -200,7 +210,7 @@ def _write_litert(functions, captioner, weights, images, folder):
     Args:
       functions: as `_bundle_functions` returns them.
       weights: "float32", "float16" or "int8".
-      images: list of uint8 (1, 299, 299, 3) to calibrate int8 weights on, else None.
+      images: list of uint8 (1, side, side, 3) to calibrate int8 weights on, else None.
       folder: pathlib.Path
     """
     for file, names in (("encoder", ["encoder"]), ("decoder", ["decoder", "evidence"])):
@@ -223,7 +233,7 @@ def _calibration_images(config):
     """Training images that show how large the encoder's numbers become.
 
     Returns:
-      list of uint8 (1, 299, 299, 3)
+      list of uint8 (1, side, side, 3)
 
     Raises:
       UserError: the training images are not there.
@@ -232,7 +242,8 @@ def _calibration_images(config):
         train = load_data(config).train
         count = min(_CALIBRATION_IMAGES, len(train))
         chosen = np.random.default_rng(config.seed).choice(len(train), count, replace=False)
-        images = [load_image(image_path(train[i], config))[np.newaxis] for i in chosen]
+        side = CNNS[config.cnn].image_size
+        images = [load_image(image_path(train[i], config), side)[np.newaxis] for i in chosen]
     except (UserError, ValueError) as error:
         raise UserError(
             f"int8 weights are calibrated on training images, and {error}: "

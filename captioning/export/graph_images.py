@@ -1,4 +1,4 @@
-"""Image files inside a TensorFlow graph: from bytes to the pixels that InceptionV3 takes.
+"""Image files inside a TensorFlow graph: from bytes to the pixels that a CNN takes.
 
 It does what image_reader.py does with Pillow, for the kinds of files that TensorFlow decodes: JPEG, PNG, WebP, GIF and
 BMP. An image that cannot be read does not fail the graph. It gets white pixels and a status that says so. So does one
@@ -10,7 +10,6 @@ import functools
 
 import tensorflow as tf
 
-from captioning.features.cnn import IMAGE_SIZE
 from captioning.features.image_reader import LEAST_ROWS, MOST_FILE_PIXELS, MOST_PIXELS
 
 OK, _UNREADABLE, _TOO_LARGE, _OTHER_COLOURS = "ok", "unreadable", "too large", "not sRGB"  # the statuses
@@ -18,67 +17,70 @@ _JPEG_RATIOS = (1, 2, 4, 8)  # a JPEG file can be decoded at these fractions of 
 _SHORT = 3  # EXIF's number for a type: 16 bits
 
 
-def read_images(images):
+def read_images(images, side):
     """Read many image files.
 
     Args:
       images: string (B,), files as bytes.
+      side: int, pixels of each side of the squares that they become.
 
     Returns:
-      pixels: uint8 (B, 299, 299, 3), as image_files.load_image returns them, white where the status is not OK.
+      pixels: uint8 (B, side, side, 3), as image_files.load_image returns them, white where the status is not OK.
       statuses: string (B,), OK, _UNREADABLE, _TOO_LARGE or _OTHER_COLOURS.
     """
-    return tf.map_fn(_read_image, images, fn_output_signature=(tf.uint8, tf.string))  # (B, 299, 299, 3), (B,)
+    read = lambda data: _read_image(data, side)  # noqa: E731
+    return tf.map_fn(read, images, fn_output_signature=(tf.uint8, tf.string))  # (B, side, side, 3), (B,)
 
 
-def _read_image(data):
-    """Read one image file. string () -> uint8 (299, 299, 3), string ()."""
+def _read_image(data, side):
+    """Read one image file. string () -> uint8 (side, side, 3), string ()."""
     # A graph cannot catch the error of an operation, but a data set can leave out the element that fails.
-    white = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8))
+    white = tf.fill((side, side, 3), tf.constant(255, tf.uint8))
     file = tf.data.Dataset.from_tensors(data)
-    read, read_cut = (file.map(decode).ignore_errors() for decode in (_decode_or_refuse, _decode_cut))
+    ways = [functools.partial(decode, side=side) for decode in (_decode_or_refuse, _decode_cut)]
+    read, read_cut = (file.map(way).ignore_errors() for way in ways)
     otherwise = tf.data.Dataset.from_tensors((white, _UNREADABLE))
     pixels, status = read.concatenate(read_cut).concatenate(otherwise).take(1).get_single_element()
     return tf.ensure_shape(pixels, white.shape), status
 
 
-def _decode_or_refuse(data):
+def _decode_or_refuse(data, side):
     """What `_read_image` returns. A file that cannot be read raises the error of a TensorFlow operation."""
-    white = tf.fill((IMAGE_SIZE, IMAGE_SIZE, 3), tf.constant(255, tf.uint8))
+    white = tf.fill((side, side, 3), tf.constant(255, tf.uint8))
     size = _image_size(data)
-    decoded = -(-size // _jpeg_ratio(size)) if _is_jpeg(data) else size
+    decoded = -(-size // _jpeg_ratio(size, side)) if _is_jpeg(data) else size
     if tf.reduce_prod(size) > MOST_FILE_PIXELS or tf.reduce_prod(decoded) > MOST_PIXELS:
         pixels, status = white, _TOO_LARGE
     elif _has_other_colours(data):
         pixels, status = white, _OTHER_COLOURS
     else:
-        pixels, status = _decode_image(data), OK
+        pixels, status = _decode_image(data, side), OK
     return pixels, status
 
 
-def _decode_cut(data):
+def _decode_cut(data, side):
     """The same of a JPEG file that lacks its end, if it has the rows that image_reader.py wants, and a single scan."""
     sequential = tf.strings.length(_find_segment(data, b"\xff\xc0", b"")) > 0
     tf.debugging.Assert(_is_jpeg(data) & sequential & ~_has_other_colours(data), ["another kind of file"])
-    image = _decode_jpeg(data, try_recover_truncated=True)  # (height, width, 3), grey where the file has no more
+    image = _decode_jpeg(data, side, try_recover_truncated=True)  # (height, width, 3), grey where the file has no more
     there = tf.where(tf.reduce_any((image < 127) | (image > 128), (1, 2)))  # (rows, 1)
     height = tf.cast(tf.shape(image)[0], tf.float32)
     tf.debugging.Assert(tf.cast(tf.reduce_max(there) + 1, tf.float32) >= LEAST_ROWS * height, ["too few rows"])
-    return _turn_upright(_round_pixels(_shrink(image)), _orientation(_find_exif(data))), OK
+    return _turn_upright(_round_pixels(_shrink(image, side)), _orientation(_find_exif(data))), OK
 
 
-def _decode_image(data):
-    """What image_files.load_image does, inside a graph. string () -> uint8 (299, 299, 3)."""
+def _decode_image(data, side):
+    """What image_files.load_image does, inside a graph. string () -> uint8 (side, side, 3)."""
     if _is_jpeg(data):
-        resized = _shrink(_decode_jpeg(data))
+        resized = _shrink(_decode_jpeg(data, side), side)
     elif _is_png(data):
-        resized = _decode_png(data)
+        resized = _decode_png(data, side)
     elif _is_webp(data):
-        resized = _shrink_flat(_decode_webp(data))
+        resized = _shrink_flat(_decode_webp(data), side)
     elif _is_bmp(data):
-        resized = _shrink(_decode_bmp(data))
+        resized = _shrink(_decode_bmp(data), side)
     else:
-        resized = _shrink(tf.io.decode_image(data, 3, expand_animations=False))
+        resized = _shrink(tf.io.decode_image(data, 3, expand_animations=False), side)
     return _turn_upright(_round_pixels(resized), _orientation(_find_exif(data)))
 
 
@@ -136,28 +138,28 @@ def _webp_size(data):
     return size
 
 
-def _decode_jpeg(data, **how):
+def _decode_jpeg(data, side, **how):
     """uint8 (height, width, 3). A file much larger than needed comes at 1/2, 1/4 or 1/8 of its size, as from Pillow."""
     decode = functools.partial(tf.io.decode_jpeg, data, 3, dct_method="INTEGER_ACCURATE", **how)  # as Pillow does
-    number = tf.reduce_sum(tf.cast(_jpeg_ratio(_image_size(data)) > _JPEG_RATIOS, tf.int32))
+    number = tf.reduce_sum(tf.cast(_jpeg_ratio(_image_size(data), side) > _JPEG_RATIOS, tf.int32))
     return tf.switch_case(number, [functools.partial(decode, ratio=ratio) for ratio in _JPEG_RATIOS])
 
 
-def _jpeg_ratio(size):
-    """Which fraction of its size a JPEG file is decoded at: 1, 2, 4 or 8. int64 (2,) -> int64 ()."""
-    excess = tf.reduce_min(size) // IMAGE_SIZE
+def _jpeg_ratio(size, side):
+    """Which fraction of its size a JPEG file is decoded at: 1, 2, 4 or 8. int64 (2,), int -> int64 ()."""
+    excess = tf.reduce_min(size) // side
     return tf.reduce_max(tf.where(excess >= _JPEG_RATIOS, tf.constant(_JPEG_RATIOS, tf.int64), 1))
 
 
-def _decode_png(data):
-    """A PNG file, small and on white. string () -> float (299, 299, 3)."""
+def _decode_png(data, side):
+    """A PNG file, small and on white. string () -> float (side, side, 3)."""
     bits, kind = _read_number(data, 24, 1), _read_number(data, 25, 1)
     if (bits == 16) & (kind == 0):
-        resized = _shrink(tf.repeat(_decode_deep_png(data), 3, 2))
+        resized = _shrink(tf.repeat(_decode_deep_png(data), 3, 2), side)
     elif (kind == 4) | (kind == 6) | (tf.strings.length(_find_chunk(data, b"tRNS")) > 0):
-        resized = _shrink_flat(tf.io.decode_png(data, 4))
+        resized = _shrink_flat(tf.io.decode_png(data, 4), side)
     else:
-        resized = _shrink(tf.io.decode_png(data, 3))
+        resized = _shrink(tf.io.decode_png(data, 3), side)
     return resized
 
 
@@ -195,27 +197,27 @@ def _decode_webp(data):
     return tf.io.decode_image(data, 0, expand_animations=False)
 
 
-def _shrink(image):
-    """Resize as Pillow does. (height, width, channels) of any type -> float (299, 299, channels)."""
-    return tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE), antialias=True)
+def _shrink(image, side):
+    """Resize as Pillow does. (height, width, channels) of any type -> float (side, side, channels)."""
+    return tf.image.resize(image, (side, side), antialias=True)
 
 
-def _shrink_flat(image):
-    """Put an image on white, and resize it. uint8 (height, width, 3 or 4) -> float (299, 299, 3).
+def _shrink_flat(image, side):
+    """Put an image on white, and resize it. uint8 (height, width, 3 or 4) -> float (side, side, 3).
 
     Floats are made of the small image only: a large one would take 16 bytes a pixel.
     """
     if tf.shape(image)[2] == 4:
         opacity = image[:, :, 3:]  # (height, width, 1)
         products = tf.cast(image[:, :, :3], tf.uint16) * tf.cast(opacity, tf.uint16)  # (height, width, 3), 255^2 fits
-        resized = _shrink(products) / 255 + 255 - _shrink(opacity)
+        resized = _shrink(products, side) / 255 + 255 - _shrink(opacity, side)
     else:
-        resized = _shrink(image[:, :, :3])
+        resized = _shrink(image[:, :, :3], side)
     return resized
 
 
 def _round_pixels(resized):
-    """float (299, 299, 3) -> uint8 (299, 299, 3)"""
+    """float (side, side, 3) -> uint8 (side, side, 3)"""
     return tf.cast(tf.round(tf.clip_by_value(resized, 0.0, 255.0)), tf.uint8)
 
 
@@ -301,7 +303,7 @@ def _orientation(exif):
 
 
 def _turn_upright(pixels, turned):
-    """Undo an EXIF orientation. uint8 (299, 299, 3), int32 () -> uint8 (299, 299, 3)."""
+    """Undo an EXIF orientation. uint8 (side, side, 3), int32 () -> uint8 (side, side, 3)."""
     one_of = lambda *cases: tf.reduce_any(turned == cases)  # noqa: E731
     pixels = tf.where(turned >= 5, tf.transpose(pixels, (1, 0, 2)), pixels)
     pixels = tf.where(one_of(2, 3, 6, 7), pixels[:, ::-1], pixels)

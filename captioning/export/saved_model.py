@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from captioning.captioner import decode_captions
 from captioning.export.graph_images import OK, read_images
+from captioning.features.cnn import CNNS
 from captioning.vocabulary import END, PAD
 from captioning.words import is_character
 from support.errors import UserError
@@ -26,7 +27,7 @@ def export_captioner(captioner, network, config, folder):
 
     Args:
       captioner: Captioner
-      network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
+      network: function of uint8 (B, side, side, 3) -> float32 (B, P, F), as feature_network returns.
       config: Config; its max_words, beam_width, length_penalty and repeat_block are the export's.
       folder: where to; may be there if it is empty.
 
@@ -84,7 +85,7 @@ def _check_free(target):
 
 
 def _write_saved_model(captioner, network, config, folder):
-    """Write decoding of images, InceptionV3, encoder, decoder and vocabulary as a SavedModel.
+    """Write decoding of images, CNN, encoder, decoder and vocabulary as a SavedModel.
 
     Its signature `serving_default` takes
       images: string (B,), files as bytes: JPEG, PNG, WebP, GIF (of which the first image counts) or BMP
@@ -108,7 +109,7 @@ def _write_saved_model(captioner, network, config, folder):
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="images")])
     def caption_many(images):
-        pixels, statuses = read_images(images)  # (B, 299, 299, 3), (B,)
+        pixels, statuses = read_images(images, CNNS[config.cnn].image_size)  # (B, side, side, 3), (B,)
         decoded = decode_captions(captioner.encoder, captioner.decoder, network(pixels), config)
         alone = ~tf.gather(joined, decoded.words)  # (B, L)
         blanks = tf.where(alone[:, :-1] & alone[:, 1:], " ", "")  # (B, L - 1), before all words but the first

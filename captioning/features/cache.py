@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from captioning.data.captioned_images import image_path, match_names
 from captioning.data.prepared_data import load_prepared
+from captioning.features.cnn import CNNS
 from captioning.features.feature_files import parallel_map, read_feature, reading_features
 from captioning.features.manifest import read_live_manifest, read_manifest, scan_features
 from support.errors import FileError
@@ -160,7 +161,8 @@ def cached_batches(images, config):
         return
     paths = [str(image.feature_path) for image in images]
     # Rounded as in training, where features made elsewhere have more digits than the settings name.
-    read = lambda path: tf.cast(read_feature(path, config.feature_dtype), tf.float32)  # noqa: E731
+    shape, dtype = CNNS[config.cnn].feature_shape, config.feature_dtype
+    read = lambda path: tf.cast(read_feature(path, shape, dtype), tf.float32)  # noqa: E731
     dataset = parallel_map(read, paths).batch(size).prefetch(1)
     with reading_features():
         for number, batch in enumerate(dataset):

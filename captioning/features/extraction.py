@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import itertools
 
 import numpy as np
@@ -10,11 +11,11 @@ from tqdm import tqdm
 
 from captioning.data.captioned_images import image_path
 from captioning.features.cache import feature_path, features_folder, random_statistics
-from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.cnn import CNNS
 from captioning.features.feature_files import write_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, feature_network, network_identity
 from captioning.features.manifest import merge_journals, open_journal
+from captioning.features.network import extraction_graphs, feature_network, network_identity
 from support.devices import usable_cores
 from support.file_states import cancelling_pool, read_state
 from support.forecast import Forecast
@@ -45,24 +46,24 @@ def cache_features(images, calibration, config, shared=False, cut=None):
     """
     if not images:
         return {}
-    folder, skipped, image_states = features_folder(config), {}, {}
+    cnn, folder, skipped, image_states = CNNS[config.cnn], features_folder(config), {}, {}
     statistics = random_statistics(folder)
     names = {image_path(image, config): image.name for image in images}
     targets = {image_path(image, config): feature_path(image, folder) for image in images}
 
     def load_and_note(path):
         image_states[path] = read_state(path)  # before the pixels: a change in between shows in the next run
-        return load_image(path, cut)
+        return load_image(path, cnn.image_size, cut)
 
     network = feature_network(config, statistics, calibration)
     forecast = Forecast("the features", len(targets), "images")
     with open_journal(folder, network_identity(config, statistics)) as journal:
         with (
-            extraction_graphs(config.extract_precision),
+            extraction_graphs(config),
             tqdm(total=len(targets), desc="extracting features", unit=" images") as bar,
         ):
             for paths, features, failed in extract_features(
-                network, list(targets), config.extract_batch, load_and_note
+                network, cnn, list(targets), config.extract_batch, load_and_note
             ):
                 states = [image_states.pop(path) for path in paths]
                 write_features([targets[path] for path in paths], features, config.feature_dtype, journal, states)
@@ -76,20 +77,22 @@ def cache_features(images, calibration, config, shared=False, cut=None):
     return skipped
 
 
-def extract_features(network, paths, batch_size, load=load_image):
+def extract_features(network, cnn, paths, batch_size, load=None):
     """Run the network over image files. While one batch is computed, others are read.
 
     Batches go to all GPUs in turn. Without a GPU they go to the CPU.
 
     Args:
       network: function, as `feature_network` returns it.
+      cnn: CNN, which network it is.
       paths: list of image files.
       batch_size: int, B.
-      load: function of a path that returns pixels, uint8 (299, 299, 3), or raises ValueError.
+      load: function of a path that returns the pixels which the CNN takes, or raises ValueError; usually `load_image`.
 
     Yields:
       (paths of a batch's readable images, their features as float32 (B, P, F), list of (path, reason) of the others)
     """
+    load = load or functools.partial(load_image, side=cnn.image_size)
     gpus = [device.name for device in tf.config.list_logical_devices("GPU")]
     devices = itertools.cycle(gpus or [None])
     workers = max(_EXTRACT_WORKERS * len(gpus), usable_cores()) if gpus else _EXTRACT_WORKERS
@@ -97,14 +100,14 @@ def extract_features(network, paths, batch_size, load=load_image):
         running = collections.deque()
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
-            running.append(pool.submit(_extract_batch, network, batch, load, next(devices)))
+            running.append(pool.submit(_extract_batch, network, cnn, batch, load, next(devices)))
             if len(running) > workers:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
 
 
-def _extract_batch(network, paths, load, device=None):
+def _extract_batch(network, cnn, paths, load, device=None):
     """Read a batch and compute it on a device, or where TensorFlow chooses. Returns what `extract_features` yields."""
     readable, pixels, failed = [], [], []
     for path in paths:
@@ -114,6 +117,6 @@ def _extract_batch(network, paths, load, device=None):
         except ValueError as error:
             failed.append((path, str(error)))
     if not readable:
-        return [], np.zeros((0, LOCATIONS, CHANNELS), np.float32), failed
+        return [], np.zeros((0, *cnn.feature_shape), np.float32), failed
     with tf.device(device) if device else contextlib.nullcontext():
         return readable, network(tf.constant(np.stack(pixels))).numpy(), failed  # (B, P, F)

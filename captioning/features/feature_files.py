@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import math
 import pathlib
 import re
 import zlib
@@ -10,7 +11,6 @@ import zlib
 import numpy as np
 import tensorflow as tf
 
-from captioning.features.cnn import CHANNELS, LOCATIONS
 from captioning.features.manifest import Entry
 from support.devices import usable_cores
 from support.errors import FileError, UserError
@@ -52,7 +52,7 @@ def write_features(paths, features, dtype, journal=None, images=None):
             journal.add(entries)
 
 
-def read_feature(path, dtype):
+def read_feature(path, shape, dtype):
     """Read one cached feature inside a TensorFlow graph, whichever of the two number types it has on disk.
 
     Whoever trains or captions names the same type, `config.feature_dtype`: what is trained on is captioned with.
@@ -61,6 +61,7 @@ def read_feature(path, dtype):
 
     Args:
       path: string ().
+      shape: (P, F), which its CNN tells.
       dtype: number type of the result.
 
     Returns:
@@ -69,8 +70,8 @@ def read_feature(path, dtype):
     data = tf.io.read_file(path)
     header = _npy_header_length(data)
     length = tf.strings.length(data) - header
-    is_float16 = tf.equal(length, 2 * LOCATIONS * CHANNELS)
-    is_whole = is_float16 | tf.equal(length, 4 * LOCATIONS * CHANNELS)
+    is_float16 = tf.equal(length, 2 * math.prod(shape))
+    is_whole = is_float16 | tf.equal(length, 4 * math.prod(shape))
     with tf.control_dependencies([tf.debugging.Assert(is_whole, ["damaged feature file:", path])]):
         numbers = tf.strings.substr(data, header, length)
     features = tf.cond(
@@ -78,7 +79,7 @@ def read_feature(path, dtype):
         lambda: tf.cast(tf.io.decode_raw(numbers, tf.float16), dtype),
         lambda: tf.cast(tf.io.decode_raw(numbers, tf.float32), dtype),
     )
-    return tf.reshape(features, (LOCATIONS, CHANNELS))  # (P, F)
+    return tf.reshape(features, shape)  # (P, F)
 
 
 def _npy_header_length(data):
@@ -121,20 +122,21 @@ def parallel_map(function, inputs, workers=None):
     return dataset.map(function, num_parallel_calls=workers or usable_cores()).with_options(options)
 
 
-def check_feature_file(path, dtype="float32"):
+def check_feature_file(path, shape, dtype="float32"):
     """Read a feature file that another program made, and check it.
 
     Args:
-      dtype: "float16" or "float32", the number type that the features must fit into.
+      shape: (P, F), which the features must have.
+      dtype: "float16" or "float32", the number type that they must fit into.
 
     Returns:
-      FileState, or None if it is not (64, 2048) of finite float16 or float32 numbers that `read_feature` can read.
+      FileState, or None if it is not (P, F) of finite float16 or float32 numbers that `read_feature` can read.
     """
     path = pathlib.Path(path)
     try:
         stat, data = path.stat(), path.read_bytes()
         end = _header_end(data)
-        number_type = _number_type(data[:end], len(data) - end)
+        number_type = _number_type(data[:end], len(data) - end, shape)
     except ValueError:
         return None
     except OSError as error:
@@ -150,6 +152,14 @@ def check_feature_file(path, dtype="float32"):
     return make_state(stat, zlib.crc32(data)) if magnitudes.max() <= limit else None
 
 
+def has_shape(path, shape):
+    """Whether a feature file can be read and has this shape. Reads its header alone."""
+    try:
+        return np.load(path, mmap_mode="r").shape == shape
+    except (OSError, ValueError):
+        return False
+
+
 def _header_end(data):
     """What `_npy_header_length` computes in a graph. Raises ValueError where the bytes are too few."""
     if len(data) < 12:
@@ -158,15 +168,15 @@ def _header_end(data):
 
 
 @functools.lru_cache(8)  # all files of a program have the same header, and reading one takes long
-def _number_type(header, length):
-    """The number type of a feature file with this header and so many bytes behind it, or None if it is no such file.
+def _number_type(header, length, shape):
+    """The number type of a (P, F) feature file with this header and so many bytes behind it, or None if it is none.
 
     Raises:
       ValueError: the header is damaged.
     """
     features = _load_npy(header + bytes(length))
     is_whole = (
-        features.shape == (LOCATIONS, CHANNELS)
+        features.shape == shape
         and features.dtype in (np.float16, np.float32)
         and features.flags.c_contiguous
         and features.nbytes == length

@@ -1,4 +1,4 @@
-"""InceptionV3's graph, kept beside a run, as making it takes longer than all the rest of a first caption.
+"""The CNN's graph, kept beside a run, as making it takes longer than all the rest of a first caption.
 
 network_graph.pb       a TensorFlow GraphDef: batch norm folded, weights rounded, number types chosen
 network_graph.json     what it was made of, and the digest of network_graph.pb
@@ -17,8 +17,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 from tensorflow.python.grappler import tf_optimizer
 
-from captioning.features.cnn import IMAGE_SIZE
-from captioning.features.inception import (
+from captioning.features.cnn import CNNS
+from captioning.features.network import (
     check_identity,
     compiled_once,
     extraction_precision,
@@ -31,11 +31,13 @@ from support.files import read_json, write_bytes, write_json
 
 _GRAPH, _NOTE = "network_graph.pb", "network_graph.json"
 # A change of these files may change the graph.
-_SOURCES = "inception.py", "random_weights.py", "bfloat16_weights.py", "frozen_graph.py"
+_SOURCES = "cnn.py", "network.py", "random_weights.py", "bfloat16_weights.py", "frozen_graph.py"
 _PIXELS, _FEATURES = "pixels:0", "Identity:0"  # as TensorFlow names what feature_graph takes and returns
 # What a graph may consist of. A file that somebody else wrote could do anything else, such as write files.
 _OPERATIONS = {"Placeholder", "Const", "Identity", "Cast", "Reshape", "Mul", "RealDiv", "AddV2", "Sub"}
 _OPERATIONS |= {"Conv2D", "BiasAdd", "FusedBatchNormV3", "Relu", "MaxPool", "AvgPool", "ConcatV2"}
+_OPERATIONS |= {"DepthwiseConv2dNative", "MatMul", "Pad", "Mean", "Relu6", "Sigmoid", "Erfc", "Neg", "Add"}
+_OPERATIONS |= {"SquaredDifference", "Rsqrt", "Shape", "StridedSlice", "Pack", "Prod", "GatherV2"}
 
 
 def kept_network(folder, config, statistics, expected_identity):
@@ -48,7 +50,7 @@ def kept_network(folder, config, statistics, expected_identity):
       config, statistics, expected_identity: as `feature_graph` takes them.
 
     Returns:
-      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+      function of uint8 (B, side, side, 3) -> float32 (B, P, F)
 
     Raises:
       UserError: as `feature_graph` does.
@@ -59,9 +61,10 @@ def kept_network(folder, config, statistics, expected_identity):
     if graph is None:
         made = feature_graph(config, statistics, expected_identity=expected_identity)
         graph = _rewrite_graph(made.get_concrete_function().graph.as_graph_def(), made_of["precision"])
-        _keep_graph(folder, made_of, graph)
+        _keep_graph(folder, made_of, graph, config.cnn)
     network = compiled_once(_graph_function(graph))
-    blank = tf.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)
+    side = CNNS[config.cnn].image_size
+    blank = tf.zeros((1, side, side, 3), tf.uint8)
     threading.Thread(target=network, args=(blank,)).start()  # compiles it while the caller goes on
     return network
 
@@ -71,7 +74,7 @@ def _describe_network(config, statistics):
     here = pathlib.Path(__file__)
     return {
         "network": network_identity(config, statistics),
-        "precision": extraction_precision(config.extract_precision),
+        "precision": extraction_precision(config),
         "code": _digest(b"".join(here.with_name(name).read_bytes() for name in _SOURCES)),
         "libraries": f"TensorFlow {tf.version.VERSION}, Keras {keras.version()}",
         "machine": f"{platform.machine()}, fast bfloat16: {has_fast_bfloat16()}",
@@ -137,8 +140,8 @@ def _read_graph(folder, made_of):
     return graph if is_arithmetic else None
 
 
-def _keep_graph(folder, made_of, graph):
-    """Keep a GraphDef for the next start. Where that fails, a line says so, and nothing else is the worse for it."""
+def _keep_graph(folder, made_of, graph, name):
+    """Keep the GraphDef of a CNN for the next start. Where that fails, a line says so and all else goes on."""
     data = graph.SerializeToString()
     try:
         write_bytes(folder / _GRAPH, data)
@@ -146,4 +149,4 @@ def _keep_graph(folder, made_of, graph):
     except UserError as error:
         print(f"note: the next start will take as long as this one: {error}")
         return
-    print(f"InceptionV3 is kept ready in {folder / _GRAPH} ({len(data) / 1e6:.0f} MB): later starts are faster")
+    print(f"{name} is kept ready in {folder / _GRAPH} ({len(data) / 1e6:.0f} MB): later starts are faster")

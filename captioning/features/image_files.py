@@ -1,4 +1,4 @@
-"""Image files of any kind, read as the pixels that InceptionV3 takes."""
+"""Image files of any kind, read as the pixels that a CNN takes."""
 
 import warnings
 
@@ -6,7 +6,6 @@ import numpy as np
 import pillow_heif
 from PIL import Image
 
-from captioning.features.cnn import IMAGE_SIZE
 from captioning.features.image_reader import MOST_FILE_PIXELS, open_image, upright_rgb
 from support.errors import printable
 from support.files import raise_if_lost
@@ -21,27 +20,27 @@ def set_up_pillow():
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses twice as many pixels only
 
 
-def load_image(path, cut=None):
+def load_image(path, side, cut=None):
     """Read any image file that Pillow can read, and squeeze it to a square.
 
     Args:
       path: path of the file.
+      side: int, pixels of each side of the square.
       cut: list that `path` is added to where it is a JPEG file that lacks its end, and is used all the same; or None.
 
     Returns:
-      uint8 (299, 299, 3), RGB, upright, with transparent parts white.
+      uint8 (side, side, 3), RGB, upright, with transparent parts white.
 
     Raises:
       ValueError: the file is missing or damaged, or has too many pixels.
       UserError: its drive has gone.
     """
-    size = (IMAGE_SIZE, IMAGE_SIZE)
     try:
         with open_image(path) as opened:
-            image = upright_rgb(opened, IMAGE_SIZE, size)
+            image = upright_rgb(opened, side, (side, side))
             if cut is not None and "cut" in image.info:
                 cut.append(path)
-            return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+            return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
     except Exception as error:  # on damaged files Pillow's decoders raise errors of many classes
         if isinstance(error, OSError):
             raise_if_lost(error, path)

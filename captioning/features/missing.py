@@ -1,5 +1,6 @@
 """Which images have no features yet, or features that no longer fit."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -7,8 +8,8 @@ from tqdm import tqdm
 
 from captioning.data.captioned_images import image_path
 from captioning.features.cache import feature_path, feature_stem, features_folder, random_statistics
-from captioning.features.feature_files import check_feature_file
-from captioning.features.inception import network_identity
+from captioning.features.cnn import CNNS
+from captioning.features.feature_files import check_feature_file, has_shape
 from captioning.features.manifest import (
     MADE_ELSEWHERE,
     Entry,
@@ -19,6 +20,7 @@ from captioning.features.manifest import (
     ways_out,
     write_manifest,
 )
+from captioning.features.network import network_identity
 from support.devices import usable_cores
 from support.errors import UserError
 from support.file_states import FileState, cancelling_pool, find_stat, renew_states
@@ -49,7 +51,7 @@ def find_missing(images, config, shared=False):
     recorded = read_manifest(folder, files)
     manifest = keep_live(folder, files, recorded)
     if files and manifest.network in (None, MADE_ELSEWHERE):
-        complete = _check_made_elsewhere(images, manifest, files, folder, config.feature_dtype)
+        complete = _check_made_elsewhere(images, manifest, files, config)
         if not shared:
             write_manifest(folder, complete)
         print(f"features: {len(images)} of {len(images)} are in {folder} already, made elsewhere")
@@ -83,7 +85,7 @@ def find_missing(images, config, shared=False):
     return missing
 
 
-def _check_made_elsewhere(images, manifest, files, features_dir, dtype):
+def _check_made_elsewhere(images, manifest, files, config):
     """Check features that another program made. New and changed ones are read.
 
     Args:
@@ -96,11 +98,15 @@ def _check_made_elsewhere(images, manifest, files, features_dir, dtype):
     Raises:
       UserError: a feature is missing or damaged.
     """
+    folder, shape, dtype = features_folder(config), CNNS[config.cnn].feature_shape, config.feature_dtype
+    known = [feature_path(image, folder) for image in images if feature_stem(image) in manifest.entries]
+    if known and not has_shape(known[0], shape):  # they were taken for those of another --cnn
+        manifest = dataclasses.replace(manifest, entries={})
     new = _files_without_line(images, manifest, files)
     entries = dict(manifest.entries)
     with cancelling_pool(usable_cores()) as pool:
-        check = functools.partial(check_feature_file, dtype=dtype)
-        states = pool.map(check, [feature_path(image, features_dir) for image in new])
+        check = functools.partial(check_feature_file, shape=shape, dtype=dtype)
+        states = pool.map(check, [feature_path(image, folder) for image in new])
         states = tqdm(states, "checking features made elsewhere", total=len(new), unit=" files", disable=not new)
         for image, state in zip(new, states, strict=True):
             if state:
@@ -108,8 +114,8 @@ def _check_made_elsewhere(images, manifest, files, features_dir, dtype):
     gaps = [image for image in images if feature_stem(image) not in entries]
     if gaps:
         raise UserError(
-            f"{len(gaps)} of {len(images)} features are missing, damaged or too large for --feature_dtype "
-            f"{dtype}, such as {feature_path(gaps[0], features_dir)}. "
+            f"{len(gaps)} of {len(images)} features are missing, damaged, not of the shape {shape} of --cnn "
+            f"{config.cnn} or too large for --feature_dtype {dtype}, such as {feature_path(gaps[0], folder)}. "
             "The features in this folder were made elsewhere, and another network does not fill their gaps: "
             "make these with the program that made the others, or name another --features_dir"
         )
@@ -129,8 +135,9 @@ def _check_replaced(images, recorded, live, files, config):
     _, changed = _check_images(suspects, recorded, config)
     folder = features_folder(config)
     paths = [feature_path(image, folder) for image in suspects if feature_stem(image) not in changed]
+    check = functools.partial(check_feature_file, shape=CNNS[config.cnn].feature_shape)
     with cancelling_pool(usable_cores()) as pool:
-        foreign = [path for path, state in zip(paths, pool.map(check_feature_file, paths), strict=True) if state]
+        foreign = [path for path, state in zip(paths, pool.map(check, paths), strict=True) if state]
     if foreign:
         raise UserError(
             f"{foreign[0]} is not the feature file that python data_utils.py wrote there ({recorded.network}), nor are "

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from captioning.data.coco import read_image_list
 from captioning.features.cache import ImageToCaption
+from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs
+from captioning.features.network import extraction_graphs
 from support.downloads import download_all
 from support.errors import FileError, UserError, mended_by, printable
 from support.files import walk_folder
@@ -213,13 +214,14 @@ def extract_batches(network, images, config, skipped, cut=None):
     Yields:
       (list of B ImageToCaption, features float32 (B, P, F))
     """
-    load = functools.partial(load_image, cut=cut)
+    cnn = CNNS[config.cnn]
+    load = functools.partial(load_image, side=cnn.image_size, cut=cut)
     together = max(config.decode_batch // config.extract_batch, 1)
     for start in range(0, len(images), _EXTRACTED):
         by_path = {image.path: image for image in images[start : start + _EXTRACTED]}
         # Decoding, whose captions are to be float32's, stays outside of the block.
-        with extraction_graphs(config.extract_precision):
-            extracted = list(extract_features(network, list(by_path), config.extract_batch, load))
+        with extraction_graphs(config):
+            extracted = list(extract_features(network, cnn, list(by_path), config.extract_batch, load))
         for i in range(0, len(extracted), together):
             done, features, failed = zip(*extracted[i : i + together], strict=True)
             for path, reason in itertools.chain(*failed):

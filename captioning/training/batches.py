@@ -1,12 +1,13 @@
 """Training batches: captions of similar lengths together, read ahead with their images' features."""
 
 import dataclasses
+import math
 
 import numpy as np
 import tensorflow as tf
 
 from captioning.features.cache import feature_path
-from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.cnn import CNNS
 from captioning.features.feature_files import parallel_map, read_feature
 from captioning.vocabulary import PAD
 from support.devices import usable_cores
@@ -78,15 +79,13 @@ def caption_batches(captions, order, config):
     """
 
     def read(positions, longest):
-        features = _read_features(tf.gather(captions.feature_paths, positions), config.feature_dtype)  # (B, P, F)
+        features = _read_features(tf.gather(captions.feature_paths, positions), config)  # (B, P, F)
         words = tf.gather(captions.words, positions).to_tensor(PAD, shape=tf.stack((-1, longest)))  # (B, T)
         return features, words
 
     positions = share_batches(order, config.batch_size) % len(captions.feature_paths)  # -1 is the last, the empty one
     longest = np.maximum.reduceat(captions.lengths[order], batch_starts(len(order), config.batch_size))
-    return parallel_map(
-        read, (positions, longest), _parallel_batches(config.batch_size, config.feature_dtype)
-    ).prefetch(2)
+    return parallel_map(read, (positions, longest), _parallel_batches(config.batch_size, config)).prefetch(2)
 
 
 def image_batches(feature_paths, order, config):
@@ -101,21 +100,21 @@ def image_batches(feature_paths, order, config):
 
     def read(positions):
         paths = tf.gather(feature_paths, positions % len(feature_paths))  # (B,)
-        return _read_features(paths, config.feature_dtype), positions
+        return _read_features(paths, config), positions
 
-    workers = _parallel_batches(config.images_per_step, config.feature_dtype)
+    workers = _parallel_batches(config.images_per_step, config)
     return parallel_map(read, share_batches(order, config.images_per_step), workers).prefetch(2)
 
 
-def _read_features(paths, dtype):
-    """Read cached features as numbers of a type. string (B,), str -> (B, P, F)."""
-    dtype = tf.as_dtype(dtype)
-    return tf.map_fn(lambda path: read_feature(path, dtype), paths, fn_output_signature=dtype)  # (B, P, F)
+def _read_features(paths, config):
+    """Read cached features as numbers of `feature_dtype`. string (B,), Config -> (B, P, F)."""
+    shape, dtype = CNNS[config.cnn].feature_shape, tf.as_dtype(config.feature_dtype)
+    return tf.map_fn(lambda path: read_feature(path, shape, dtype), paths, fn_output_signature=dtype)  # (B, P, F)
 
 
-def _parallel_batches(batch_size, dtype):
+def _parallel_batches(batch_size, config):
     """How many batches are read at a time: one on each core, but no more than fit in _READ_AHEAD."""
-    batch_bytes = batch_size * LOCATIONS * CHANNELS * tf.as_dtype(dtype).size
+    batch_bytes = batch_size * math.prod(CNNS[config.cnn].feature_shape) * tf.as_dtype(config.feature_dtype).size
     return max(1, min(usable_cores(), _READ_AHEAD // batch_bytes))
 
 

@@ -19,10 +19,10 @@ import tensorflow as tf
 from captioning.captioner import Captioner
 from captioning.data.prepared_data import read_prepared_settings
 from captioning.features.cache import features_folder, random_statistics
-from captioning.features.cnn import CHANNELS
+from captioning.features.cnn import CNNS
 from captioning.features.frozen_graph import kept_network
-from captioning.features.inception import feature_network
 from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.features.network import feature_network
 from captioning.settings import (
     DATA_SETTINGS,
     MODEL_SETTINGS,
@@ -32,6 +32,7 @@ from captioning.settings import (
     make_config,
     other_run,
     quote,
+    read_saved_settings,
     train_command,
 )
 from captioning.training.checkpoints import captioner_checkpoint, checkpoint_digest, list_checkpoints, restore_newest
@@ -110,6 +111,9 @@ def check_network(folder, data_dir, prepared):
     if network != prepared.network:
         theirs = f"{data_dir}'s ({prepared.network})"
         raise FileError(folder, f"was trained on features of another network ({network}) than {theirs}")
+    channels, theirs = _run_cnn(folder).channels, len(prepared.feature_mean)
+    if channels != theirs:  # made elsewhere, by two programs
+        raise FileError(folder, f"was trained on features of {channels} channels, and {data_dir}'s have {theirs}")
 
 
 def check_model_settings(folder, config, remedy=None):
@@ -131,6 +135,15 @@ def _features_network(folder):
     return read_json(pathlib.Path(folder, _NETWORK), str)
 
 
+def _run_cnn(folder):
+    """The CNN that the run was trained with. The settings may name another, that of other data."""
+    path = pathlib.Path(folder, "config.json")
+    name = str(read_saved_settings(path)["cnn"])
+    if name not in CNNS:
+        raise FileError(path, f"is damaged (its CNN is {name!r})")
+    return CNNS[name]
+
+
 def run_network(config, keep=False):
     """The network that made the features which the run in `run_dir` was trained on. New images must go through it.
 
@@ -139,7 +152,7 @@ def run_network(config, keep=False):
         with a GPU it is made anew all the same.
 
     Returns:
-      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+      function of uint8 (B, side, side, 3) -> float32 (B, P, F)
 
     Raises:
       UserError: another program made those features, or the settings name another network than the run's.
@@ -172,7 +185,7 @@ def run_settings(given, run_dir):
     config = make_config(given, {"run_dir": run_dir})
     if not path.exists():
         raise UserError(_nothing_trained(config))
-    saved = read_json(path, dict)
+    saved = read_saved_settings(path)
     if given.get("data_dir", saved.get("data_dir")) != saved.get("data_dir"):
         saved |= read_prepared_settings(given["data_dir"])
     names = (*DATA_SETTINGS, "data_dir", *MODEL_SETTINGS)
@@ -200,7 +213,7 @@ def read_captioner(folder, config):
     folder = pathlib.Path(folder)
     check_model_settings(folder, config)
     vocabulary = read_vocabulary(folder / "vocabulary.json")
-    encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(CHANNELS, np.float32))
+    encoder, decoder = build_captioner(config, len(vocabulary), np.zeros(_run_cnn(folder).channels, np.float32))
     checkpoint = restore_newest(captioner_checkpoint(encoder, decoder), [folder / "best", folder / "last"])
     if checkpoint is None:
         return None

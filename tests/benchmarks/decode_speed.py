@@ -19,7 +19,7 @@ import tensorflow as tf
 from drawn_data import describe_machine, draw_images, print_table
 
 from captioning.captioner import Captioner, caption_batch
-from captioning.features.cnn import CHANNELS
+from captioning.features.cnn import CNNS
 from captioning.features.cache import cached_batches, dataset_images, load_data
 from captioning.settings import make_config
 from captioning.training.run_folder import load_captioner, run_settings
@@ -48,7 +48,7 @@ def main(argv):
             captioner = load_captioner(config)
         else:
             config = dataclasses.replace(config, features_dir=folder, max_words=10)
-            images = draw_images(pathlib.Path(folder), options.count, config.vocab_size)
+            images = draw_images(pathlib.Path(folder), options.count, config.vocab_size, CNNS[config.cnn].feature_shape)
             captioner = make_up_captioner(config)
         wanted = dataset_images(images, config)
         few = wanted[:10]
@@ -63,7 +63,7 @@ def main(argv):
 
 
 def make_up_captioner(config):
-    encoder, decoder = build_captioner(config, config.vocab_size, np.zeros(CHANNELS, np.float32))
+    encoder, decoder = build_captioner(config, config.vocab_size, np.zeros(CNNS[config.cnn].channels, np.float32))
     decoder.output_layer.bias.assign(tf.one_hot(END, config.vocab_size, on_value=-1e6))
     return Captioner(encoder, decoder, [f"word{i}" for i in range(config.vocab_size)], "none")
 

@@ -10,19 +10,20 @@ from PIL import Image
 
 from captioning.data.captioned_images import CaptionedImage
 from captioning.data.prepared_data import Prepared, encode_images
-from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.cnn import CNNS
 from captioning.features.feature_files import write_features
 from captioning.vocabulary import SPECIAL_WORDS
 from support.devices import usable_cores
 
 
-def draw_images(folder, count, vocab_size, seed=0):
+def draw_images(folder, count, vocab_size, shape=CNNS["InceptionV3"].feature_shape, seed=0):
     """Images of five captions each, of made-up words, and their features.
 
     Args:
       folder: pathlib.Path to write the features to.
       count: int, how many images.
       vocab_size: int, V; there are as many different words, without the special ones.
+      shape: (P, F)
 
     Returns:
       list of CaptionedImage
@@ -30,7 +31,7 @@ def draw_images(folder, count, vocab_size, seed=0):
     rng = np.random.default_rng(seed)
     images = []
     for number in range(count):
-        features = rng.standard_normal((LOCATIONS, CHANNELS), np.float32) - 1.34  # 91 % zeros, as InceptionV3's
+        features = rng.standard_normal(shape, np.float32) - 1.34  # 91 % zeros, as InceptionV3's
         write_features([folder / f"{number:06d}.npy"], features.clip(0)[np.newaxis], "float16")
         lengths = rng.lognormal(2.32, 0.34, 5).round().clip(2, 37).astype(int)  # as Flickr8k's: mean 10.8 words
         drawn = [rng.integers(vocab_size - len(SPECIAL_WORDS), size=length) for length in lengths]
@@ -43,8 +44,8 @@ def draw_prepared(folder, count, config):
     """Prepared data of `draw_images`, all of them to train on and ten to validate."""
     words = [f"w{word}" for word in range(config.vocab_size - len(SPECIAL_WORDS))]
     vocabulary = [*SPECIAL_WORDS, *words]
-    images = encode_images(draw_images(folder, count, config.vocab_size), vocabulary)
-    mean = np.zeros(CHANNELS, np.float32)
+    images = encode_images(draw_images(folder, count, config.vocab_size, CNNS[config.cnn].feature_shape), vocabulary)
+    mean = np.zeros(CNNS[config.cnn].channels, np.float32)
     return Prepared(images, images[:10], [], vocabulary, mean, feature_std=1.0, network="made up")
 
 

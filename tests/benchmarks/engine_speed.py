@@ -51,9 +51,10 @@ def write_onnx(options):
     import tensorflow as tf
     import tf2onnx
 
-    from captioning.features.inception import load_inception
+    from captioning.features.cnn import CNNS
+    from captioning.features.network import load_cnn
 
-    inception = load_inception(options.weights, "float32")
+    inception = load_cnn(CNNS["InceptionV3"], options.weights, "float32")
 
     @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE, 3), tf.float32, name="pixels")])
     def network(pixels):
@@ -67,11 +68,11 @@ def tensorflow_network(options):
     import support.before_tensorflow  # noqa: F401, I001  must come first
     import tensorflow as tf
 
-    from captioning.features.inception import extraction_graphs, feature_network
+    from captioning.features.network import extraction_graphs, feature_network
     from captioning.settings import make_config
 
     config = make_config({"inception_weights": options.weights, "extract_precision": options.precision})
-    contextlib.ExitStack().enter_context(extraction_graphs(config.extract_precision))
+    contextlib.ExitStack().enter_context(extraction_graphs(config))
     compute = feature_network(config)
     return lambda pixels: compute(tf.constant(pixels)).numpy()
 

@@ -15,15 +15,15 @@ import pathlib
 import tempfile
 import time
 
-import keras
 import numpy as np
 import tensorflow as tf
 from drawn_data import describe_machine, draw_photographs, print_table
 
+from captioning.features.cnn import CNNS, preprocess
 from captioning.features.extraction import extract_features
 from captioning.features.feature_files import write_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, feature_network, load_inception, network_identity
+from captioning.features.network import extraction_graphs, feature_network, load_cnn, network_identity
 from captioning.features.random_weights import set_random_weights, set_statistics
 from captioning.settings import read_settings
 from support.devices import set_up_devices
@@ -49,14 +49,14 @@ def main(argv):
             raise UserError(f"no .jpg file is in {options.folder}: give another --folder")
         statistics = folder / "random_statistics.npz"
         exact = dataclasses.replace(config, extract_precision="float32")
-        with extraction_graphs(exact.extract_precision):
+        with extraction_graphs(exact):
             network = feature_network(exact, statistics, paths[:64])
             inception = usual_network(config, statistics)
-            similarity = compare(network, inception, paths[:32])
+            similarity = compare(network, inception, paths[:32], CNNS[config.cnn])
             assert similarity > 0.9999, similarity
-        with extraction_graphs(config.extract_precision):  # a rewriting of graphs, which leaves eager calls as they are
+        with extraction_graphs(config):  # a rewriting of graphs, which leaves eager calls as they are
             network = feature_network(config, statistics)
-            similarity = compare(network, inception, paths[:32])
+            similarity = compare(network, inception, paths[:32], CNNS[config.cnn])
             # Random weights, unlike trained ones, make errors of rounding grow from layer to layer.
             assert similarity > 0.999 or config.inception_weights == "random", similarity
             rates = measure(network, inception, paths, folder, options.rounds, config)
@@ -68,32 +68,33 @@ def main(argv):
 
 def measure(network, inception, paths, folder, rounds, config):
     """Each way's images/s in each round: dict of name to list of float."""
-    ready = tf.constant(np.stack([load_image(path) for path in paths[: config.extract_batch]]))
-    rates = {"usual": [], "ours": [], "InceptionV3 alone, our graph": []}
+    side = CNNS[config.cnn].image_size
+    ready = tf.constant(np.stack([load_image(path, side) for path in paths[: config.extract_batch]]))
+    rates = {"usual": [], "ours": [], "the CNN alone, our graph": []}
     for _ in range(rounds + 1):  # the first round warms up
-        rates["usual"].append(rate(len(paths), extract_the_usual_way, inception, paths, folder))
+        rates["usual"].append(rate(len(paths), extract_the_usual_way, inception, paths, folder, CNNS[config.cnn]))
         rates["ours"].append(rate(len(paths), extract_our_way, network, paths, folder, config))
-        rates["InceptionV3 alone, our graph"].append(rate(len(ready) * 5, call_often, network, ready, 5))
+        rates["the CNN alone, our graph"].append(rate(len(ready) * 5, call_often, network, ready, 5))
     return rates
 
 
 def usual_network(config, statistics):
-    model = load_inception(config.inception_weights, "float32")
+    model = load_cnn(CNNS[config.cnn], config.inception_weights, "float32")
     if config.inception_weights == "random":
         set_random_weights(model, config.seed)
         set_statistics(model, statistics, network_identity(config))
     return model
 
 
-def usual_pixels(path):
+def usual_pixels(path, cnn):
     pixels = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
-    pixels = tf.image.resize(pixels, (299, 299))
-    return keras.applications.inception_v3.preprocess_input(pixels), path
+    pixels = tf.image.resize(pixels, (cnn.image_size, cnn.image_size))
+    return preprocess(pixels, cnn), path
 
 
-def extract_the_usual_way(inception, paths, folder):
+def extract_the_usual_way(inception, paths, folder, cnn):
     dataset = tf.data.Dataset.from_tensor_slices([str(path) for path in paths])
-    dataset = dataset.map(usual_pixels, num_parallel_calls=tf.data.AUTOTUNE).batch(16)
+    dataset = dataset.map(lambda path: usual_pixels(path, cnn), num_parallel_calls=tf.data.AUTOTUNE).batch(16)
     for pixels, names in dataset:
         features = inception(pixels)
         features = tf.reshape(features, (features.shape[0], -1, features.shape[3]))
@@ -102,7 +103,7 @@ def extract_the_usual_way(inception, paths, folder):
 
 
 def extract_our_way(network, paths, folder, config):
-    for done, features, _ in extract_features(network, paths, config.extract_batch):
+    for done, features, _ in extract_features(network, CNNS[config.cnn], paths, config.extract_batch):
         write_features([folder / (path.stem + ".npy") for path in done], features, config.feature_dtype)
 
 
@@ -117,11 +118,11 @@ def rate(count, function, *args):
     return count / (time.perf_counter() - start)
 
 
-def compare(network, inception, paths):
+def compare(network, inception, paths, cnn):
     """The mean cosine between the two networks' features of the same pixels."""
-    pixels = np.stack([load_image(path) for path in paths])
+    pixels = np.stack([load_image(path, cnn.image_size) for path in paths])
     ours = network(tf.constant(pixels)).numpy()
-    theirs = tf.reshape(inception(pixels / np.float32(127.5) - 1, training=False), ours.shape).numpy()
+    theirs = tf.reshape(inception(preprocess(tf.constant(pixels, tf.float32), cnn), training=False), ours.shape).numpy()
     norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
     return ((ours * theirs).sum(-1) / np.maximum(norms, 1e-9)).mean()
 

@@ -27,8 +27,9 @@ from train_speed import our_gradients
 from captioning.features.cache import features_folder
 from captioning.captioner import decode_captions
 from captioning.decoder.beam_search import beam_search
+from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
-from captioning.features.inception import extraction_graphs, feature_network
+from captioning.features.network import extraction_graphs, feature_network
 from captioning.settings import make_config
 from captioning.training.batches import caption_batches, collect_captions
 from config import Config
@@ -144,8 +145,9 @@ def compute_features(folder, options, config):
         draw_photographs(photographs, options.count)
     paths = sorted(photographs.iterdir())
     network = feature_network(config, folder / "random_statistics.npz", paths)
-    with extraction_graphs(config.extract_precision):
-        return np.concatenate([features for _, features, _ in extract_features(network, paths, config.extract_batch)])
+    with extraction_graphs(config):
+        batches = extract_features(network, CNNS[config.cnn], paths, config.extract_batch)
+        return np.concatenate([features for _, features, _ in batches])
 
 
 def train(state, prepared, options, config):

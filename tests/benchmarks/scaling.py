@@ -22,7 +22,7 @@ import numpy as np
 from drawn_data import describe_machine, draw_images
 
 from captioning.data.prepared_data import save_prepared
-from captioning.features.cnn import CHANNELS
+from captioning.features.cnn import CNNS
 from captioning.features.cache import measure_features, cached_network, features_folder
 from captioning.features.missing import find_missing
 from captioning.settings import read_settings
@@ -55,7 +55,7 @@ def main(argv):
 
 def prepare(folder, count, config):
     """Write what data_utils.py would leave for training. Returns the training images, list of CaptionedImage."""
-    images = draw_images(folder / "features", count, config.vocab_size)
+    images = draw_images(folder / "features", count, config.vocab_size, CNNS[config.cnn].feature_shape)
     find_missing(images, config)  # writes down that the features were made elsewhere
     splits, measured = {"train": images, "validation": images[:20]}, measure_features(images, features_folder(config))
     save_prepared(splits, {}, *measured, cached_network(features_folder(config)), config)
@@ -88,7 +88,7 @@ def train(config, run_dir, cores):
 
 def print_reduced(images, config):
     """Print how many bytes of gradients all workers exchange in a step."""
-    encoder, decoder = build_captioner(config, config.vocab_size, np.zeros(CHANNELS, np.float32))
+    encoder, decoder = build_captioner(config, config.vocab_size, np.zeros(CNNS[config.cnn].channels, np.float32))
     weights = sum(int(np.prod(weight.shape)) for weight in encoder.trainable_variables + decoder.trainable_variables)
     embedding = int(np.prod(decoder.embedding.embeddings.shape))
     lengths = [len(caption.split()) + 1 for image in images for caption in image.captions]  # with <end>

@@ -25,7 +25,7 @@ from drawn_data import describe_machine, draw_prepared, print_table
 
 from captioning.data.prepared_data import read_prepared_settings
 from captioning.features.cache import load_data, features_folder
-from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.cnn import CNNS
 from captioning.settings import DATA_SETTINGS, adopt_settings, make_config
 from captioning.training.batches import batch_starts, collect_captions
 from captioning.vocabulary import PAD
@@ -166,7 +166,7 @@ def usual_batches(captions, config):
 
     def load(path, caption):
         features = tf.numpy_function(lambda name: np.load(name.decode()).astype(np.float32), [path], tf.float32)
-        return tf.ensure_shape(features, (LOCATIONS, CHANNELS)), caption
+        return tf.ensure_shape(features, CNNS[config.cnn].feature_shape), caption
 
     dataset = tf.data.Dataset.from_tensor_slices((captions.feature_paths[:-1], words))
     dataset = dataset.shuffle(len(words), seed=config.seed).map(load, num_parallel_calls=tf.data.AUTOTUNE)

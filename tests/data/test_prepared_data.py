@@ -13,7 +13,6 @@ from captioning.data.coco import read_coco_captions
 from captioning.data.prepared_data import leave_out, read_prepared_settings, retract_prepared, save_prepared
 from captioning.data.splits import _draw_examples, _split_by_image
 from captioning.features.cache import cached_network, feature_path, features_folder, load_data, measure_features
-from captioning.features.cnn import CHANNELS
 from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE
 from captioning.features.missing import find_missing
 from captioning.settings import DATA_SETTINGS, make_config, naming_commands
@@ -289,6 +288,16 @@ def test_a_damaged_prepared_file_is_named_with_the_command(copied, name, damage)
     assert "\n" not in str(raised.value)
 
 
+def test_data_from_before_the_choice_of_a_cnn_are_inceptionv3s(copied):
+    path = pathlib.Path(copied.data_dir, "settings.json")
+    saved = json.loads(path.read_text())
+    assert saved.pop("cnn") == "InceptionV3"
+    path.write_text(json.dumps(saved))
+    load_data(copied)
+    with pytest.raises(UserError, match="prepared with --cnn InceptionV3, not VGG16: give --cnn InceptionV3, or run"):
+        load_data(dataclasses.replace(copied, cnn="VGG16"))
+
+
 TOKEN_IDS = st.lists(st.integers(0, 20) | st.sampled_from([21, -1, 2**40]), max_size=5)
 PREPARED = st.lists(
     records(
@@ -327,4 +336,4 @@ def test_any_prepared_file_loads_or_is_one_line(root, damage):
             return check_one_line(error)
         for image in prepared.train + prepared.validation:
             assert all(0 <= i < len(prepared.vocabulary) for ids in image.encoded_captions for i in ids)
-        assert prepared.feature_mean.shape == (CHANNELS,)
+        assert prepared.feature_mean.shape == (2048,)

@@ -7,13 +7,14 @@ import tensorflow as tf
 import model
 from captioning.decoder.beam_search import _best_continuations, _rank_beams, beam_search, best_beams
 from captioning.decoder.rules import _BANNED_WORDS, ban_words
-from captioning.features.cnn import CHANNELS, LOCATIONS
+from captioning.features.cnn import CNNS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
 from tiny_captioner import SIZES, tiny_captioner
 
 SMALL = make_config({"encoder_dim": 8, "embedding_dim": 12, "units": 16})
 VOCABULARY = 30
+LOCATIONS, CHANNELS = CNNS["InceptionV3"].feature_shape
 NO_MEAN = np.zeros(CHANNELS, np.float32)
 
 decode = tf.function(beam_search)

@@ -28,10 +28,11 @@ from captioning.decoder.nucleus_sampling import draw_words, keep_nucleus
 from captioning.export import bundle as export_bundle
 from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
+from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import load_image
 from captioning.features.image_reader import MOST_FILE_PIXELS
-from captioning.features.inception import feature_network
+from captioning.features.network import feature_network
 from captioning.inference.own_images import _IMAGE_FORMATS, find_images
 from captioning.settings import make_config
 from captioning.training import run_folder
@@ -110,7 +111,7 @@ def test_the_script_reads_an_image_as_script_1_does(tmp_path, name):
     path.write_bytes(kinds_of_files()[name])
     with pillow_set_up():
         try:
-            expected = load_image(path)
+            expected = load_image(path, 299)
         except ValueError:  # PostScript alone
             assert path.read_bytes().startswith(b"%!PS")
             with pytest.raises(OSError, match="PostScript"):
@@ -123,7 +124,7 @@ def test_the_script_reads_an_image_as_script_1_does(tmp_path, name):
 
 def test_the_script_reads_photographs_and_drawings_as_script_1_does(images):
     for path in images:
-        assert np.abs(load_runner().read_pixels(path, 299).astype(int) - load_image(path)).max() <= 1, path
+        assert np.abs(load_runner().read_pixels(path, 299).astype(int) - load_image(path, 299)).max() <= 1, path
 
 
 def test_the_script_has_the_limits_of_script_1(tmp_path, monkeypatch):
@@ -149,7 +150,7 @@ def test_the_script_finds_the_captions_of_script_3(exported, images, width, leng
         given["repeat_block"] = repeat_block
         config = dataclasses.replace(CONFIG, **given)
         how = argparse.Namespace(**given, captions=1)
-        pixels = np.stack([load_image(path) for path in images])
+        pixels = np.stack([load_image(path, 299) for path in images])
         graphs = _greedy_graph, _beam_graph
         features = colour_network(pixels)
         decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, graphs=graphs)
@@ -173,7 +174,7 @@ def test_the_script_finds_the_captions_of_script_3(exported, images, width, leng
 def test_the_script_says_the_several_captions_of_script_3(exported, images, several, capsys):
     captioner, _, runner = exported
     config = decoding_settings({}, dataclasses.replace(CONFIG, **several))
-    features = colour_network(np.stack([load_image(path) for path in images]))
+    features = colour_network(np.stack([load_image(path, 299) for path in images]))
     named = [ImageToCaption(pathlib.Path(path), str(path)) for path in images]
     captions = caption_batch(captioner, named, features, config)
     capsys.readouterr()
@@ -209,7 +210,7 @@ def bundle_format(exported):
 def test_the_maps_are_those_of_the_figures(exported, images):
     captioner, _, runner = exported
     encode, explain = (runner.load_model(name, bundle_format(exported)) for name in ("encoder", "evidence"))
-    pixels = load_image(images[0])[None]
+    pixels = load_image(images[0], 299)[None]
     words = np.int32([5, 9, 6, 19, 7])
     weights, evidence, norms = explain_captions(
         captioner.encoder, captioner.decoder, colour_network(pixels), tf.constant([[*words, END]])
@@ -266,7 +267,7 @@ def test_a_caption_is_said_by_the_script_in_a_process_that_has_no_tensorflow(exp
     assert ended.returncode == 0, ended.stderr
     in_order = [*paths[:3], *sorted(tmp_path / "more" / path.name for path in paths[3:])]
     config = dataclasses.replace(CONFIG, beam_width=3)
-    features = colour_network(np.stack([load_image(path) for path in in_order]))
+    features = colour_network(np.stack([load_image(path, 299) for path in in_order]))
     generated = caption_batch(captioner, [ImageToCaption(path, str(path)) for path in in_order], features, config)
     assert ended.stdout.splitlines() == [f"{caption.name}: {caption.caption}" for caption in generated]
     assert any(re.search("[一-龥]word", caption.caption) for caption in generated)
@@ -445,7 +446,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
     """The second one comes while the first writes its models."""
-    monkeypatch.setattr(export_bundle, "_bundle_functions", lambda captioner, network: captioner)
+    monkeypatch.setattr(export_bundle, "_bundle_functions", lambda captioner, network, cnn: captioner)
 
     def write(captioner, again, weights, images, folder):
         monkeypatch.setattr(export_bundle, "_write_litert", lambda *_: pytest.fail("two at once"))
@@ -497,7 +498,7 @@ def test_float16_weights_take_half_the_room_and_give_nearly_the_same(exported, t
     assert sizes(small)["decoder"] < sizes(large)["decoder"]
     runner = load_runner(small)
     encode, decode = (runner.load_model(name, "litert") for name in ("encoder", "decoder"))
-    pixels = np.stack([load_image(path) for path in images[:3]])
+    pixels = np.stack([load_image(path, 299) for path in images[:3]])
     encoded_features = captioner.encoder(colour_network(pixels))  # (B, P, D)
     for image, expected in zip(pixels, encoded_features.numpy(), strict=True):
         found = encode(pixels=image[None])["encoded_features"]  # the stand-in multiplies errors by up to 255
@@ -524,7 +525,7 @@ def test_int8_weights_are_calibrated_on_training_images(trained, tmp_path, capsy
     from ai_edge_litert.interpreter import Interpreter
 
     seen = []
-    monkeypatch.setattr(export_bundle, "load_image", lambda path: seen.append(path) or load_image(path))
+    monkeypatch.setattr(export_bundle, "load_image", lambda path, side: seen.append(path) or load_image(path, side))
     monkeypatch.setattr(run_folder, "run_network", lambda config, keep=False: colour_network)
     argv = [*options(trained), "--export", str(tmp_path / "bundle"), "--format", "litert", "--weights", "int8"]
     inference.main(argv)
@@ -661,7 +662,7 @@ def test_photographs_get_the_captions_of_script_3_from_float32_weights(tmp_path)
     weights = str(SHARED / "weights" / "inception_v3_notop.weights.h5")
     config = make_config({**SIZES, "inception_weights": weights, "extract_precision": "float32", "max_words": 12})
     network = feature_network(config)
-    features = np.concatenate([batch for _, batch, _ in extract_features(network, paths, 10)])
+    features = np.concatenate([batch for _, batch, _ in extract_features(network, CNNS["InceptionV3"], paths, 10)])
     captioner = tiny_captioner(config, features, seed=22)
     for kind in ("litert", "onnx"):
         folder = tmp_path / kind

@@ -20,9 +20,10 @@ from captioning.export.graph_images import _decode_image
 from captioning.export.saved_model import export_captioner, new_folder
 from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
+from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, feature_network
+from captioning.features.network import extraction_graphs, feature_network
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD
 from captioning.words import join_words
@@ -94,14 +95,14 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
     exact = dataclasses.replace(config, extract_precision="float32")
     calibration = sorted((tmp_path / "coco" / "train2014").iterdir())
     network = feature_network(exact, tmp_path / "statistics.npz", calibration)
-    ((_, features, _),) = extract_features(network, paths, len(paths))
+    ((_, features, _),) = extract_features(network, CNNS[config.cnn], paths, len(paths))
     captioner = tiny_captioner(config, features, seed=22)  # whose captions a pixel off by one does not change
     images = [ImageToCaption(path, str(path)) for path in paths]
     expected = caption_batch(captioner, images, features, config)
     assert len({caption.caption for caption in expected}) > len(paths) / 2
     assert len({len(caption.words) for caption in expected}) > 2
 
-    with extraction_graphs(config.extract_precision):  # this process's, not the model's
+    with extraction_graphs(config):  # this process's, not the model's
         export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
     assert sorted(os.listdir(tmp_path / "deep")) == [".exported.export.lock", "exported"]
 
@@ -153,15 +154,16 @@ def test_an_image_is_too_large_where_it_is_for_the_scripts(tmp_path, monkeypatch
         monkeypatch.setattr(module, "MOST_PIXELS", limits[0])
         monkeypatch.setattr(module, "MOST_FILE_PIXELS", limits[1])
     data = encoded(kind, 1200, 1300)
-    _, found = tf.function(lambda data: graph_images._read_image(data))(tf.constant(data))  # traced with these limits
+    read = tf.function(lambda data: graph_images._read_image(data, 299))  # traced with these limits
+    _, found = read(tf.constant(data))
     assert found.numpy().decode() == status
     (tmp_path / "a").write_bytes(data)
     with contextlib.nullcontext() if status == "ok" else pytest.raises(ValueError, match="pixels are more than"):
-        load_image(tmp_path / "a")
+        load_image(tmp_path / "a", 299)
 
 
-decode_in_graph = tf.function(_decode_image)
-read_in_graph = tf.function(graph_images._read_image)
+decode_in_graph = tf.function(lambda data: _decode_image(data, 299))
+read_in_graph = tf.function(lambda data: graph_images._read_image(data, 299))
 
 
 @pytest.mark.parametrize("name", SAME | NEAR)
@@ -169,7 +171,7 @@ def test_images_are_decoded_as_for_the_features(tmp_path, name):
     path = draw(tmp_path, name, *(SAME | NEAR)[name])
     decoded = decode_in_graph(tf.constant(path.read_bytes()))
     assert decoded.dtype == tf.uint8
-    difference = np.abs(decoded.numpy().astype(int) - load_image(path))  # (299, 299, 3)
+    difference = np.abs(decoded.numpy().astype(int) - load_image(path, 299))  # (299, 299, 3)
     assert difference.max() <= (0 if name in SAME else 3)
     assert difference.mean() < 0.5
 
@@ -186,7 +188,7 @@ def test_files_as_people_have_them_are_read_as_by_the_scripts_or_refused(tmp_pat
         assert status == b"not sRGB"
     else:
         (tmp_path / "a").write_bytes(made.data)
-        difference = np.abs(pixels.numpy().astype(int) - load_image(tmp_path / "a"))  # (299, 299, 3)
+        difference = np.abs(pixels.numpy().astype(int) - load_image(tmp_path / "a", 299))  # (299, 299, 3)
         assert status == b"ok" and difference.mean() < (2 if made.cut else 0.6)
 
 
@@ -198,7 +200,7 @@ def test_the_beam_is_the_configs(tmp_path):
     served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
     answer = served(images=tf.constant([path.read_bytes() for path in paths]))
 
-    features = colour_network(np.stack([load_image(path) for path in paths]))
+    features = colour_network(np.stack([load_image(path, 299) for path in paths]))
     decoded = decode_captions(captioner.encoder, captioner.decoder, features, config)
     said = [join_words([MIXED[i] for i in ids if i not in (PAD, END)]) for ids in decoded.words.numpy()]
     assert any(" " in text for text in said) and any(re.search("[一-龥]word|word[0-9]+[一-龥]", text) for text in said)

@@ -27,6 +27,7 @@ from support.errors import UserError
 from support.file_states import FileState, read_state
 
 IMAGE = FileState(1, 2, 3)
+SHAPE = (64, 2048)
 
 
 def noise(count=1):
@@ -94,10 +95,10 @@ def test_features_are_read_in_the_graph_as_numpy_reads_them(tmp_path, dtype, ver
     features = noise()[0].astype(dtype)
     path = tmp_path / "a.npy"
     save_version(path, features, version)
-    read = tf.function(read_feature)(str(path), "float32")
+    read = tf.function(read_feature)(str(path), SHAPE, "float32")
     assert read.shape == (64, 2048)
     np.testing.assert_array_equal(read, features.astype(np.float32))
-    assert check_feature_file(path) == read_state(path)
+    assert check_feature_file(path, SHAPE) == read_state(path)
 
 
 def test_a_header_of_another_length_is_read_right(tmp_path):
@@ -108,12 +109,12 @@ def test_a_header_of_another_length_is_read_right(tmp_path):
     for padding in (6, 7, 500):
         text = header + b" " * padding + b"\n"
         path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + features.tobytes())
-        assert check_feature_file(path)
-        np.testing.assert_array_equal(read_feature(str(path), tf.float16), features)
+        assert check_feature_file(path, SHAPE)
+        np.testing.assert_array_equal(read_feature(str(path), SHAPE, tf.float16), features)
 
 
 def read_all(paths):
-    dataset = parallel_map(lambda path: read_feature(path, dtype="float16"), [str(path) for path in paths])
+    dataset = parallel_map(lambda path: read_feature(path, SHAPE, dtype="float16"), [str(path) for path in paths])
     dataset = dataset.batch(2).prefetch(1)
     with reading_features():
         return sum(len(batch) for batch in dataset)
@@ -139,7 +140,7 @@ def test_no_truncated_feature_passes_for_a_whole_one(tmp_path, dtype):
     for kept in (0, 3, 9, 128, 128 + 4096, 100_000, 262_143, 262_144, 262_272 - 16, -4096, -16, -1):
         path.write_bytes(data[:kept])
         with pytest.raises(UserError, match=rf"^{path} is damaged$"), reading_features():
-            read(tf.constant(str(path)), "float32")
+            read(tf.constant(str(path)), SHAPE, "float32")
 
 
 def test_a_feature_that_is_gone_is_one_line_while_training_reads(tmp_path):
@@ -217,12 +218,12 @@ def rewritten(change):
 def test_a_file_that_is_not_whole_features_is_found(tmp_path, write):
     path = tmp_path / "a.npy"
     write(path)
-    assert check_feature_file(path) is None
+    assert check_feature_file(path, SHAPE) is None
 
 
 def test_pickles_are_not_loaded(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    assert check_feature_file(tmp_path / "a.npy") is None
+    assert check_feature_file(tmp_path / "a.npy", SHAPE) is None
 
 
 HEADER = len(b"\x93NUMPY\x01\x00vv") + 118  # of a .npy file that NumPy writes
@@ -250,8 +251,8 @@ def test_a_feature_file_that_passes_is_read_as_numpy_reads_it(header, itemsize):
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "a.npy")
         path.write_bytes(header + numbers.tobytes())
-        if check_feature_file(path):
-            np.testing.assert_array_equal(read_feature(str(path), "float32"), np.load(path).astype(np.float32))
+        if check_feature_file(path, SHAPE):
+            np.testing.assert_array_equal(read_feature(str(path), SHAPE, "float32"), np.load(path).astype(np.float32))
 
 
 # --- Features of prepared images

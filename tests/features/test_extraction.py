@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -15,10 +16,11 @@ from PIL import Image
 from captioning.data.captioned_images import CaptionedImage, image_path, name_features
 from captioning.features import extraction
 from captioning.features.cache import feature_path, features_folder, random_statistics
+from captioning.features.cnn import CNNS
 from captioning.features.extraction import _CALIBRATION_IMAGES, cache_features, calibration_paths, extract_features
-from captioning.features.inception import network_identity
 from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE, read_manifest, scan_features
 from captioning.features.missing import find_missing
+from captioning.features.network import network_identity
 from captioning.settings import make_config
 from support.errors import UserError
 
@@ -147,8 +149,8 @@ def test_a_copy_of_everything_without_its_times_is_not_extracted_again(config, i
 def test_an_image_that_changes_while_it_is_read_is_extracted_again(config, images, network, monkeypatch):
     load_image = extraction.load_image
 
-    def load_and_change(path, cut):
-        pixels = load_image(path, cut)
+    def load_and_change(path, side, cut):
+        pixels = load_image(path, side, cut)
         if path == image_path(images[3], config):
             draw(images[3], config, 150)
         return pixels
@@ -367,6 +369,28 @@ def test_whole_features_that_this_program_did_not_write_are_refused(config, imag
     assert run(images, config) == 1
 
 
+@pytest.mark.parametrize("first", ["by name", "by path"])
+def test_features_of_imagenets_weights_are_the_same_by_name_and_by_path(config, images, network, monkeypatch, first):
+    path = pathlib.Path(config.coco_dir, "notop.h5")
+    path.write_bytes(b"weights")
+    known = dataclasses.replace(CNNS[config.cnn], imagenet_digest=hashlib.md5(b"weights").hexdigest())
+    monkeypatch.setitem(CNNS, config.cnn, known)
+    by_path = dataclasses.replace(config, inception_weights=str(path))
+    before, after = (config, by_path) if first == "by name" else (by_path, config)
+    assert run(images, before) == COUNT
+    assert run(images, after) == 0
+    path.write_bytes(b"others")
+    with pytest.raises(UserError, match=r"another network \(InceptionV3, weights imagenet\) than .* \(.*SHA-256"):
+        find_missing(images, by_path)
+
+
+def test_features_of_another_cnn_are_refused(config, images, network):
+    run(images, config)
+    other = dataclasses.replace(config, cnn="VGG16")
+    with pytest.raises(UserError, match=r"another network \(InceptionV3, .*\(VGG16, .*name another --features_dir, or"):
+        find_missing(images, other)
+
+
 # --- Features made elsewhere
 
 
@@ -406,7 +430,8 @@ def test_a_gap_in_features_made_elsewhere_is_not_filled(config, images, elsewher
         with pytest.raises(UserError) as raised:
             find_missing(images, config, shared)
         assert str(raised.value) == (
-            f"2 of 6 features are missing, damaged or too large for --feature_dtype float16, such as {elsewhere[2]}. "
+            "2 of 6 features are missing, damaged, not of the shape (64, 2048) of --cnn InceptionV3 "
+            f"or too large for --feature_dtype float16, such as {elsewhere[2]}. "
             "The features in this folder were made elsewhere, and another network does not fill their gaps: "
             "make these with the program that made the others, or name another --features_dir"
         )
@@ -420,6 +445,20 @@ def test_features_made_elsewhere_must_fit_into_the_number_type_that_they_are_rea
     with pytest.raises(UserError, match=rf"1 of 6 .*too large for --feature_dtype float16, such as {elsewhere[2]}"):
         find_missing(images, config)
     assert find_missing(images, dataclasses.replace(config, feature_dtype="float32")) == []
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_features_made_elsewhere_must_have_the_shape_of_the_cnn(config, images, elsewhere, known):
+    if known:
+        find_missing(images, config)
+    other = dataclasses.replace(config, cnn="MobileNetV3Large")
+    with pytest.raises(UserError, match=r"6 of 6 .*not of the shape \(49, 960\) of --cnn MobileNetV3Large"):
+        find_missing(images, other)
+    for path in elsewhere:
+        np.save(path, np.ones((49, 960), np.float16))
+    assert find_missing(images, other) == []
+    with pytest.raises(UserError, match=r"6 of 6 features are .*not of the shape \(64, 2048\) of --cnn InceptionV3"):
+        find_missing(images, config)
 
 
 def test_features_made_elsewhere_that_changed_are_read_again(config, images, elsewhere):
@@ -514,7 +553,7 @@ def test_an_interrupt_waits_for_no_batch_and_finished_features_stay(config, imag
     first = image_path(images[0], config)
     made, waited, released = [], [], threading.Event()
 
-    def extract_batch(network, paths, load, device):
+    def extract_batch(network, cnn, paths, load, device):
         if paths != [first] and not released.is_set():
             waited.append(released.wait(20))
         made.extend(paths)
@@ -546,7 +585,7 @@ def test_an_interrupt_waits_for_no_batch_and_finished_features_stay(config, imag
 def test_each_image_gets_its_own_features_in_order(config, images, network):
     paths = [image_path(image, config) for image in images]
     paths.insert(2, paths[0].with_name("missing.png"))
-    batches = list(extract_features(extraction.feature_network(config, None, None), paths, 2))
+    batches = list(extract_features(extraction.feature_network(config, None, None), CNNS[config.cnn], paths, 2))
     assert [[path.stem for path in done] for done, _, _ in batches] == [["0", "1"], ["2"], ["3", "4"], ["5"]]
     assert [features[:, 0, 0].tolist() for _, features, _ in batches] == [[0, 1], [2], [3, 4], [5]]
     ((path, reason),) = [bad for _, _, failed in batches for bad in failed]
@@ -554,7 +593,7 @@ def test_each_image_gets_its_own_features_in_order(config, images, network):
 
 
 def test_a_batch_without_a_readable_image_has_no_features(tmp_path):
-    ((done, features, failed),) = extract_features(None, [tmp_path / "a", tmp_path / "b"], 4)
+    ((done, features, failed),) = extract_features(None, CNNS["InceptionV3"], [tmp_path / "a", tmp_path / "b"], 4)
     assert (done, features.shape, len(failed)) == ([], (0, 64, 2048), 2)
 
 
@@ -588,7 +627,8 @@ def test_batches_go_to_all_devices_in_turn(tmp_path):
         "    used.append((int(pixels.numpy().mean()), pixels.device[-5:], features.device[-5:]))\n"
         "    return features\n"
         "paths = sorted(pathlib.Path(sys.argv[1]).iterdir())\n"
-        "means = [features.mean() for _, features, _ in extraction.extract_features(note, paths, 1)]\n"
+        "extracted = extraction.extract_features(note, extraction.CNNS['InceptionV3'], paths, 1)\n"
+        "means = [features.mean() for _, features, _ in extracted]\n"
         "print(json.dumps([[float(mean) for mean in means], sorted(used)]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)

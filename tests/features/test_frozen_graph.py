@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from test_inception import WEIGHTS, TinyInception, photographs, random_config
+from test_network import WEIGHTS, TinyInception, photographs, random_config
 
 from captioning.features.frozen_graph import _GRAPH, _NOTE, kept_network
-from captioning.features.inception import extraction_graphs, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.features.network import extraction_graphs, feature_network, network_identity
 from captioning.settings import make_config
 from conftest import full_disk
 from support.errors import UserError
@@ -35,7 +35,7 @@ def features(network, pixels=PIXELS):
 
 
 def plain_features(config, pixels=PIXELS, statistics=None):
-    with extraction_graphs(config.extract_precision):
+    with extraction_graphs(config):
         return features(feature_network(config, statistics), pixels)
 
 

@@ -46,7 +46,7 @@ RED = (220, 20, 20)
     ],
 )
 def test_images_of_every_kind_load(tmp_path, make):
-    pixels = load_image(make(tmp_path))
+    pixels = load_image(make(tmp_path), 299)
     assert pixels.shape == (299, 299, 3)
     assert pixels.dtype == np.uint8
     np.testing.assert_allclose(pixels.mean((0, 1)), RED, atol=8)
@@ -57,7 +57,7 @@ def test_grey_16_bit_and_transparent_images_keep_their_brightness(tmp_path):
     deep = save(Image.fromarray(np.full((50, 50), 100 * 257, np.uint16)), tmp_path / "deep.png")
     clear = save(Image.new("RGBA", (50, 50), (0, 0, 0, 0)), tmp_path / "clear.png")
     for path, value in ((grey, 100), (deep, 100), (clear, 255)):
-        np.testing.assert_allclose(load_image(path), value, atol=1)
+        np.testing.assert_allclose(load_image(path, 299), value, atol=1)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
@@ -65,13 +65,13 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make, soon):
     """A named pipe that nobody writes to would be waited for."""
     make(tmp_path / "x.jpg")
     with pytest.raises(ValueError, match="x.jpg cannot be read as an image .*no regular file"):
-        load_image(tmp_path / "x.jpg")
+        load_image(tmp_path / "x.jpg", 299)
     assert find_stat(tmp_path / "x.jpg") is None and read_state(tmp_path / "x.jpg") is None
 
 
 def test_no_order_in_a_name_is_in_the_line_that_says_why(tmp_path):
     with pytest.raises(ValueError) as raised:
-        load_image(tmp_path / "a\x1b[31m\nb\udce9.jpg")
+        load_image(tmp_path / "a\x1b[31m\nb\udce9.jpg", 299)
     assert str(raised.value).isprintable() and r"a\x1b[31m\nb\udce9.jpg cannot be read" in str(raised.value)
 
 
@@ -80,7 +80,7 @@ def test_exif_rotation_is_applied(tmp_path):
     image.paste((20, 20, 220), (0, 0, 200, 200))  # blue on the left
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter to the right: blue on top
-    pixels = load_image(save(image, tmp_path / "a.jpg", exif=exif)).astype(int)
+    pixels = load_image(save(image, tmp_path / "a.jpg", exif=exif), 299).astype(int)
     assert (pixels[20, :, 2] > pixels[20, :, 0]).all()
     assert (pixels[-20, :, 0] > pixels[-20, :, 2]).all()
 
@@ -88,7 +88,7 @@ def test_exif_rotation_is_applied(tmp_path):
 def test_only_the_first_frame_of_an_animation_counts(tmp_path):
     frames = [Image.new("RGB", (50, 50), colour) for colour in (RED, (20, 20, 220), (20, 220, 20))]
     path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    np.testing.assert_allclose(load_image(path).mean((0, 1)), RED, atol=8)
+    np.testing.assert_allclose(load_image(path, 299).mean((0, 1)), RED, atol=8)
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def bmp_header(width, height):
 def test_an_image_of_20000_by_20000_pixels_is_refused_before_it_is_decoded(tmp_path, pillow):
     (tmp_path / "a.png").write_bytes(png_header(20_000, 20_000))
     with pytest.raises(ValueError, match="a.png cannot be read .*400000000 pixels"):
-        load_image(tmp_path / "a.png")
+        load_image(tmp_path / "a.png", 299)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_file_that_would_fill_the_memory_is_refused_in_one_line(tmp_path, pill
     (tmp_path / "a.jpg").write_bytes(data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match="a.jpg cannot be read as an image") as raised:
-        load_image(tmp_path / "a.jpg")
+        load_image(tmp_path / "a.jpg", 299)
     check_one_line(raised.value)
     assert "pixels" in str(raised.value) or "too large" in str(raised.value).lower()
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 200e6
@@ -189,7 +189,7 @@ def large(tmp_path_factory):
 @pytest.mark.slow
 def test_a_jpeg_file_of_108_megapixels_is_decoded_small(large, pillow):
     jpeg, _ = large
-    pixels = load_image(jpeg)
+    pixels = load_image(jpeg, 299)
     assert pixels.shape == (299, 299, 3)
     np.testing.assert_allclose(pixels[:, :140], 50, atol=4)
     np.testing.assert_allclose(pixels[:, 160:], 200, atol=4)
@@ -201,7 +201,7 @@ def test_a_jpeg_file_of_108_megapixels_is_decoded_small(large, pillow):
 def test_a_png_file_of_108_megapixels_is_refused_in_one_line(large, pillow):
     _, png = large
     with pytest.raises(ValueError, match="a.png cannot be read .*12000 x 9000 pixels are more than 100000000"):
-        load_image(png)
+        load_image(png, 299)
 
 
 def test_setting_up_pillow_twice_is_setting_it_up_once(pillow):
@@ -214,7 +214,7 @@ def test_setting_up_pillow_twice_is_setting_it_up_once(pillow):
 def test_photographs_of_phones_load(tmp_path, pillow, form):
     image = Image.new("RGB", (400, 300), RED)
     image.paste((20, 20, 220), (0, 0, 200, 300))
-    pixels = load_image(save(image, tmp_path / "a.heic", format=form)).astype(int)
+    pixels = load_image(save(image, tmp_path / "a.heic", format=form), 299).astype(int)
     assert pixels.shape == (299, 299, 3)
     np.testing.assert_allclose(pixels[:, :140].mean((0, 1)), (20, 20, 220), atol=12)
     np.testing.assert_allclose(pixels[:, 160:].mean((0, 1)), RED, atol=12)
@@ -225,7 +225,7 @@ def test_a_heic_photograph_is_turned_upright(tmp_path, pillow):
     image.paste((20, 20, 220), (0, 0, 200, 200))  # blue on the left
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter to the right: blue on top
-    pixels = load_image(save(image, tmp_path / "a.heic", format="HEIF", exif=exif.tobytes())).astype(int)
+    pixels = load_image(save(image, tmp_path / "a.heic", format="HEIF", exif=exif.tobytes()), 299).astype(int)
     assert (pixels[20, :, 2] > pixels[20, :, 0]).all()
     assert (pixels[-20, :, 0] > pixels[-20, :, 2]).all()
 
@@ -236,7 +236,7 @@ def test_a_damaged_heic_file_is_named(tmp_path, pillow, change):
     damaged = {"cut": data[: len(data) // 2], "zeros": data[:40] + bytes(len(data) - 40), "header": data[:24]}[change]
     (tmp_path / "a.heic").write_bytes(damaged)
     with pytest.raises(ValueError, match="a.heic cannot be read") as raised:
-        load_image(tmp_path / "a.heic")
+        load_image(tmp_path / "a.heic", 299)
     check_one_line(raised.value)
 
 
@@ -245,12 +245,12 @@ def test_what_is_no_image_is_named(tmp_path, data):
     path = tmp_path / "bad.jpg"
     path.write_bytes(data)
     with pytest.raises(ValueError, match="bad.jpg cannot be read"):
-        load_image(path)
+        load_image(path, 299)
 
 
 def test_postscript_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="PostScript is a program"):
-        load_image(save(Image.new("RGB", (50, 50), RED), tmp_path / "a.jpg", format="EPS"))
+        load_image(save(Image.new("RGB", (50, 50), RED), tmp_path / "a.jpg", format="EPS"), 299)
 
 
 def test_a_large_jpeg_file_is_decoded_at_a_fraction_of_its_size(tmp_path):
@@ -326,7 +326,7 @@ def check_image(data):
         path = pathlib.Path(folder, "a.jpg")
         path.write_bytes(data)
         try:
-            pixels = load_image(path)
+            pixels = load_image(path, 299)
         except ValueError as error:
             check_one_line(error)
             assert str(error).startswith(f"{path} cannot be read as an image")

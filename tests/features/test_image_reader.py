@@ -27,11 +27,11 @@ def test_a_file_is_read_as_viewers_show_it(tmp_path, name):
     with pillow_set_up():
         if made.shown is None:
             with pytest.raises(ValueError, match=made.refusal) as raised:
-                load_image(path, cut)
+                load_image(path, 299, cut)
             check_one_line(raised.value)
             assert cut == []
             return
-        pixels = load_image(path, cut)
+        pixels = load_image(path, 299, cut)
         _, size, problem = _read_image(path)  # of the page
     assert (pixels.shape, pixels.dtype) == ((299, 299, 3), np.uint8)
     assert np.abs(pixels - as_network_sees(made.shown)).mean() <= made.atol
@@ -83,7 +83,7 @@ def test_many_threads_convert_colours_at_once(tmp_path):
     icc = made_images.rgb_profile(made_images.ADOBE_RGB, 2.2, "Adobe RGB")
     (tmp_path / "a.png").write_bytes(made_images.write(pixels, "PNG", icc_profile=icc))
     results = []
-    read = lambda: results.append(load_image(tmp_path / "a.png"))  # noqa: E731
+    read = lambda: results.append(load_image(tmp_path / "a.png", 299))  # noqa: E731
     threads = [threading.Thread(target=read) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -100,10 +100,10 @@ def test_nine_tenths_of_a_jpegs_rows_must_be_there(tmp_path, share, used):
     data = made_images.write(noise, "JPEG", quality=30)
     (tmp_path / "a.jpg").write_bytes(data[: int(share * len(data))])
     if used:
-        assert load_image(tmp_path / "a.jpg").shape == (299, 299, 3)
+        assert load_image(tmp_path / "a.jpg", 299).shape == (299, 299, 3)
         return
     with pytest.raises(ValueError, match="ends too early") as raised:
-        load_image(tmp_path / "a.jpg")
+        load_image(tmp_path / "a.jpg", 299)
     there = int(re.search(r"(\d+) % of its rows", str(raised.value))[1])
     assert abs(there - 100 * share) < 3
 

@@ -116,7 +116,7 @@ def test_what_is_left_of_an_epoch_has_the_batches_it_would_have_had(config):
 def test_batches_read_ahead_are_bounded_by_cores_and_by_memory(monkeypatch, cores, batch_size, dtype, parallel):
     monkeypatch.setattr(batches, "usable_cores", lambda: cores)
     config = make_config({"batch_size": batch_size, "feature_dtype": dtype})
-    assert _parallel_batches(config.batch_size, config.feature_dtype) == parallel
+    assert _parallel_batches(config.batch_size, config) == parallel
     assert parallel == 1 or parallel * batch_size * 64 * 2048 * np.dtype(dtype).itemsize <= batches._READ_AHEAD
 
 
@@ -125,9 +125,9 @@ def test_no_more_than_that_is_read_before_it_is_needed(config, monkeypatch):
     read = []
     real = batches.read_feature
 
-    def counted(path, dtype):
+    def counted(path, shape, dtype):
         with tf.control_dependencies([tf.py_function(lambda: read.append(1), [], [])]):
-            return real(path, dtype)
+            return real(path, shape, dtype)
 
     monkeypatch.setattr(batches, "usable_cores", lambda: 224)
     monkeypatch.setattr(batches, "_READ_AHEAD", 4 * 2 * 64 * 2048 * np.dtype(config.feature_dtype).itemsize)

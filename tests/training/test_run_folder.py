@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from captioning.features.inception import network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.features.network import network_identity
 from captioning.settings import make_config, naming_commands
 from captioning.training.run_folder import begin_run, check_new_run, check_run_fits, run_network, run_settings
 from captioning.vocabulary import SPECIAL_WORDS
@@ -18,9 +18,10 @@ from support.errors import UserError
 RANDOM = network_identity(make_config({"inception_weights": "random", "seed": 7}))
 
 
-def prepared(network=RANDOM, words=("a", "dog")):
-    """Of Prepared, what a run folder keeps."""
-    return types.SimpleNamespace(vocabulary=[*SPECIAL_WORDS, *words], network=network)
+def prepared(network=RANDOM, words=("a", "dog"), channels=2048):
+    """Of Prepared, what a run folder keeps, and what it is compared with."""
+    mean = np.zeros(channels, np.float32)
+    return types.SimpleNamespace(vocabulary=[*SPECIAL_WORDS, *words], network=network, feature_mean=mean)
 
 
 @pytest.fixture
@@ -78,6 +79,23 @@ def test_data_of_other_words_or_another_network_are_refused(config, data, messag
     ):
         check_run_fits(config.run_dir, config, data)
     assert "delete" not in str(raised.value)
+
+
+def test_features_made_elsewhere_of_other_sizes_are_refused(config):
+    """Nothing but their sizes tells that two programs made them."""
+    begin_run(prepared(MADE_ELSEWHERE), config)
+    check_run_fits(config.run_dir, config, prepared(MADE_ELSEWHERE))
+    message = "features of 2048 channels, and .* have 960: .*move that folder away"
+    with pytest.raises(UserError, match=message), naming_commands(config):
+        check_run_fits(config.run_dir, config, prepared(MADE_ELSEWHERE, channels=960))
+
+
+def test_a_cnn_that_nobody_knows_is_a_damaged_file(config, tmp_path):
+    begin_run(prepared(), config)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"InceptionV3"', '"InceptionV9"'))
+    with pytest.raises(UserError, match="config.json is damaged .its CNN is 'InceptionV9'.: "), naming_commands(config):
+        check_run_fits(config.run_dir, config, prepared())
 
 
 def test_other_sizes_are_refused_and_named(config):

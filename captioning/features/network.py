@@ -1,4 +1,4 @@
-"""InceptionV3 without its top, from pixels to features, as one TensorFlow graph (Szegedy et al., arXiv 1512.00567)."""
+"""A CNN without its top, from pixels to features, as one TensorFlow graph."""
 
 import contextlib
 import hashlib
@@ -6,10 +6,11 @@ import pathlib
 import threading
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from captioning.features.bfloat16_weights import round_weights
-from captioning.features.cnn import CHANNELS, IMAGE_SIZE, LOCATIONS
+from captioning.features.cnn import CNNS, preprocess
 from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.features.random_weights import (
     STATISTICS_REMEDY,
@@ -26,7 +27,8 @@ def network_identity(config, statistics=None):
     """Name the network in one line, so that other weights have another name. Looks at no feature and no image.
 
     Args:
-      config: Config. `inception_weights` is "imagenet", "random" or the path of a weights file.
+      config: Config. `cnn` names the network; `inception_weights` is "imagenet", "random" or the path of a weights
+        file. The file that "imagenet" stands for is named as "imagenet" is, wherever it lies.
       statistics: path of the batch-norm statistics of random weights, which are a part of these, or None to name the
         seed alone. Other weights do not need it.
 
@@ -38,32 +40,35 @@ def network_identity(config, statistics=None):
     """
     weights = config.inception_weights
     if weights == "imagenet":
-        return "InceptionV3, weights imagenet"
+        return f"{config.cnn}, weights imagenet"
     if weights == "random":
-        name = f"InceptionV3, random weights of seed {config.seed}"
+        name = f"{config.cnn}, random weights of seed {config.seed}"
         if statistics is None:
             return name
         try:
-            return f"{name} and calibration {_file_digest(statistics)}"
+            return f"{name} and calibration {_file_digest(statistics)[:16]}"
         except OSError as error:
             kind = type(error).__name__
             raise UserError(f"{statistics} is missing or damaged ({kind}): {STATISTICS_REMEDY}") from None
+    imagenet = CNNS[config.cnn].imagenet_digest
     try:
-        return f"InceptionV3, weights of SHA-256 {_file_digest(weights)}"
+        if _file_digest(weights, "md5" if len(imagenet) == 32 else "sha256") == imagenet:
+            return f"{config.cnn}, weights imagenet"
+        return f"{config.cnn}, weights of SHA-256 {_file_digest(weights)[:16]}"
     except OSError:
         raise UserError(f"--inception_weights {weights} is not a file: name one, or take imagenet or random") from None
 
 
-def _file_digest(path):
+def _file_digest(path, algorithm="sha256"):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def feature_network(config, statistics=None, calibration_paths=None, expected_identity=None):
     """The network that computes features, for several threads. Arguments and errors are those of `feature_graph`.
 
     Returns:
-      function of uint8 (B, 299, 299, 3) -> float32 (B, P, F)
+      function of uint8 (B, side, side, 3) -> float32 (B, P, F)
     """
     return compiled_once(feature_graph(config, statistics, calibration_paths, expected_identity))
 
@@ -72,43 +77,43 @@ def feature_graph(config, statistics=None, calibration_paths=None, expected_iden
     """Make the network that computes features.
 
     Args:
-      config: Config. `inception_weights` is "imagenet", "random" or the path of a weights file.
+      config: Config, as `network_identity` takes it.
       statistics: path of the batch-norm statistics of random weights. Other weights do not need it.
       calibration_paths: list of training images. If there is no file `statistics`, it is made from them.
       expected_identity: str, what `network_identity` said of the network whose features a model was trained on. None
         stands for any.
 
     Returns:
-      tf.function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), without variables
+      tf.function of uint8 (B, side, side, 3) -> float32 (B, P, F), without variables
 
     Raises:
       UserError: the weights or their statistics are missing or damaged, or the network is not the one expected.
     """
-    is_random = config.inception_weights == "random"
+    cnn, is_random = CNNS[config.cnn], config.inception_weights == "random"
     check_identity(config, statistics, expected_identity)
-    precision = extraction_precision(config.extract_precision)
-    inception = load_inception(config.inception_weights, precision)
+    precision = extraction_precision(config)
+    model = load_cnn(cnn, config.inception_weights, precision)
     if is_random:
-        set_random_weights(inception, config.seed)
+        set_random_weights(model, config.seed)
         if calibration_paths is not None and not pathlib.Path(statistics).exists():
-            values = calibrate(inception, calibration_paths)
+            values = calibrate(model, cnn, calibration_paths)
             if not pathlib.Path(statistics).exists():  # another shard may have been quicker
                 write_statistics(statistics, values, network_identity(config))
-        set_statistics(inception, statistics, network_identity(config))
-    rounded = precision == "bfloat16"
-    factors = round_weights(inception) if rounded else 1.0  # (F,)
+        set_statistics(model, statistics, network_identity(config))
+    rounded = precision == "bfloat16" and cnn.rounds_weights
+    factors = round_weights(model) if rounded else 1.0  # (F,)
 
     # TensorFlow folds batch norm into the convolutions if the weights are constants. It cannot do so with variables.
-    trainable = [variable.numpy() for variable in inception.trainable_variables]
-    others = [variable.numpy() for variable in inception.non_trainable_variables]
+    trainable = [variable.numpy() for variable in model.trainable_variables]
+    others = [variable.numpy() for variable in model.non_trainable_variables]
 
-    @tf.function(input_signature=[tf.TensorSpec((None, IMAGE_SIZE, IMAGE_SIZE, 3), tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec((None, cnn.image_size, cnn.image_size, 3), tf.uint8)])
     def network(pixels):
         values = tf.cast(pixels, tf.float32)
-        scaled = 2.0 * values - 255.0 if rounded else values / 127.5 - 1.0
+        scaled = 2.0 * values - 255.0 if rounded else preprocess(values, cnn)
         constants = [tf.constant(value) for value in trainable], [tf.constant(value) for value in others]
-        grid, _ = inception.stateless_call(*constants, scaled, training=False)  # (B, 8, 8, F)
-        return tf.cast(tf.reshape(grid, (-1, LOCATIONS, CHANNELS)), tf.float32) / factors  # (B, P, F)
+        grid, _ = model.stateless_call(*constants, scaled, training=False)  # (B, grid_size, grid_size, F)
+        return tf.cast(tf.reshape(grid, (-1, *cnn.feature_shape)), tf.float32) / factors  # (B, P, F)
 
     return network
 
@@ -150,17 +155,22 @@ def check_identity(config, statistics, expected):
     if expected not in (None, identity):
         raise UserError(
             f"this model was trained on features of another network ({expected}) than the settings name ({identity}): "
-            "give the --inception_weights and --seed that it was trained with, and random weights their own statistics"
+            "give the --cnn, --inception_weights and --seed of its training, and random weights their own statistics"
         )
 
 
 # --- Number types -----------------------------------------------------------------------------------------------
 
 
-def extraction_precision(precision):
-    """The number type that InceptionV3 computes in: "float32", "bfloat16" or "float16". "auto" is the fastest here."""
-    if precision != "auto":
-        return precision
+def extraction_precision(config):
+    """The number type that the CNN computes in: "float32", "bfloat16" or "float16".
+
+    "auto" is the fastest here that was seen to leave captions as they are, see docs/measurements.md.
+    """
+    if config.extract_precision != "auto":
+        return config.extract_precision
+    if not CNNS[config.cnn].rounds_weights:
+        return "float32"
     if has_fast_bfloat16():
         return "bfloat16"
     gpus = tf.config.list_physical_devices("GPU")
@@ -168,7 +178,7 @@ def extraction_precision(precision):
 
 
 @contextlib.contextmanager
-def extraction_graphs(precision):
+def extraction_graphs(config):
     """Let TensorFlow rewrite the graphs of this block so that extraction is fast.
 
     On a CPU this brings bfloat16 into the graph, where `extraction_precision` chooses it. A GPU's number type is part
@@ -177,7 +187,7 @@ def extraction_graphs(precision):
     """
     on_cpu = not tf.config.list_physical_devices("GPU")
     # The arithmetic optimizer moves ReLU behind pooling and concatenation, where no convolution can absorb it.
-    _set_rewriting(bfloat16=on_cpu and extraction_precision(precision) == "bfloat16", arithmetic=False)
+    _set_rewriting(bfloat16=on_cpu and extraction_precision(config) == "bfloat16", arithmetic=False)
     try:
         yield
     finally:
@@ -193,10 +203,11 @@ def _set_rewriting(bfloat16, arithmetic):
 # --- Weights ----------------------------------------------------------------------------------------------------
 
 
-def load_inception(weights, precision):
-    """Build Keras's InceptionV3.
+def load_cnn(cnn, weights, precision):
+    """Build Keras's model of a CNN, up to its grid.
 
     Args:
+      cnn: CNN
       weights: "imagenet", "random" or the path of a weights file.
       precision: "float32", "bfloat16" or "float16". The last two are for GPUs. On a CPU the model itself is float32.
 
@@ -207,16 +218,44 @@ def load_inception(weights, precision):
     policy = keras.config.dtype_policy()
     try:
         keras.config.set_dtype_policy(f"mixed_{precision}" if on_gpu and precision != "float32" else "float32")
-        return keras.applications.InceptionV3(
+        model = getattr(keras.applications, cnn.name)(
             include_top=False,
             weights=None if weights == "random" else weights,
-            input_shape=(IMAGE_SIZE, IMAGE_SIZE, 3),
+            input_shape=(cnn.image_size, cnn.image_size, 3),
         )
+        if cnn.grid_layer:
+            model = keras.Model(model.input, model.get_layer(cnn.grid_layer).output)
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.Normalization):  # its tensors would become inputs of an ONNX model
+                layer.mean, layer.variance = np.asarray(layer.mean), np.asarray(layer.variance)
+        return _use_depthwise(model)
     except Exception as error:  # a download or an HDF5 file raises errors of many classes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"InceptionV3 cannot take the weights {weights} ({reason}): "
+            f"{cnn.name} cannot take the weights {weights} ({reason}): "
             "name a weights file without the top by --inception_weights"
         ) from error
     finally:
         keras.config.set_dtype_policy(policy)
+
+
+def _use_depthwise(model):
+    """The same Keras model, with a DepthwiseConv2D for each convolution that has a group for each channel.
+
+    Keras leaves convolutions in groups to XLA. That is slow on a CPU, and neither LiteRT nor ONNX can hold it.
+    """
+    in_groups = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D) and layer.groups > 1]
+    if not in_groups:
+        return model
+
+    def replace(layer):
+        if layer not in in_groups:
+            return layer
+        options = {"strides": layer.strides, "padding": layer.padding, "use_bias": layer.use_bias}
+        return keras.layers.DepthwiseConv2D(layer.kernel_size, **options, dtype=layer.dtype_policy, name=layer.name)
+
+    changed = keras.models.clone_model(model, clone_function=replace)
+    for layer in in_groups:
+        kernel, *bias = layer.get_weights()  # (height, width, 1, channels)
+        changed.get_layer(layer.name).set_weights([kernel.transpose(0, 1, 3, 2), *bias])
+    return changed

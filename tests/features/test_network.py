@@ -9,10 +9,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from captioning.features import inception
+from captioning.features import network as networks
 from captioning.features.image_files import load_image
-from captioning.features.inception import extraction_graphs, extraction_precision, feature_network, network_identity
 from captioning.features.manifest import MADE_ELSEWHERE
+from captioning.features.network import extraction_graphs, extraction_precision, feature_network, network_identity
 from captioning.settings import make_config
 from support.errors import UserError
 
@@ -63,7 +63,7 @@ def tiny(monkeypatch):
 
 def compute(config, pixels, *args, **kwargs):
     network = feature_network(config, *args, **kwargs)
-    with extraction_graphs(config.extract_precision):
+    with extraction_graphs(config):
         return network(tf.constant(pixels)).numpy()
 
 
@@ -170,14 +170,14 @@ def test_other_calibrations_of_a_seed_are_other_networks(tiny, tmp_path, images)
 
 def test_a_shard_takes_the_calibration_of_one_that_was_quicker(tiny, tmp_path, images, monkeypatch):
     paths, place = images[0], tmp_path / "a.npz"
-    calibrate = inception.calibrate
+    calibrate = networks.calibrate
 
-    def calibrate_slowly(network, calibration):
-        values = calibrate(network, calibration)
-        inception.write_statistics(place, [2 * value for value in values], network_identity(random_config()))
+    def calibrate_slowly(network, cnn, calibration):
+        values = calibrate(network, cnn, calibration)
+        networks.write_statistics(place, [2 * value for value in values], network_identity(random_config()))
         return values
 
-    monkeypatch.setattr(inception, "calibrate", calibrate_slowly)
+    monkeypatch.setattr(networks, "calibrate", calibrate_slowly)
     feature_network(random_config(), place, paths)
     first = network_identity(random_config(), place)
     feature_network(random_config(), place, paths, expected_identity=first)
@@ -231,7 +231,7 @@ def rewriting():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_extraction_leaves_the_rewriting_of_other_graphs_as_it_was(precision):
     config = make_config({"extract_precision": precision})
-    with pytest.raises(KeyboardInterrupt), extraction_graphs(config.extract_precision):
+    with pytest.raises(KeyboardInterrupt), extraction_graphs(config):
         assert rewriting() == (precision == "bfloat16", False)
         raise KeyboardInterrupt
     assert rewriting() == (False, True)
@@ -260,19 +260,21 @@ def gpu(monkeypatch):
 def test_a_gpu_computes_in_the_type_that_is_fast_there(gpu, tiny, capability, expected):
     gpu(capability)
     config = make_config()
-    assert extraction_precision(config.extract_precision) == expected
-    assert extraction_precision("float32") == "float32"
+    assert extraction_precision(config) == expected
+    assert extraction_precision(make_config({"extract_precision": "float32"})) == "float32"
     feature_network(config)
     assert tiny.policies == ["float32" if expected == "float32" else f"mixed_{expected}"]
     assert keras.config.dtype_policy().name == "float32"
-    with extraction_graphs(config.extract_precision):
+    with extraction_graphs(config):
         assert rewriting() == (False, False)  # which is for CPUs
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_computes_in_the_type_that_is_fast_there(tiny, monkeypatch, fast):
-    monkeypatch.setattr(inception, "has_fast_bfloat16", lambda: fast)
-    assert extraction_precision("auto") == ("bfloat16" if fast else "float32")
+    monkeypatch.setattr(networks, "has_fast_bfloat16", lambda: fast)
+    assert extraction_precision(make_config()) == ("bfloat16" if fast else "float32")
+    assert extraction_precision(make_config({"cnn": "EfficientNetV2B0"})) == "float32"
+    assert extraction_precision(make_config({"cnn": "VGG16", "extract_precision": "bfloat16"})) == "bfloat16"
     feature_network(make_config())
     assert tiny.policies == ["float32"]  # TensorFlow rewrites the graph
 
@@ -289,7 +291,7 @@ def test_a_gpus_type_gives_float32s_features_up_to_rounding(gpu, tiny, tmp_path,
 
 def photographs(count):
     paths = sorted((SHARED / "coco_mini" / "val2017").glob("*.jpg"))[:count]
-    return np.stack([load_image(path) for path in paths])
+    return np.stack([load_image(path, 299) for path in paths])
 
 
 def error(found, wanted):
@@ -333,7 +335,7 @@ def test_nobody_enters_a_graph_before_its_first_call_has_ended():
             assert go_on.wait(10)
         return pixels
 
-    network = inception.compiled_once(graph)
+    network = networks.compiled_once(graph)
     threads = [threading.Thread(target=network, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
@@ -347,7 +349,7 @@ def test_nobody_enters_a_graph_before_its_first_call_has_ended():
 
 def test_calls_after_the_first_do_not_wait_for_each_other():
     together = threading.Barrier(3, timeout=10)
-    network = inception.compiled_once(lambda pixels: pixels and together.wait())
+    network = networks.compiled_once(lambda pixels: pixels and together.wait())
     network(0)
     threads = [threading.Thread(target=network, args=(1,)) for _ in range(3)]
     for thread in threads:
@@ -366,7 +368,7 @@ def test_a_first_call_that_fails_leaves_the_next_to_be_the_first():
             raise ValueError("out of memory")
         return pixels
 
-    network = inception.compiled_once(graph)
+    network = networks.compiled_once(graph)
     with pytest.raises(ValueError, match="out of memory"):
         network(1)
     assert network(2) == 2
