@@ -48,7 +48,7 @@ def _convert(function):
         input_names=[*inputs, *weights],
         output_names=outputs,
         opset=_OPSET,
-        custom_op_handlers={name: (_plain_gradient, []) for name in ("SigmoidGrad", "TanhGrad")},
+        custom_op_handlers={name: (rule, []) for name, rule in _RULES.items()},
         tensors_to_rename=tensor_names_from_structed(function, inputs, outputs),
     )
     _put_in_weights(model, weights)
@@ -91,3 +91,15 @@ def _plain_gradient(graph, node, name, arguments):
     shapes, types = node.output_shapes, node.output_dtypes
     graph.remove_node(node.name)
     graph.make_node("Mul", [d_y, slope], outputs=node.output, name=name, shapes=shapes, dtypes=types)
+
+
+def _one_minus_erf(graph, node, name, arguments):
+    """How tf2onnx shall write erfc, which Keras's GELU has and ONNX has not."""
+    erf = graph.make_node("Erf", node.input).output[0]
+    one = graph.make_const(f"{name}/one", np.float32(1)).output[0]
+    shapes, types = node.output_shapes, node.output_dtypes
+    graph.remove_node(node.name)
+    graph.make_node("Sub", [one, erf], outputs=node.output, name=name, shapes=shapes, dtypes=types)
+
+
+_RULES = {"SigmoidGrad": _plain_gradient, "TanhGrad": _plain_gradient, "Erfc": _one_minus_erf}
