@@ -120,8 +120,8 @@ def test_the_policy_allows_this_style_and_this_script_and_nothing_else(tmp_path,
 
 
 def test_templates_cannot_end_early():
-    assert "</" not in attention_page._read_template("page.js")
-    assert "<" not in attention_page._read_template("page.css")
+    assert "</" not in attention_page.read_page_file("light.js") + attention_page.read_page_file("page.js")
+    assert "<" not in attention_page.read_page_file("page.css")
 
 
 def listed(path, *texts):
@@ -313,7 +313,7 @@ def test_what_ends_early_leaves_the_earlier_pages(tmp_path, photograph):
 
 
 def test_the_heat_map_is_inferno():
-    table = re.search(r"const INFERNO = (\[.*?\]);", attention_page._read_template("page.js"), re.DOTALL)[1]
+    table = re.search(r"const INFERNO = (\[.*?\]);", attention_page.read_page_file("light.js"), re.DOTALL)[1]
     ours = np.array(json.loads(re.sub(r",\s*\]", "]", table)))
     np.testing.assert_allclose(ours, 255 * matplotlib.colormaps["inferno"](np.linspace(0, 1, len(ours)))[:, :3], atol=3)
 
