@@ -26,6 +26,7 @@ from captioning.attention.evidence import explain_captions
 from captioning.captioner import _beam_graph, _greedy_graph, caption_batch, decode_captions, decoding_settings
 from captioning.decoder.nucleus_sampling import draw_words, keep_nucleus
 from captioning.export import bundle as export_bundle
+from captioning.export import onnx_models
 from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
 from captioning.features.cnn import CNNS
@@ -446,7 +447,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
     """The second one comes while the first writes its models."""
-    monkeypatch.setattr(export_bundle, "_bundle_functions", lambda captioner, network, cnn: captioner)
+    monkeypatch.setattr(export_bundle, "bundle_functions", lambda captioner, network, cnn: captioner)
 
     def write(captioner, again, weights, images, folder):
         monkeypatch.setattr(export_bundle, "_write_litert", lambda *_: pytest.fail("two at once"))
