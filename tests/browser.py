@@ -7,6 +7,7 @@ import pytest
 
 _FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --hide-scrollbars --force-color-profile=srgb""".split()
+_FLAGS.append("--host-resolver-rules=MAP insecure.test 127.0.0.1")  # a host that is not trusted without https
 
 
 def start_chromium(profile):

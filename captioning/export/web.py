@@ -67,11 +67,10 @@ def export_page(captioner, network, weights, config, folder, runtime=None):
         write_json(temporary / "vocabulary.json", captioner.vocabulary)
         files = {name: _describe_file(temporary / f"{name}.onnx") for name in _MODELS}
         files["vocabulary"] = _describe_file(temporary / "vocabulary.json")
+        files |= _place_runtime(runtime, temporary)
         about = _describe_page(captioner, weights, config, runtime)
-        described = {
-            name: dataclasses.asdict(file) for name, file in (files | _place_runtime(runtime, temporary)).items()
-        }
-        write_json(temporary / "captioner.json", about | {"files": described}, indent=1)
+        about["files"] = {name: dataclasses.asdict(file) for name, file in files.items()}
+        write_json(temporary / "captioner.json", about, indent=1)
         _write_page(temporary, from_cdn=runtime is None)
 
 
@@ -98,9 +97,9 @@ def keep_page(captioner, make_network, weights, config, folder, runtime=None):
 def _describe_page(captioner, weights, config, runtime):
     """What captioner.json holds, but for the large files."""
     own_files = [*sorted(PAGE_FILES.iterdir()), *sorted(_WEB_FILES.iterdir())]
-    text = _content_policy(not runtime) + "".join(path.read_text(encoding="utf-8") for path in own_files)
+    code = _content_policy(not runtime).encode() + b"".join(path.read_bytes() for path in own_files)
     about = describe(captioner, "web", weights, config)
-    return about | {"runtime": RUNTIME_VERSION, "page": hashlib.sha256(text.encode()).hexdigest()}
+    return about | {"runtime": RUNTIME_VERSION, "page": hashlib.sha256(code).hexdigest()}
 
 
 def check_runtime(folder):

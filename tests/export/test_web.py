@@ -322,7 +322,7 @@ def test_captions_and_maps_are_those_of_script_3(browser, host, exported, images
         for number, caption in enumerate(expected, 1):
             wait_for(browser, f"images.get({number}).caption.beams === {beams}")
             assert browser.execute_script(f"return captionOf({number})") == caption
-    assert find(browser, "img").get_attribute("alt") == expected[-1]  # the last image is on top
+    assert find(browser, "img").get_attribute("alt") == expected[0]
 
 
 @pytest.mark.slow
@@ -427,6 +427,21 @@ def test_a_phone_needs_no_sideways_scroll(browser, host, images):
 
 
 @pytest.mark.slow
+def test_a_host_without_https_is_enough(browser, host, exported, images):
+    """There the browser keeps nothing itself, has no digests to offer, and runs one thread."""
+    browser.get(host.url.replace("127.0.0.1", "insecure.test"))
+    browser.execute_script(CAPTION_OF)
+    assert caption_images(browser, images[1:2]) == [caption_of(script_3(exported[0], images[1])[0])]
+    state = "return [isSecureContext, crossOriginIsolated, document.body.dataset.threads]"
+    assert browser.execute_script(state) == [False, False, "1"]
+    host.asked.clear()
+    browser.refresh()
+    wait_for(browser, "document.body.dataset.threads")
+    assert host.asked.count("encoder.onnx") == 1  # asked whether there is a new one
+    browser.get_log("browser")  # it says that the headers for threads need https
+
+
+@pytest.mark.slow
 def test_keys_are_enough(browser, host, exported, images):
     captioner, _ = exported
     open_captioner(browser, host)
@@ -472,7 +487,7 @@ def test_bad_files_are_told_and_the_others_get_captions(browser, host, exported,
     choose(browser, tmp_path / "text.jpg", tmp_path / "huge.png")
     assert caption_images(browser, images[:1]) == [caption_of(script_3(exported[0], images[0])[0])]
     told = [element.text for element in browser.find_elements("css selector", ".frame p")]
-    assert told == ["Its 20000 × 9000 pixels are too many.", "This browser cannot read it as an image."]
+    assert told == ["This browser cannot read it as an image.", "Its 20000 × 9000 pixels are too many."]
     assert browser.title == "Image captioner"
 
 

@@ -15,7 +15,7 @@ const PANEL = { width: 300, gap: 6, columns: 5, line: 36 }; // of a figure, in p
 const drop = document.querySelector(".drop");
 const loading = document.querySelector(".loading");
 const failure = document.querySelector(".failure");
-const images = new Map(); // number -> {number, file, article, caption, preview}
+const images = new Map(); // number -> {number, file, article, preview, caption, problem}
 let worker = null;
 let about = null; // what captioner.json holds
 
@@ -45,7 +45,7 @@ async function start() {
   worker.onerror = (event) => fail(`The captioner ended: ${event.message ?? "this browser does not let it run"}.`);
   worker.postMessage({ kind: "load", about, base: new URL(".", location.href).href });
   if (!chosenBeams()) chooseBeams(about.decoding.beam_width);
-  for (const image of images.values()) if (!image.caption) ask(image);
+  for (const image of images.values()) if (!image.caption && !image.problem) ask(image);
 }
 
 async function fetchText(name) {
@@ -81,8 +81,10 @@ const answers = {
   },
   image: ({ number, preview, width, height }) => showImage(images.get(number), preview, width, height),
   caption: (found) => {
-    const image = images.get(found.number);
-    if (found.beams === chosenBeams()) showCaption(image, found);
+    const { number, beams, ids } = found;
+    if (beams !== chosenBeams()) return; // another number was chosen meanwhile
+    showCaption(images.get(number), found);
+    worker.postMessage({ kind: "evidence", number, beams, ids });
   },
   evidence: ({ number, beams, evidence }) => {
     const { article, caption } = images.get(number);
@@ -92,7 +94,7 @@ const answers = {
   },
   failed: ({ task, number, reason }) => {
     if (task === "load") fail(`The captioner could not be loaded: ${reason}.`);
-    else if (images.has(number)) showProblem(images.get(number), `It has no caption: ${reason}.`);
+    else if (!images.get(number).caption) showProblem(images.get(number), `It could not be captioned: ${reason}.`);
   },
 };
 
@@ -102,14 +104,20 @@ function ask(image) {
 
 // Images that come
 
-async function add(file) {
-  const number = images.size + 1;
-  const image = { number, file, article: makeArticle(number, file.name), caption: null, preview: null };
-  images.set(number, image);
-  document.querySelector("main").prepend(image.article);
+function addAll(files) {
+  const added = [...files].map((file, i) => {
+    const number = images.size + i + 1;
+    return { number, file, article: makeArticle(number, file.name), caption: null, preview: null };
+  });
+  for (const image of added) images.set(image.number, image);
+  document.querySelector("main").prepend(...added.map(({ article }) => article));
   showTitle();
-  const problem = await whatIsWrong(file);
-  if (problem) showProblem(image, problem);
+  added.forEach(check);
+}
+
+async function check(image) {
+  image.problem = await whatIsWrong(image.file);
+  if (image.problem) showProblem(image, image.problem);
   else ask(image);
 }
 
@@ -281,10 +289,6 @@ function chooseBeams(count) {
   const choices = [...document.querySelectorAll("[name=beams]")];
   const distance = ({ value }) => Math.abs(value - count);
   choices.reduce((one, other) => (distance(other) < distance(one) ? other : one)).checked = true;
-}
-
-function addAll(files) {
-  [...files].forEach(add);
 }
 
 document.addEventListener("paste", (event) => addAll(event.clipboardData.files));

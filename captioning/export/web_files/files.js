@@ -59,7 +59,8 @@ async function fetchPatiently(file, base, tell) {
 async function fetchFile({ url, bytes, sha256 }, base, tell) {
   // crypto.subtle is there on https and on this machine. Elsewhere the browser checks, but tells of no progress.
   const integrity = self.crypto?.subtle ? "" : `sha256-${sha256}`;
-  const response = await fetch(new URL(url, base), { integrity, cache: "no-cache", credentials: "omit" });
+  const cache = "caches" in self ? "no-store" : "no-cache"; // one copy is enough
+  const response = await fetch(new URL(url, base), { integrity, cache, credentials: "omit" });
   if (!response.ok) throw new Error(`${url} did not arrive (${response.status})`);
   const data = new Uint8Array(bytes);
   const reader = response.body.getReader();

@@ -2,8 +2,7 @@
 
 // The worker: loads the models and captions images, away from the page, which so never freezes.
 
-const MOST_THREADS = 8; // more bring little
-const MOST_PIXELS = 100_000_000; // of an image
+const MOST_THREADS = 4; // more bring little
 const PREVIEW_SIDE = 1080; // pixels of the longer side of the image that the page shows
 
 let captioner = null; // {about, vocabulary, models}
@@ -47,14 +46,9 @@ async function readImage(number, file) {
   const start = new Uint8Array(await file.slice(0, 2).arrayBuffer());
   const isJpeg = start[0] === 0xff && start[1] === 0xd8;
   // Colour profiles are left aside, as the scripts do.
-  const image = await createImageBitmap(file, { imageOrientation: "from-image", colorSpaceConversion: "none" }).catch(
-    () => {
-      throw new Plain("this browser cannot read it as an image");
-    },
-  );
+  const image = await createImageBitmap(file, { imageOrientation: "from-image", colorSpaceConversion: "none" });
   try {
     const { width, height } = image;
-    if (width * height > MOST_PIXELS) throw new Plain(`${width} × ${height} pixels are too many`);
     postMessage({ kind: "image", number, ...(await makePreview(image)) });
     const side = captioner.about.sizes.image;
     return squeezeImage(rowsOf(image), width, height, isJpeg ? jpegRatio(width, height, side) : 1, side);
@@ -62,9 +56,6 @@ async function readImage(number, file) {
     image.close();
   }
 }
-
-// A message for the page's reader, as it stands.
-class Plain extends Error {}
 
 async function makePreview(image) {
   const scale = Math.min(PREVIEW_SIDE / Math.max(image.width, image.height), 1);
@@ -103,8 +94,7 @@ async function caption({ number, file, beams }) {
   const encoded = encodings.get(number);
   const found = await beamSearch(encoded.hidden.data, decoder(encoded), { ...about.decoding, beam_width: beams });
   const words = found.words.filter((word) => word !== END);
-  postMessage({ kind: "caption", number, beams, ...describe(words, found) });
-  postMessage({ kind: "evidence", number, beams, evidence: await findEvidence(encoded, words) });
+  postMessage({ kind: "caption", number, beams, ids: words, ...describe(words, found) });
 }
 
 function describe(ids, { logProbs, attention }) {
@@ -134,9 +124,10 @@ function rows({ data, dims: [count, size] }) {
   return Array.from({ length: count }, (_, row) => data.subarray(row * size, (row + 1) * size));
 }
 
-// For each word the locations that made the model say it.
-async function findEvidence({ hidden, ...image }, words) {
+// For each word of a caption the locations that made the model say it. A task of its own, as captions come first.
+async function evidence({ number, beams, ids: words }) {
   const { models, ort } = captioner;
+  let { hidden, ...image } = encodings.get(number);
   const one = (word) => new ort.Tensor("int32", Int32Array.of(word), [1, 1]);
   const maps = [];
   for (const [i, said] of words.entries()) {
@@ -144,18 +135,17 @@ async function findEvidence({ hidden, ...image }, words) {
     hidden = step.next_hidden;
     maps.push(step.evidence.data);
   }
-  return maps;
+  postMessage({ kind: "evidence", number, beams, evidence: maps });
 }
 
 // Tasks, one at a time
 
-const tasks = { load, caption, forget: ({ number }) => encodings.delete(number) };
+const tasks = { load, caption, evidence };
 
 onmessage = ({ data }) => {
   working = working
     .then(() => tasks[data.kind](data))
     .catch((error) => {
-      const reason = error instanceof Plain ? error.message : `${error?.name ?? "Error"}: ${error?.message ?? error}`;
-      postMessage({ kind: "failed", task: data.kind, number: data.number, reason });
+      postMessage({ kind: "failed", task: data.kind, number: data.number, reason: error?.message ?? String(error) });
     });
 };
