@@ -45,7 +45,7 @@ async function start() {
   worker.onerror = (event) => fail(`The captioner ended: ${event.message ?? "this browser does not let it run"}.`);
   worker.postMessage({ kind: "load", about, base: new URL(".", location.href).href });
   if (!chosenBeams()) chooseBeams(about.decoding.beam_width);
-  for (const image of images.values()) if (!image.caption && !image.problem) ask(image);
+  for (const image of images.values()) if (!image.caption && image.problem === "") ask(image); // the checked ones
 }
 
 async function fetchText(name) {
