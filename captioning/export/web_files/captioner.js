@@ -111,6 +111,7 @@ function addAll(files) {
   });
   for (const image of added) images.set(image.number, image);
   document.querySelector("main").prepend(...added.map(({ article }) => article));
+  added[0]?.article.scrollIntoView({ behavior: lessMotion.matches ? "auto" : "smooth" });
   showTitle();
   added.forEach(check);
 }
