@@ -45,8 +45,7 @@ async function startRuntime(script, wasm) {
 async function readImage(number, file) {
   const start = new Uint8Array(await file.slice(0, 2).arrayBuffer());
   const isJpeg = start[0] === 0xff && start[1] === 0xd8;
-  // Colour profiles are left aside, as the scripts do.
-  const image = await createImageBitmap(file, { imageOrientation: "from-image", colorSpaceConversion: "none" });
+  const image = await createImageBitmap(file, { imageOrientation: "from-image" }); // in sRGB, as the scripts take it
   try {
     const { width, height } = image;
     postMessage({ kind: "image", number, ...(await makePreview(image)) });
