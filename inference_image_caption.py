@@ -1,7 +1,7 @@
 """Script 3: caption validation images, or your own, and plot where the model looked for each word.
 
 python inference_image_caption.py [--dataset NAME | --run_dir DIR]
-    [--image FILE_FOLDER_OR_URL ... | --evaluate | --export DIR [--format litert]]
+    [--image FILE_FOLDER_OR_URL ... | --evaluate | --export DIR [--format litert] | --serve [PORT]]
     [--output DIR] [--captions N [--sample]] [--<setting> VALUE ...]
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from captioning import settings
 from captioning.captioner import decoding_settings
 from captioning.evaluation import evaluate
-from captioning.export import bundle, saved_model
+from captioning.export import formats
 from captioning.features import cache, image_files
 from captioning.inference import caption_images, own_images, results
 from captioning.training import run_folder
@@ -40,22 +40,7 @@ def add_options(parser):
     )
     parser.add_argument("--evaluate", action="store_true", help="score the captions of the whole split")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
-    parser.add_argument(
-        "--export",
-        metavar="DIR",
-        type=os.path.expanduser,
-        help="write the captioner for use without this code, and no captions",
-    )
-    parser.add_argument(
-        "--format",
-        choices=("savedmodel", "litert", "onnx"),
-        help="of --export: a TensorFlow SavedModel, or a bundle for LiteRT or ONNX Runtime (default: savedmodel)",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("float32", "float16", "int8"),
-        help=f"of a bundle (default: {', '.join(' for '.join(pair[::-1]) for pair in bundle.DEFAULT_WEIGHTS.items())})",
-    )
+    formats.add_options(parser)
     for name, kind, text in (
         ("--output", "DIR", "where captions and figures go (default: <run_dir>/captions)"),
         ("--results", "FILE", "also write the captions in COCO's results format"),
@@ -89,9 +74,9 @@ def main(argv):
 
 
 def caption(options, config):
-    """Do what the options ask for: export, or caption the user's images or a split's."""
-    if options.export:
-        export(run_folder.load_captioner(config), options, config)
+    """Do what the options ask for: export, serve, or caption the user's images or a split's."""
+    if options.export or options.serve is not None:
+        export(options, config)
         return
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
     with locked(output):
@@ -119,26 +104,19 @@ def write_results(images, output, path):
 def check_options(options):
     """UserError where the options ask for several things at once."""
     asked = [f"--{name}" for name in ("image", "evaluate", "export") if getattr(options, name)]
+    asked += ["--serve"] * (options.serve is not None)  # the port may be 0
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} do not go together: run the script once for each")
-    if options.results and (options.evaluate or options.export):
-        raise UserError("--results does not go with --evaluate, which writes such files itself, nor with --export")
-    if not options.export and (options.format or options.weights):
-        raise UserError("--format and --weights say how to export: give --export DIR too")
-    bundle.check_weights(options.format or "savedmodel", options.weights)
+    if options.results and asked and not options.image:
+        raise UserError("--results does not go with --evaluate, which writes such files itself, nor with an export")
+    formats.check_options(options)
 
 
-def export(captioner, options, config):
-    """Write the captioner in the format that the options name."""
+def export(options, config):
+    """Write the captioner in the format that the options name, or serve its page."""
     anywhere = dataclasses.replace(config, extract_precision="float32")  # what any machine can compute
-    network = run_folder.run_network(anywhere)
-    if (options.format or "savedmodel") == "savedmodel":
-        saved_model.export_captioner(captioner, network, config, options.export)
-        print(f"the SavedModel is in {printable(options.export)}")
-        return
-    weights = bundle.check_weights(options.format, options.weights)
-    bundle.export_bundle(captioner, network, options.format, weights, config, options.export)
-    print(f"the bundle is in {printable(options.export)}: see README.md there")
+    load_captioner, make_network = run_folder.load_captioner, run_folder.run_network
+    formats.export(lambda: load_captioner(config), lambda: make_network(anywhere), options, config)
 
 
 def split_images(split, config):

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browser import emulate, start_chromium
+
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}
 THINGS = ("dog", "cat", "boat")
 IMAGES = 24
@@ -156,6 +158,23 @@ def soon():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    with start_chromium(tmp_path_factory.mktemp("profile")) as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def browser(chromium):
+    """A browser of 1200x1400 pixels that is light, has asked for nothing special, and must not complain."""
+    chromium.get("about:blank")
+    chromium.execute_cdp_cmd("Storage.clearDataForStorageKey", {"storageKey": "file:///", "storageTypes": "all"})
+    chromium.get_log("browser")
+    emulate(chromium)
+    yield chromium
+    assert chromium.get_log("browser") == []
 
 
 class FileServer:

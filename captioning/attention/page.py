@@ -30,7 +30,7 @@ from captioning.features.image_reader import open_image, upright_rgb, upright_si
 from captioning.words import is_character, parted
 from support.files import replacing
 
-_TEMPLATES = pathlib.Path(__file__).parent / "page_files"
+PAGE_FILES = pathlib.Path(__file__).parent / "page_files"
 _MARK = '<meta name="generator" content="attention page">'  # tells our own pages from other files of such a name
 _HEAD_BYTES = 1000  # of a file, in which _MARK is to be found
 
@@ -173,27 +173,33 @@ def _write_page(path, images, header, page_size):
             file.write(_image_html(image, number, max_bytes))
 
 
-def _read_template(name):
-    return (_TEMPLATES / name).read_text(encoding="utf-8")
+def read_page_file(name):
+    return (PAGE_FILES / name).read_text(encoding="utf-8")
+
+
+def _page_script():
+    return read_page_file("light.js") + read_page_file("page.js")
 
 
 def _page_start(title, intro, tables):
     """The page's text before its first image."""
     paragraph = f"<p>{_to_html(intro)}</p>\n" if intro else ""
-    style, script = _read_template("page.css"), _read_template("page.js")
-    return string.Template(_read_template("page.html").split("$images")[0]).substitute(
-        policy=_content_policy(style, script),
+    style = read_page_file("page.css")
+    return string.Template(read_page_file("page.html").split("$images")[0]).substitute(
+        policy=_content_policy(style, _page_script()),
         mark=_MARK,
         title=_to_html(title),
         style=style,
         introduction=paragraph + "".join(_table_html(rows) for rows in tables),
+        guide=read_page_file("guide.html"),
+        controls=read_page_file("controls.html"),
     )
 
 
 def _page_end(first, number, count):
     """The page's text after its last image: the links to the other pages, and the script."""
-    end = string.Template(_read_template("page.html").split("$images")[1])
-    return end.substitute(pages=_navigation_html(first, number, count), script=_read_template("page.js"))
+    end = string.Template(read_page_file("page.html").split("$images")[1])
+    return end.substitute(pages=_navigation_html(first, number, count), script=_page_script())
 
 
 def _content_policy(style, script):

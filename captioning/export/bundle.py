@@ -30,8 +30,8 @@ from support.files import write_json
 from support.process import silenced_stderr
 
 _RUNTIMES = {"litert": "ai-edge-litert", "onnx": "onnxruntime"}  # the package that runs each format
-WEIGHTS = {"litert": ("float32", "float16", "int8"), "onnx": ("float32",)}
-DEFAULT_WEIGHTS = {"litert": "float16", "onnx": "float32"}  # the smallest that leave 97 % of captions unchanged
+WEIGHTS = {"litert": ("float32", "float16", "int8"), "onnx": ("float32", "float16"), "web": ("float32", "float16")}
+DEFAULT_WEIGHTS = {"litert": "float16", "onnx": "float32", "web": "float16"}
 # Settings that the script takes too, besides captions and sample
 _DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block", "temperature", "top_p", "seed")
 _CALIBRATION_IMAGES = 100
@@ -62,22 +62,22 @@ def export_bundle(captioner, network, kind, weights, config, folder):
       UserError: the folder holds something or cannot be written, a model would be too large for the format, tf2onnx is
         not installed, or there are no training images to calibrate int8 weights on.
     """
-    _check_size(captioner)
+    check_size(captioner)
     with new_folder(folder) as temporary:
-        functions = _bundle_functions(captioner, network, CNNS[config.cnn])
+        functions = bundle_functions(captioner, network, CNNS[config.cnn])
         if kind == "onnx":
-            write_onnx(functions, temporary)
+            write_onnx(functions, weights, temporary)
         else:
             images = _calibration_images(config) if weights == "int8" else None
             _write_litert(functions, captioner, weights, images, temporary)
         write_json(temporary / "vocabulary.json", captioner.vocabulary)
-        write_json(temporary / "captioner.json", _describe(captioner, kind, weights, config), indent=1)
+        write_json(temporary / "captioner.json", describe(captioner, kind, weights, config), indent=1)
         (temporary / "README.md").write_text(_fill_readme(kind, CNNS[config.cnn]), encoding="utf-8")
         for file in (_FILES / "caption.py", pathlib.Path(image_reader.__file__)):
             shutil.copyfile(file, temporary / file.name)
 
 
-def _check_size(captioner):
+def check_size(captioner):
     """UserError where a model with float32 weights, which the others are made from, may be too large for a file."""
     size = 4 * sum(int(np.prod(weight.shape)) for weight in captioner.encoder.weights + captioner.decoder.weights)
     if size > _MOST_BYTES:
@@ -96,7 +96,7 @@ def _fill_readme(kind, cnn):
     return text
 
 
-def _describe(captioner, kind, weights, config):
+def describe(captioner, kind, weights, config):
     """What captioner.json holds."""
     cnn = CNNS[config.cnn]
     locations, channels = cnn.feature_shape
@@ -129,7 +129,7 @@ def _describe_decoding(config):
 # --- The functions ----------------------------------------------------------------------------------------------
 
 
-def _bundle_functions(captioner, network, cnn):
+def bundle_functions(captioner, network, cnn):
     """The functions of a bundle as dict of name to tf.function. All shapes are fixed but for K."""
     encoder, decoder = captioner.encoder, captioner.decoder
     encoded_features = encoder(tf.zeros((1, *cnn.feature_shape)))  # (1, P, D)
@@ -208,7 +208,7 @@ def _write_litert(functions, captioner, weights, images, folder):
     """Write encoder.tflite and decoder.tflite, the second with the signatures `decoder` and `evidence`.
 
     Args:
-      functions: as `_bundle_functions` returns them.
+      functions: as `bundle_functions` returns them.
       weights: "float32", "float16" or "int8".
       images: list of uint8 (1, side, side, 3) to calibrate int8 weights on, else None.
       folder: pathlib.Path

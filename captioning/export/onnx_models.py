@@ -14,12 +14,15 @@ from support.process import silenced_stderr
 _OPSET = 18
 _LARGE = 10_000  # numbers: smaller constants stay, as tf2onnx must see shapes and the vectors of batch norm
 
+_FEW = 1024  # numbers: tensors with fewer stay float32
 
-def write_onnx(functions, folder):
+
+def write_onnx(functions, weights, folder):
     """Write <name>.onnx for each function.
 
     Args:
       functions: dict of name to tf.function with an input signature, which returns a dict of tensors.
+      weights: "float32" or "float16", what they are kept as.
       folder: pathlib.Path
 
     Raises:
@@ -32,6 +35,8 @@ def write_onnx(functions, folder):
     for name, function in functions.items():
         with silenced_stderr():
             model = _convert(function.get_concrete_function())
+        if weights == "float16":
+            _halve_weights(model.graph)
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
 
 
@@ -77,6 +82,18 @@ def _put_in_weights(model, weights):
     for value in [value for value in model.graph.input if value.name in weights]:
         model.graph.input.remove(value)
         model.graph.initializer.append(numpy_helper.from_array(weights[value.name], value.name))
+
+
+def _halve_weights(graph):
+    """Keep the weights of an ONNX graph as float16. The runtime makes them float32 as it loads."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    for tensor in graph.initializer:
+        values, name = numpy_helper.to_array(tensor), tensor.name
+        large = values.dtype == np.float32 and values.size >= _FEW
+        if large and np.abs(values).max() <= np.finfo(np.float16).max:
+            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}/float16"))
+            graph.node.insert(0, helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
 
 
 def _plain_gradient(graph, node, name, arguments):

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import time
 import weakref
 
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from browser import emulate, find, hover, press, requested, settle, touch
 from captioning.attention import page as attention_page
 from captioning.attention.maps import upsample
 from captioning.attention.page import PageCaption, PageImage, write_pages
@@ -120,8 +120,8 @@ def test_the_policy_allows_this_style_and_this_script_and_nothing_else(tmp_path,
 
 
 def test_templates_cannot_end_early():
-    assert "</" not in attention_page._read_template("page.js")
-    assert "<" not in attention_page._read_template("page.css")
+    assert "</" not in attention_page.read_page_file("light.js") + attention_page.read_page_file("page.js")
+    assert "<" not in attention_page.read_page_file("page.css")
 
 
 def listed(path, *texts):
@@ -313,43 +313,12 @@ def test_what_ends_early_leaves_the_earlier_pages(tmp_path, photograph):
 
 
 def test_the_heat_map_is_inferno():
-    table = re.search(r"const INFERNO = (\[.*?\]);", attention_page._read_template("page.js"), re.DOTALL)[1]
+    table = re.search(r"const INFERNO = (\[.*?\]);", attention_page.read_page_file("light.js"), re.DOTALL)[1]
     ours = np.array(json.loads(re.sub(r",\s*\]", "]", table)))
     np.testing.assert_allclose(ours, 255 * matplotlib.colormaps["inferno"](np.linspace(0, 1, len(ours)))[:, :3], atol=3)
 
 
 # --- In a browser ---------------------------------------------------------------------------------------------------
-
-FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync --hide-scrollbars --force-color-profile=srgb""".split()
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
-    if not (program and driver):
-        pytest.skip("no Chromium with its chromedriver is installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
-        browser.set_script_timeout(30)
-        yield browser
-
-
-@pytest.fixture
-def browser(chromium):
-    """A browser of 1200x1400 pixels that is light, has asked for nothing special, and must not complain."""
-    chromium.get("about:blank")
-    chromium.execute_cdp_cmd("Storage.clearDataForStorageKey", {"storageKey": "file:///", "storageTypes": "all"})
-    chromium.get_log("browser")
-    emulate(chromium)
-    yield chromium
-    assert chromium.get_log("browser") == []
 
 
 @pytest.fixture(scope="module")
@@ -368,51 +337,8 @@ def page(tmp_path_factory):
     return write_pages(folder, "Dogs", [first, second, make_image(wide)], [scores], page_size=2)[0]
 
 
-def emulate(browser, width=1200, height=1400, **features):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    media = [{"name": f"prefers-{name.replace('_', '-')}", "value": value} for name, value in features.items()]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-
-
 def open_page(browser, path):
     browser.get(path.as_uri())
-
-
-def find(browser, selector, number=0):
-    return browser.find_elements("css selector", selector)[number]
-
-
-def settle(browser, milliseconds=350):
-    """Wait until a fade is over, and drawn."""
-    browser.execute_async_script(
-        "const done = arguments[1]; setTimeout(() => requestAnimationFrame(() => done()), arguments[0])", milliseconds
-    )
-
-
-def hover(browser, element):
-    from selenium.webdriver import ActionChains
-
-    ActionChains(browser).move_to_element(element).perform()
-    settle(browser)
-
-
-def press(browser, *keys):
-    from selenium.webdriver import ActionChains, Keys
-
-    for key in keys:
-        ActionChains(browser).send_keys(getattr(Keys, key)).perform()
-    settle(browser)
-
-
-def touch(browser, element):
-    from selenium.webdriver.common.actions.action_builder import ActionBuilder
-    from selenium.webdriver.common.actions.pointer_input import PointerInput
-
-    actions = ActionBuilder(browser, mouse=PointerInput("touch", "finger"))
-    actions.pointer_action.move_to(element).pointer_down().pointer_up()
-    actions.perform()
-    settle(browser)
 
 
 def pixels(frame):
@@ -863,10 +789,7 @@ def test_nothing_is_requested(browser, page):
     for position in (1, 4):
         hover(browser, find(browser, ".word", position))
     find(browser, ".play").click()
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    addresses = [
-        event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
-    ]
+    addresses = requested(browser)
     assert page.as_uri() in addresses
     assert all(address == page.as_uri() or address.startswith("data:") for address in addresses)
     assert len(browser.find_elements("css selector", "header nav, main ~ nav")) == 2  # above the images and below

@@ -37,7 +37,7 @@ from support.devices import set_up_devices
 from support.process import run_script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-KINDS = [f"{kind}:{weights}" for kind in WEIGHTS for weights in WEIGHTS[kind]]
+KINDS = [f"{kind}:{weights}" for kind in ("litert", "onnx") for weights in WEIGHTS[kind]]
 
 
 def add_options(parser):

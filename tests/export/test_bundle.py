@@ -26,6 +26,7 @@ from captioning.attention.evidence import explain_captions
 from captioning.captioner import _beam_graph, _greedy_graph, caption_batch, decode_captions, decoding_settings
 from captioning.decoder.nucleus_sampling import draw_words, keep_nucleus
 from captioning.export import bundle as export_bundle
+from captioning.export import onnx_models
 from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
 from captioning.features.cnn import CNNS
@@ -446,7 +447,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
     """The second one comes while the first writes its models."""
-    monkeypatch.setattr(export_bundle, "_bundle_functions", lambda captioner, network, cnn: captioner)
+    monkeypatch.setattr(export_bundle, "bundle_functions", lambda captioner, network, cnn: captioner)
 
     def write(captioner, again, weights, images, folder):
         monkeypatch.setattr(export_bundle, "_write_litert", lambda *_: pytest.fail("two at once"))
@@ -510,6 +511,31 @@ def test_float16_weights_take_half_the_room_and_give_nearly_the_same(exported, t
         logits, _, _ = captioner.decoder(tf.constant([[START]]), expected[None], hidden, keys)
         known = tf.nn.log_softmax(logits[:, 3:])[0]  # without the words that are never said
         np.testing.assert_allclose(step["log_probs"][0, 3:], known, atol=0.05)
+
+
+def test_onnx_weights_are_halved_and_computed_with_in_float32():
+    """What float16 cannot hold stays float32, as do small tensors."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.standard_normal((64, 64)), "b": np.full((64, 64), 1e9), "c": rng.standard_normal((1, 64))}
+    weights = {name: values.astype(np.float32) for name, values in weights.items()}
+    steps = [("MatMul", "x", "a", "xa"), ("MatMul", "xa", "b", "xab"), ("Add", "xab", "c", "y")]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (1, 64)) for name in "xy")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(kind, [one, two], [result]) for kind, one, two, result in steps],
+        "graph",
+        [x],
+        [y],
+        [onnx.numpy_helper.from_array(values, name) for name, values in weights.items()],
+    )
+    export_bundle._halve_weights(graph)
+    kept = {tensor.name: onnx.numpy_helper.to_array(tensor).dtype for tensor in graph.initializer}
+    assert kept == {"a/float16": np.float16, "b": np.float32, "c": np.float32}
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    given = rng.standard_normal((1, 64), np.float32)
+    rounded = weights["a"].astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": given})[0], given @ rounded @ weights["b"], rtol=1e-3)
 
 
 def captions(folder, images):

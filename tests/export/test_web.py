@@ -1,0 +1,529 @@
+"""The captioner as a web page: the exported folder, and what a real browser makes of it."""
+
+import base64
+import dataclasses
+import hashlib
+import html.parser
+import http.client
+import io
+import json
+import os
+import pathlib
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from test_image_files import png_header
+
+import inference_image_caption as inference
+from browser import emulate, find, press, requested, settle
+from captioning.attention.evidence import explain_captions
+from captioning.attention.maps import scale_light
+from captioning.captioner import decode_captions
+from captioning.export import serve, web
+from captioning.features.image_files import load_image
+from captioning.settings import make_config
+from captioning.training import run_folder
+from captioning.vocabulary import END, PAD
+from captioning.words import join_words
+from support.errors import UserError
+from tiny_captioner import MIXED, SIZES, colour_network, tiny_captioner
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+RUNTIME = pathlib.Path(os.environ.get("WEB_RUNTIME", ROOT / "node_modules" / "onnxruntime-web" / "dist"))
+CONFIG = make_config({**SIZES, "max_words": 9, "beam_width": 1, "repeat_block": 2})
+MODELS = ("encoder", "decoder", "evidence")
+
+
+def make_captioner(seed=1):
+    return dataclasses.replace(tiny_captioner(CONFIG, seed=seed), vocabulary=MIXED, network="a network", identity="1")
+
+
+def write_stand_ins(functions, weights, folder):
+    for name in MODELS:
+        (folder / f"{name}.onnx").write_bytes(f"{name} {weights}".encode())
+
+
+# --- The folder -------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """The start tags of an HTML file, and the texts inside style and script."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.inline, self.open = [], "", ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open = tag
+
+    def handle_data(self, data):
+        self.inline += data if self.open in ("script", "style") else ""
+
+
+@pytest.fixture
+def page_folder(tmp_path, monkeypatch):
+    """A page with stand-ins for models, whose runtime comes from the CDN."""
+    monkeypatch.setattr(web, "write_onnx", write_stand_ins)
+    web.export_page(make_captioner(), colour_network, "float16", CONFIG, tmp_path / "page")
+    return tmp_path / "page"
+
+
+def test_the_folder_names_what_it_is_made_of(page_folder):
+    about = json.loads((page_folder / "captioner.json").read_text())
+    assert (about["format"], about["weights"], about["runtime"]) == ("web", "float16", web.RUNTIME_VERSION)
+    assert about["decoding"]["max_words"] == 9
+    for name in (*MODELS, "vocabulary"):
+        file = about["files"][name]
+        data = (page_folder / file["url"]).read_bytes()
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        assert (file["bytes"], file["sha256"]) == (len(data), digest)
+    for name in ("script", "wasm"):
+        assert about["files"][name]["url"].startswith(
+            f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{web.RUNTIME_VERSION}/"
+        )
+    assert "cdn.jsdelivr.net" in (page_folder / "README.md").read_text() and not list(page_folder.glob("*.wasm"))
+    assert len((page_folder / "README.md").read_text().splitlines()) <= 25
+
+
+def test_the_policy_allows_this_folder_and_the_runtime_and_nothing_else(page_folder):
+    page = Page(page_folder / "index.html")
+    (policy,) = (attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == rules["form-action"] == rules["base-uri"] == "'none'"
+    assert rules["connect-src"] == f"'self' https://cdn.jsdelivr.net/npm/onnxruntime-web@{web.RUNTIME_VERSION}/dist/"
+    assert "unsafe-inline" not in policy and "'unsafe-eval'" not in policy and rules["style-src"] == "'self'"
+    assert page.inline.strip() == ""
+    named = [attributes.get("src") or attributes.get("href") for _, attributes in page.tags]
+    named = {name for name in named if name and not name.startswith("data:")}
+    assert named == {"page.css", "captioner.css", "light.js", "page.js", "captioner.js"}
+    assert all((page_folder / name).is_file() for name in named)
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
+
+
+@pytest.mark.parametrize("wrong", ["missing", "other"])
+def test_a_runtime_of_another_version_is_one_line(tmp_path, wrong):
+    for file in web._RUNTIME.values():
+        (tmp_path / file.url).write_bytes(b"another")
+    if wrong == "missing":
+        (tmp_path / web._RUNTIME["wasm"].url).unlink()
+        (tmp_path / web._RUNTIME["script"].url).unlink()
+    with pytest.raises(UserError, match=f"npm install onnxruntime-web@{web.RUNTIME_VERSION}") as raised:
+        web.check_runtime(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (["--web_runtime", "d"], "--web_runtime goes with --serve"),
+        (["--export", "m", "--format", "onnx", "--web_runtime", "d"], "--format web"),
+        (["--export", "m", "--format", "web", "--web_runtime", "gone"], "npm install onnxruntime-web"),
+        (["--export", "m", "--format", "web", "--weights", "int8"], "only with litert"),
+        (["--export", "m", "--serve"], "--export and --serve do not go together"),
+        (["--image", "a.jpg", "--serve", "0"], "--image and --serve do not go together"),
+        (["--serve", "--weights", "float32"], "give --export DIR too"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(tmp_path, monkeypatch, wrong, match):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=match) as raised:
+        inference.main(wrong)
+    assert "\n" not in str(raised.value)
+    assert os.listdir(tmp_path) == []
+
+
+# --- Serving ----------------------------------------------------------------------------------------------------
+
+
+def test_the_server_isolates_the_page_and_is_of_this_machine_alone(tmp_path):
+    (tmp_path / "a.mjs").write_text("1")
+    with serve.make_server(tmp_path, 0) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+        connection.request("GET", "/a.mjs")
+        answer = connection.getresponse()
+        assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        assert answer.headers["Content-Type"] == "text/javascript"
+        with pytest.raises(UserError, match="cannot be had .*behind --serve") as raised:
+            serve.make_server(tmp_path, server.server_port)
+        assert "\n" not in str(raised.value)
+        server.shutdown()
+    with pytest.raises(UserError, match="port 70000 cannot be had"):
+        serve.make_server(tmp_path, 70_000)
+
+
+def test_a_run_is_served_and_exported_once_for_each_checkpoint(trained, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run, ignore=shutil.ignore_patterns("captions"))
+    monkeypatch.setattr(run_folder, "run_network", lambda config: colour_network)
+    exports = []
+    monkeypatch.setattr(web, "write_onnx", lambda *given: exports.append(given) or write_stand_ins(*given))
+
+    def stop(server):
+        assert (run / "web" / "index.html").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve._Server, "serve_forever", stop)
+    given = ["--run_dir", str(run), "--serve", "0"]
+    inference.main(given)
+    inference.main(given)
+    assert len(exports) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "http://" in line]
+    assert len(lines) == 2 and lines[0].startswith("open http://127.0.0.1:")
+    inference.main([*given, "--max_words", "7"])
+    assert json.loads((run / "web" / "captioner.json").read_text())["decoding"]["max_words"] == 7
+    shutil.rmtree(run / "best")  # the weights of `last` are another checkpoint
+    inference.main([*given, "--max_words", "7"])
+    assert len(exports) == 3
+    shutil.rmtree(run / "web")
+    (run / "web").mkdir()
+    (run / "web" / "mine.txt").touch()
+    with pytest.raises(UserError, match="is there already"):
+        inference.main(given)
+    assert os.listdir(run / "web") == ["mine.txt"]
+
+
+# --- In a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(captioner, folder of its page with the runtime in it)"""
+    if not RUNTIME.is_dir():
+        pytest.skip(
+            f"no onnxruntime-web: run npm install --no-save onnxruntime-web@{web.RUNTIME_VERSION}, "
+            "or name its folder dist by WEB_RUNTIME"
+        )
+    captioner, folder = make_captioner(), tmp_path_factory.mktemp("web") / "page"
+    # Not float16, whose errors the stand-in for the network multiplies by up to 255.
+    web.export_page(captioner, colour_network, "float32", CONFIG, folder, RUNTIME)
+    return captioner, folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A drawing that is partly clear, a photograph on its side, and one much larger than what the network takes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(5)
+    clear = rng.integers(0, 256, (60, 90, 4), np.uint8)
+    clear[..., 3] = np.where(clear[..., 3] < 80, 0, 255)
+    Image.fromarray(clear).save(folder / "clear.png")
+    soft = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((240, 320), (900, 1200))]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    soft[0].filter(ImageFilter.GaussianBlur(9)).save(folder / "turned.jpg", exif=exif, quality=95)
+    soft[1].filter(ImageFilter.GaussianBlur(30)).save(folder / "large.png")
+    return [folder / name for name in ("clear.png", "turned.jpg", "large.png")]
+
+
+class Host:
+    """A web host of a folder that counts what is asked for."""
+
+    def __init__(self, folder):
+        self.asked, self.gone = [], set()
+        outer = self
+
+        class Handler(serve._Handler):
+            def __init__(self, *given):
+                super().__init__(*given, directory=folder)
+
+            def send_head(self):
+                outer.asked.append(self.path.partition("?")[0][1:])
+                return self.send_error(404) if outer.asked[-1] in outer.gone else super().send_head()
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def host(exported):
+    host = Host(exported[1])
+    yield host
+    host.server.shutdown()
+    host.server.server_close()
+
+
+def wait_for(browser, condition, seconds=60):
+    """Wait until a JavaScript expression is true, and return its value."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        value = browser.execute_script(f"return {condition}")
+        if value:
+            return value
+        time.sleep(0.05)
+    shown = browser.execute_script("return document.body.innerText")
+    raise AssertionError(f"{condition} did not come; the page shows: {shown}")
+
+
+def open_captioner(browser, host):
+    browser.get(host.url)
+    wait_for(browser, "document.body.dataset.threads")
+
+
+def choose(browser, *paths):
+    find(browser, "#choose").send_keys("\n".join(map(str, paths)))
+
+
+def article(number):
+    return f"document.querySelector('[aria-labelledby=image-{number}]')"
+
+
+def caption_images(browser, paths):
+    """Let the page caption images; their captions, in the order of the paths."""
+    before = len(browser.find_elements("css selector", "article"))
+    choose(browser, *paths)
+    numbers = range(before + 1, before + len(paths) + 1)
+    return [wait_for(browser, f"{article(i)}.querySelector('[data-evidence]') && captionOf({i})") for i in numbers]
+
+
+def script_3(captioner, path, beams=1):
+    """What script 3 makes of an image: word ids with <end> (L,), and attention weights (L, P)."""
+    config = dataclasses.replace(CONFIG, beam_width=beams)
+    features = colour_network(load_image(path)[np.newaxis])
+    words, _, weights = decode_captions(captioner.encoder, captioner.decoder, features, config)
+    kept = words[0].numpy() != PAD
+    return words[0].numpy()[kept], weights[0].numpy()[kept]
+
+
+def caption_of(ids):
+    return join_words([MIXED[i] for i in ids if i != END])
+
+
+CAPTION_OF = "window.captionOf = (number) => captionText(images.get(number).caption)"
+
+
+@pytest.mark.slow
+def test_captions_and_maps_are_those_of_script_3(browser, host, exported, images):
+    captioner, _ = exported
+    open_captioner(browser, host)
+    browser.execute_script(CAPTION_OF)
+    expected = [script_3(captioner, path) for path in images]
+    assert len({tuple(ids) for ids, _ in expected}) == 3
+    assert caption_images(browser, images) == [caption_of(ids) for ids, _ in expected]
+    for number, (path, (ids, weights)) in enumerate(zip(images, expected, strict=True), 1):
+        words = [i for i in ids if i != END]
+        features = colour_network(load_image(path)[np.newaxis])
+        _, evidence, _ = explain_captions(captioner.encoder, captioner.decoder, features, ids[np.newaxis])
+        maps = {"weights": weights[: len(words)], "evidence": evidence.numpy()[0, : len(words)]}
+        for name, values in maps.items():
+            script = f"return [...{article(number)}.querySelectorAll('.word')].map((word) => word.dataset.{name})"
+            levels = [list(base64.b64decode(text)) for text in browser.execute_script(script)]
+            np.testing.assert_allclose(np.array(levels) / 255, scale_light(values), atol=0.02)
+    for beams in (3, 5):
+        browser.execute_script(f"document.querySelector('[name=beams][value=\"{beams}\"]').click()")
+        expected = [caption_of(script_3(captioner, path, beams)[0]) for path in images]
+        for number, caption in enumerate(expected, 1):
+            wait_for(browser, f"images.get({number}).caption.beams === {beams}")
+            assert browser.execute_script(f"return captionOf({number})") == caption
+    assert find(browser, "img").get_attribute("alt") == expected[0]
+
+
+@pytest.mark.slow
+def test_pixels_are_squeezed_as_pillow_does(browser):
+    script = (web._WEB_FILES / "pixels.js").read_text().replace('"use strict";', "")
+    rng = np.random.default_rng(2)
+    for width, height, apart in (
+        (640, 480, 0),
+        (480, 640, 0),
+        (299, 299, 0),
+        (31, 500, 1),
+    ):  # Pillow turns what is tall
+        pixels = rng.integers(0, 256, (height, width, 4), np.uint8)
+        given = base64.b64encode(pixels.tobytes()).decode()
+        code = f"""{script}
+            const pixels = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+            const rows = (top, count) => pixels.subarray(4 * {width} * top, 4 * {width} * (top + count));
+            return Array.from(squeezeImage(rows, {width}, {height}, 1, 299));"""
+        found = np.array(browser.execute_script(code, given)).reshape(299, 299, 3)
+        image = Image.fromarray(pixels[..., :3]).resize((299, 299), Image.Resampling.BILINEAR)
+        assert np.abs(found - np.asarray(image, int)).max() == apart
+
+
+@pytest.mark.slow
+def test_a_large_photograph_is_decoded_as_at_a_fraction(browser, tmp_path):
+    """Pillow lets JPEG files be decoded at 1/2, 1/4 or 1/8 of their size; the page averages boxes instead."""
+    rng = np.random.default_rng(3)
+    noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
+    noise.resize((1600, 1204), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=92)
+    script = (web._WEB_FILES / "pixels.js").read_text().replace('"use strict";', "")
+    with Image.open(tmp_path / "a.jpg") as image:
+        pixels = np.asarray(image.convert("RGBA"))
+    code = f"""{script}
+        const pixels = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+        const rows = (top, count) => pixels.subarray(4 * 1600 * top, 4 * 1600 * (top + count));
+        const ratio = jpegRatio(1600, 1204, 299);
+        return [ratio, Array.from(squeezeImage(rows, 1600, 1204, ratio, 299))];"""
+    ratio, found = browser.execute_script(code, base64.b64encode(pixels.tobytes()).decode())
+    expected = load_image(tmp_path / "a.jpg").astype(int)
+    assert ratio == 4
+    assert np.abs(np.array(found).reshape(299, 299, 3) - expected).mean() < 1.5
+
+
+@pytest.mark.slow
+def test_the_second_visit_loads_no_model(browser, host, exported):
+    large = {*MODELS, "vocabulary"}
+    open_captioner(browser, host)
+    host.asked.clear()
+    open_captioner(browser, host)
+    assert "index.html" in host.asked or "" in host.asked
+    assert not [name for name in host.asked if name.endswith((".onnx", ".wasm", ".mjs")) or name == "vocabulary.json"]
+    keys = "caches.keys().then((names) => caches.open(names[0])).then((cache) => cache.keys())"
+    count = f"const done = arguments[0]; {keys}.then((keys) => done(keys.map((key) => key.url)))"
+    before = browser.execute_async_script(count)
+    assert len(before) == len(large) + 2
+    decoder, about = exported[1] / "decoder.onnx", exported[1] / "captioner.json"
+    kept = decoder.read_bytes(), about.read_text()
+    try:  # a new version, with one more byte that changes nothing: an empty name of an ONNX file's producer
+        decoder.write_bytes(kept[0] + b"\x12\x00")
+        changed = json.loads(kept[1])
+        changed["files"]["decoder"] = dataclasses.asdict(web._describe_file(decoder))
+        about.write_text(json.dumps(changed))
+        host.asked.clear()
+        open_captioner(browser, host)
+        settle(browser)
+        assert [name for name in host.asked if name.endswith(".onnx")] == ["decoder.onnx"]
+        after = browser.execute_async_script(count)
+        assert len(after) == len(before) and len(set(after) - set(before)) == 1
+    finally:
+        decoder.write_bytes(kept[0])
+        about.write_text(kept[1])
+
+
+@pytest.mark.slow
+def test_no_other_origin_is_asked(browser, host, images):
+    browser.get_log("performance")
+    open_captioner(browser, host)
+    browser.execute_script(CAPTION_OF)
+    caption_images(browser, images[:1])
+    addresses = requested(browser)
+    assert host.url in addresses
+    ours = (host.url, f"blob:{host.url}", "data:")
+    assert [address for address in addresses if not address.startswith(ours)] == []
+    sent = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    assert all(name.startswith(ours) for name in browser.execute_script(sent))
+    refused = browser.execute_async_script(
+        "fetch('https://example.org/').then(() => arguments[0]('fetched'), (error) => arguments[0](String(error)))"
+    )
+    inside = """
+        const code = "fetch('https://example.org/').then(() => postMessage(1), (error) => postMessage(String(error)))";
+        new Worker(URL.createObjectURL(new Blob([code]))).onmessage = ({ data }) => arguments[0](data)"""
+    assert "fetched" not in refused and "TypeError" in browser.execute_async_script(inside)
+    messages = [entry["message"] for entry in browser.get_log("browser")]
+    assert messages and all("Content Security Policy" in message for message in messages)
+
+
+@pytest.mark.slow
+def test_a_phone_needs_no_sideways_scroll(browser, host, images):
+    emulate(browser, 360, 740)
+    open_captioner(browser, host)
+    browser.execute_script(CAPTION_OF)
+    caption_images(browser, images)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+    sizes = "return [...document.querySelectorAll('.way, .button')].map((each) => each.getBoundingClientRect().height)"
+    assert min(height for height in browser.execute_script(sizes) if height) >= 32
+
+
+@pytest.mark.slow
+def test_a_host_without_https_is_enough(browser, host, exported, images):
+    """There the browser keeps nothing itself, has no digests to offer, and runs one thread."""
+    browser.get(host.url.replace("127.0.0.1", "insecure.test"))
+    browser.execute_script(CAPTION_OF)
+    assert caption_images(browser, images[1:2]) == [caption_of(script_3(exported[0], images[1])[0])]
+    state = "return [isSecureContext, crossOriginIsolated, document.body.dataset.threads]"
+    assert browser.execute_script(state) == [False, False, "1"]
+    host.asked.clear()
+    browser.refresh()
+    wait_for(browser, "document.body.dataset.threads")
+    assert host.asked.count("encoder.onnx") == 1  # asked whether there is a new one
+    browser.get_log("browser")  # it says that the headers for threads need https
+
+
+@pytest.mark.slow
+def test_keys_are_enough(browser, host, exported, images):
+    captioner, _ = exported
+    open_captioner(browser, host)
+    browser.execute_script(CAPTION_OF)
+    press(browser, "TAB")
+    assert browser.switch_to.active_element.get_attribute("id") == "choose"
+    caption_images(browser, images[:1])
+    press(browser, "TAB", "ARROW_RIGHT")  # to the beams; the camera is for phones
+    wait_for(browser, "images.get(1).caption.beams === 3")
+    browser.execute_script("document.querySelector('.controls input:checked').focus()")
+    press(
+        browser, "TAB", "TAB", "TAB", "TAB", "ARROW_RIGHT"
+    )  # kind of light, darkness, play, the first word, the second
+    words = [word for word in script_3(captioner, images[0], 3)[0] if word != END]
+    active = browser.find_elements("css selector", ".word.active")
+    assert [word.text for word in active] == [MIXED[words[1]]]
+    assert browser.execute_script("return document.querySelector('.frame canvas') !== null")
+    press(browser, "TAB", "ENTER")
+    wait_for(browser, "['Copied', 'Not possible here'].includes(document.activeElement.textContent)")
+
+
+@pytest.mark.slow
+def test_the_figure_has_a_panel_for_each_word(browser, host, images):
+    open_captioner(browser, host)
+    browser.execute_script(CAPTION_OF)
+    caption_images(browser, images[1:2])
+    drawn = browser.execute_script("return drawFigure(images.get(1)).toDataURL('image/png')")
+    figure = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn.partition(",")[2]))).convert("L"), int)
+    count = browser.execute_script("return images.get(1).caption.words.length")
+    height = round(294 * 320 / 240) + 36 + 6  # the photograph is upright
+    assert figure.shape == ((count // 5 + 1) * height, 1500)
+    bare, first = figure[36 : height - 6, :294], figure[36 : height - 6, 300:594]
+    assert bare.mean() > 1.2 * first.mean() and (first <= bare + 3).all()
+    assert (figure[:36, 300:594] < 90).any()  # the word
+
+
+@pytest.mark.slow
+def test_bad_files_are_told_and_the_others_get_captions(browser, host, exported, images, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "huge.png").write_bytes(png_header(20_000, 9_000))
+    open_captioner(browser, host)
+    browser.execute_script(CAPTION_OF)
+    choose(browser, tmp_path / "text.jpg", tmp_path / "huge.png")
+    assert caption_images(browser, images[:1]) == [caption_of(script_3(exported[0], images[0])[0])]
+    told = [element.text for element in browser.find_elements("css selector", ".frame p")]
+    assert told == ["This browser cannot read it as an image.", "Its 20000 × 9000 pixels are too many."]
+    assert browser.title == "Image captioner"
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_arrive_is_one_line_and_can_be_had_later(browser, host, exported, images):
+    browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": host.url[:-1], "storageTypes": "all"})
+    host.gone.add("evidence.onnx")
+    try:
+        host.asked.clear()
+        browser.get(host.url)
+        choose(browser, images[0])  # before all is loaded
+        shown = wait_for(browser, "document.querySelector('.failure:not([hidden]) span')?.textContent")
+        assert "evidence.onnx did not arrive (404)" in shown and "\n" not in shown
+        assert host.asked.count("evidence.onnx") == 3
+    finally:
+        host.gone.clear()
+    find(browser, ".failure button").click()
+    browser.execute_script(CAPTION_OF)
+    caption = wait_for(browser, "images.get(1).caption && captionOf(1)")
+    assert caption == caption_of(script_3(exported[0], images[0])[0])
+    assert not find(browser, ".failure").is_displayed()
+
+
+@pytest.mark.slow
+def test_an_old_browser_is_told(browser, host):
+    code = {"source": "WebAssembly.validate = () => false"}
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", code)
+    try:
+        browser.get(host.url)
+        assert "too old" in wait_for(browser, "document.querySelector('.failure:not([hidden]) span')?.textContent")
+        assert not find(browser, ".drop").is_displayed() and not find(browser, ".failure button").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
