@@ -528,7 +528,7 @@ def test_onnx_weights_are_halved_and_computed_with_in_float32():
         [y],
         [onnx.numpy_helper.from_array(values, name) for name, values in weights.items()],
     )
-    export_bundle._halve_weights(graph)
+    onnx_models._halve_weights(graph)
     kept = {tensor.name: onnx.numpy_helper.to_array(tensor).dtype for tensor in graph.initializer}
     assert kept == {"a/float16": np.float16, "b": np.float32, "c": np.float32}
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
