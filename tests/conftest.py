@@ -92,14 +92,12 @@ def little_memory():
 
 
 def forget_graphs():
-    import keras
     import tensorflow as tf
 
     kind = type(tf.function(len))
     for each in gc.get_objects():
         if type(each) is kind:
             each._function_cache.clear()  # it is traced again where it is needed again
-    keras.backend.clear_session()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # not Linux with the GNU library
         ctypes.CDLL(None).malloc_trim(0)

@@ -17,6 +17,7 @@ from captioning.features.cnn import CNNS
 from captioning.features.feature_files import read_feature
 from captioning.training.checkpoints import _readable_path, restore_newest, save_checkpoint
 from captioning.training.tensorboard import log_epoch, tensorboard_log
+from config import Config
 from support.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def test_a_saved_model_can_be_loaded_or_is_refused_before_anything_is_written(fo
 
     monkeypatch.setattr(export, "_write_saved_model", write)
     try:
-        export.export_captioner(None, None, None, str(folder / "model"))
+        export.export_captioner(None, None, Config(), str(folder / "model"))
     except UserError as error:
         assert "give another --export" in str(error)
         assert not list(folder.iterdir())

@@ -50,8 +50,8 @@ def test_a_run_that_is_continued_says_which_settings_differ(config, capsys):
     assert capsys.readouterr().out == ""
     begin_run(prepared(), dataclasses.replace(config, batch_size=16, epochs=3, beam_width=5))
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "continuing with --epochs 3; the run had 8 before"
-    assert second == "continuing with --batch_size 16; the run had 64 before"
+    assert first == f"continuing with --epochs 3; the run had {config.epochs} before"
+    assert second == f"continuing with --batch_size 16; the run had {config.batch_size} before"
 
 
 # --- Whether a run fits -----------------------------------------------------------------------------------------
