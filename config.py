@@ -97,7 +97,7 @@ PRESETS = {
         "encoder_dim": 128,
         "embedding_dim": 64,
         "units": 256,
-        "epochs": 7,  # with the next three it learns in minutes, from few scenes
+        "epochs": 5,  # with the next three it learns in minutes, from few scenes
         "batch_size": 32,
         "learning_rate": 3e-3,
         "dropout": 0.3,
