@@ -16,7 +16,7 @@ def test_the_gelu_of_a_cnn_is_computed_without_an_operation_that_onnx_lacks(tmp_
     def compute(x):
         return {"y": model(x)}
 
-    write_onnx({"gelu": compute}, tmp_path)
+    write_onnx({"gelu": compute}, "float32", tmp_path)
     x = np.linspace(-6, 6, 40, dtype=np.float32).reshape(-1, 4)
     (found,) = onnxruntime.InferenceSession(tmp_path / "gelu.onnx").run(["y"], {"x": x})
     np.testing.assert_allclose(found, compute(tf.constant(x))["y"], atol=1e-6)
