@@ -305,7 +305,7 @@ def test_a_run_that_has_lost_its_checkpoints_begins_anew_and_says_so(trained, tm
 
 
 @pytest.mark.slow
-def test_the_step_is_traced_once_for_each_length_of_batches(trained, tmp_path, monkeypatch):
+def test_a_few_graphs_serve_captions_of_all_lengths(trained, tmp_path, monkeypatch):
     traces, lengths = [], set()
     loss, real = training.caption_loss, batches.counted_batches
 
@@ -317,7 +317,7 @@ def test_the_step_is_traced_once_for_each_length_of_batches(trained, tmp_path, m
     monkeypatch.setattr(training, "caption_loss", lambda *args: traces.append(1) or loss(*args))
     monkeypatch.setattr(batches, "counted_batches", counted_batches)
     train(trained, "--run_dir", str(tmp_path / "run"), "--batch_size", "7", "--epochs", "3")
-    assert 2 <= len(traces) == len(lengths)  # of the training step and of the validation step
+    assert len(traces) <= 4 < len(lengths)  # two of the training step, two of the validation step
 
 
 @pytest.mark.slow
@@ -439,7 +439,8 @@ def test_samples_that_cannot_be_shown_are_a_warning_and_training_goes_on(monkeyp
     monkeypatch.setattr(epoch_samples, "save_epoch", lambda state, row, config: state.progress.history.append(row))
     monkeypatch.setattr(epoch_samples, "_show_samples", show_samples)
     config = read_settings(["--epochs", "2"], "")[0]
-    training.train_epochs(types.SimpleNamespace(progress=Progress()), None, None, None, None, config)
+    train = types.SimpleNamespace(lengths=[5, 6])
+    training.train_epochs(types.SimpleNamespace(progress=Progress()), train, None, None, None, config)
     assert capsys.readouterr().out == 2 * "warning: samples.json is damaged: delete it\n"
 
 
@@ -845,7 +846,7 @@ def test_training_ends_after_so_many_epochs_without_a_better_loss(
     monkeypatch.setattr(saving, "save_checkpoint", lambda objects, folder, n: saved.append((folder.name, n)))
     config = read_settings(["--epochs", str(len(validation)), "--patience", str(patience)], "")[0]
     state = types.SimpleNamespace(progress=Progress(), captioner=lambda: None)
-    training.train_epochs(state, None, None, None, None, config)
+    training.train_epochs(state, types.SimpleNamespace(lengths=[5, 6]), None, None, None, config)
     assert epochs == list(range(trained_on))
     assert state.progress.best_epoch == max(n for name, n in saved if name == "best") == best
     assert ("stopping" in capsys.readouterr().out) == (trained_on < len(validation))
