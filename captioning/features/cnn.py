@@ -17,7 +17,7 @@ class CNN:
       imagenet_digest: str, MD5 or SHA-256 of Keras's file of its ImageNet weights without the top.
       preprocessing: str, mode of Keras's preprocess_input. "" for a network that does this itself: it takes 0 to 255.
       grid_layer: str, the layer whose output is the grid; "" for the last.
-      rounds_weights: bool, whether bfloat16_weights.py can round its weights. Others are float32 unless one asks.
+      keeps_captions_in_bfloat16: bool, as was measured. Others are float32 unless one asks.
     """
 
     name: str
@@ -27,7 +27,7 @@ class CNN:
     imagenet_digest: str
     preprocessing: str = ""
     grid_layer: str = ""
-    rounds_weights: bool = False
+    keeps_captions_in_bfloat16: bool = False
 
     @property
     def feature_shape(self):
@@ -36,8 +36,8 @@ class CNN:
 
 
 _TABLE = (
-    # The only one that computes in fewer bits by itself, see bfloat16_weights.py (Szegedy et al., arXiv 1512.00567).
-    CNN("InceptionV3", 299, 8, 2048, "bcbd6486424b2319ff4ef7d526e38f63", "tf", rounds_weights=True),
+    # Szegedy et al., arXiv 1512.00567. The only one that computes in fewer bits by itself, see docs/measurements.md.
+    CNN("InceptionV3", 299, 8, 2048, "bcbd6486424b2319ff4ef7d526e38f63", "tf", keeps_captions_in_bfloat16=True),
     CNN("MobileNetV3Large", 224, 7, 960, "07fb09a5933dd0c8eaafa16978110389"),
     CNN("EfficientNetV2B0", 224, 7, 1280, "893217f2bb855e2983157299931e43ff"),
     CNN("EfficientNetV2B1", 240, 8, 1280, "0e80663031ca32d657f9caa404b6ec37"),

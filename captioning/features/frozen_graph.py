@@ -31,7 +31,7 @@ from support.files import read_json, write_bytes, write_json
 
 _GRAPH, _NOTE = "network_graph.pb", "network_graph.json"
 # A change of these files may change the graph.
-_SOURCES = "cnn.py", "network.py", "random_weights.py", "bfloat16_weights.py", "frozen_graph.py"
+_SOURCES = "cnn.py", "network.py", "random_weights.py", "frozen_graph.py"
 _PIXELS, _FEATURES = "pixels:0", "Identity:0"  # as TensorFlow names what feature_graph takes and returns
 # What a graph may consist of. A file that somebody else wrote could do anything else, such as write files.
 _OPERATIONS = {"Placeholder", "Const", "Identity", "Cast", "Reshape", "Mul", "RealDiv", "AddV2", "Sub"}

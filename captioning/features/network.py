@@ -9,7 +9,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from captioning.features.bfloat16_weights import round_weights
 from captioning.features.cnn import CNNS, preprocess
 from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.features.random_weights import (
@@ -100,8 +99,6 @@ def feature_graph(config, statistics=None, calibration_paths=None, expected_iden
             if not pathlib.Path(statistics).exists():  # another shard may have been quicker
                 write_statistics(statistics, values, network_identity(config))
         set_statistics(model, statistics, network_identity(config))
-    rounded = precision == "bfloat16" and cnn.rounds_weights
-    factors = round_weights(model) if rounded else 1.0  # (F,)
 
     # TensorFlow folds batch norm into the convolutions if the weights are constants. It cannot do so with variables.
     trainable = [variable.numpy() for variable in model.trainable_variables]
@@ -109,11 +106,10 @@ def feature_graph(config, statistics=None, calibration_paths=None, expected_iden
 
     @tf.function(input_signature=[tf.TensorSpec((None, cnn.image_size, cnn.image_size, 3), tf.uint8)])
     def network(pixels):
-        values = tf.cast(pixels, tf.float32)
-        scaled = 2.0 * values - 255.0 if rounded else preprocess(values, cnn)
+        scaled = preprocess(tf.cast(pixels, tf.float32), cnn)
         constants = [tf.constant(value) for value in trainable], [tf.constant(value) for value in others]
         grid, _ = model.stateless_call(*constants, scaled, training=False)  # (B, grid_size, grid_size, F)
-        return tf.cast(tf.reshape(grid, (-1, *cnn.feature_shape)), tf.float32) / factors  # (B, P, F)
+        return tf.cast(tf.reshape(grid, (-1, *cnn.feature_shape)), tf.float32)  # (B, P, F)
 
     return network
 
@@ -169,7 +165,7 @@ def extraction_precision(config):
     """
     if config.extract_precision != "auto":
         return config.extract_precision
-    if not CNNS[config.cnn].rounds_weights:
+    if not CNNS[config.cnn].keeps_captions_in_bfloat16:
         return "float32"
     if has_fast_bfloat16():
         return "bfloat16"

