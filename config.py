@@ -42,7 +42,7 @@ class Config:
     features_dir: str = ""  # feature cache, one .npy per image; empty for <data_dir>/features
     feature_dtype: Literal["float16", "float32"] = "float16"  # number type of features: 262 or 524 kB of InceptionV3's
     extract_batch: Annotated[int, (1, 1024)] = 16  # images per call of the CNN
-    extract_precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the CNN; auto: the faster for InceptionV3
+    extract_precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the fastest that keeps captions the same
 
     # Model: letters as in model.py
     encoder_dim: Annotated[int, (1, 16_384)] = 256  # D: encoded feature at each location

@@ -3,7 +3,8 @@
 import os
 import pathlib
 
-from captioning.export import bundle, saved_model, serve, web
+from captioning.export import bundle, saved_model, web
+from support import local_server
 from support.errors import UserError, printable
 
 _PORT = 8000
@@ -81,7 +82,7 @@ def export(load_captioner, make_network, options, config):
 def _serve_page(load_captioner, make_network, options, config):
     """Serve the web page of a run on this machine until Ctrl-C. The run folder keeps the page."""
     folder = pathlib.Path(config.run_dir, "web")
-    with serve.make_server(folder, options.serve) as server:  # first, as the port may not be had
+    with local_server.make_server(folder, options.serve) as server:  # first, as the port may not be had
         weights = bundle.DEFAULT_WEIGHTS["web"]
         web.keep_page(load_captioner(), make_network, weights, config, folder, options.web_runtime)
-        serve.serve(server)
+        local_server.serve(server)

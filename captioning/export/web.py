@@ -50,7 +50,7 @@ def export_page(captioner, network, weights, config, folder, runtime=None):
 
     Args:
       captioner: Captioner
-      network: function of uint8 (B, 299, 299, 3) -> float32 (B, P, F), as feature_network returns.
+      network: function of uint8 (B, side, side, 3) -> float32 (B, P, F), as feature_network returns.
       weights: "float32" or "float16".
       config: Config; its max_words, beam_width, length_penalty and repeat_block are the page's.
       folder: where to; may be there if it is empty.

@@ -17,7 +17,7 @@ class CNN:
       imagenet_digest: str, MD5 or SHA-256 of Keras's file of its ImageNet weights without the top.
       preprocessing: str, mode of Keras's preprocess_input. "" for a network that does this itself: it takes 0 to 255.
       grid_layer: str, the layer whose output is the grid; "" for the last.
-      keeps_captions_in_bfloat16: bool, as was measured. Others are float32 unless one asks.
+      keeps_captions_in_bfloat16: bool, as measured in docs/measurements.md. Others compute in float32 unless asked.
     """
 
     name: str
@@ -36,7 +36,7 @@ class CNN:
 
 
 _TABLE = (
-    # Szegedy et al., arXiv 1512.00567. The only one that computes in fewer bits by itself, see docs/measurements.md.
+    # Szegedy et al., arXiv 1512.00567
     CNN("InceptionV3", 299, 8, 2048, "bcbd6486424b2319ff4ef7d526e38f63", "tf", keeps_captions_in_bfloat16=True),
     CNN("MobileNetV3Large", 224, 7, 960, "07fb09a5933dd0c8eaafa16978110389"),
     CNN("EfficientNetV2B0", 224, 7, 1280, "893217f2bb855e2983157299931e43ff"),

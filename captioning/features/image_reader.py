@@ -15,12 +15,10 @@ import stat
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-MOST_PIXELS = (
-    100_000_000  # of an image as it is decoded; a larger one may be a bomb, a small file that fills the memory
-)
-MOST_FILE_PIXELS = (
-    250_000_000  # of any file; a JPEG file is decoded at a fraction of its size, but may need 6 bytes each
-)
+# Of an image as it is decoded. A larger one may be a bomb: a small file that fills the memory.
+MOST_PIXELS = 100_000_000
+# Of any file. A JPEG file is decoded at a fraction of its size, but may need 6 bytes for each of its pixels.
+MOST_FILE_PIXELS = 250_000_000
 LEAST_ROWS = 0.895  # share of the rows that a JPEG file which lacks its end must have: nine tenths, rounded
 
 # The first bytes of files that Pillow does not read, or of which it would read a thumbnail alone.

@@ -15,7 +15,7 @@ import threading
 import time
 
 from browser import find, start_chromium
-from captioning.export import serve
+from support import local_server
 
 
 def main(argv):
@@ -30,8 +30,8 @@ def main(argv):
     expected = {record["image"]: record["caption"] for record in records if "caption" in record}
     expected = dict(list(expected.items())[: options.count])
     if options.threads == 1:
-        serve._HEADERS.pop("Cross-Origin-Embedder-Policy")
-    with tempfile.TemporaryDirectory() as profile, serve.make_server(options.page, 0) as server:
+        local_server._HEADERS.pop("Cross-Origin-Embedder-Policy")
+    with tempfile.TemporaryDirectory() as profile, local_server.make_server(options.page, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with start_chromium(profile) as browser:
             for visit in ("first", "second"):

@@ -24,12 +24,13 @@ from browser import emulate, find, press, requested, settle
 from captioning.attention.evidence import explain_captions
 from captioning.attention.maps import scale_light
 from captioning.captioner import decode_captions
-from captioning.export import serve, web
+from captioning.export import web
 from captioning.features.image_files import load_image
 from captioning.settings import make_config
 from captioning.training import run_folder
 from captioning.vocabulary import END, PAD
 from captioning.words import join_words
+from support import local_server
 from support.errors import UserError
 from tiny_captioner import MIXED, SIZES, colour_network, tiny_captioner
 
@@ -149,7 +150,7 @@ def test_options_that_cannot_be_are_one_line(tmp_path, monkeypatch, wrong, match
 
 def test_the_server_isolates_the_page_and_is_of_this_machine_alone(tmp_path):
     (tmp_path / "a.mjs").write_text("1")
-    with serve.make_server(tmp_path, 0) as server:
+    with local_server.make_server(tmp_path, 0) as server:
         assert server.server_address[0] == "127.0.0.1"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
@@ -159,11 +160,11 @@ def test_the_server_isolates_the_page_and_is_of_this_machine_alone(tmp_path):
         assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
         assert answer.headers["Content-Type"] == "text/javascript"
         with pytest.raises(UserError, match="cannot be had .*behind --serve") as raised:
-            serve.make_server(tmp_path, server.server_port)
+            local_server.make_server(tmp_path, server.server_port)
         assert "\n" not in str(raised.value)
         server.shutdown()
     with pytest.raises(UserError, match="port 70000 cannot be had"):
-        serve.make_server(tmp_path, 70_000)
+        local_server.make_server(tmp_path, 70_000)
 
 
 def test_a_run_is_served_and_exported_once_for_each_checkpoint(trained, tmp_path, monkeypatch, capsys):
@@ -177,7 +178,7 @@ def test_a_run_is_served_and_exported_once_for_each_checkpoint(trained, tmp_path
         assert (run / "web" / "index.html").is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(serve._Server, "serve_forever", stop)
+    monkeypatch.setattr(local_server._Server, "serve_forever", stop)
     given = ["--run_dir", str(run), "--serve", "0"]
     inference.main(given)
     inference.main(given)
@@ -237,7 +238,7 @@ class Host:
         self.asked, self.gone = [], set()
         outer = self
 
-        class Handler(serve._Handler):
+        class Handler(local_server._Handler):
             def __init__(self, *given):
                 super().__init__(*given, directory=folder)
 
