@@ -28,16 +28,20 @@ def main(argv):
         with locked(features_dir, "features", shared=True):
             extract_shard(*options.shard, config)
         return
+    # Two processes would each write a manifest, and the later one would forget the features of the first.
     with locked(config.data_dir, "data"), locked(features_dir, "features"):
         remove_leftovers(features_dir)
         splits = read_splits(config)
         images = sources.all_images(splits)
+        # Features take hours, and words seconds. So features are kept from run to run, and words are made anew.
         missing = find_missing(images, config)
+        # From here on the files do not fit each other. If this stops, the later scripts find nothing prepared.
         prepared_data.retract_prepared(config.data_dir)
         skipped = fetch_images(missing, config, total=len(images))
         readable = [image for image in missing if image.name not in skipped]
         cut = []
         skipped |= extraction.cache_features(readable, extraction.calibration_paths(splits, config), config, cut=cut)
+        # An image that cannot be had must not stop all others; skipped.json names it.
         splits = prepared_data.leave_out(splits, skipped, config.max_words)
         measured = cache.measure_features(splits["train"], features_dir)
         prepared_data.save_prepared(splits, skipped, *measured, cache.cached_network(features_dir), config, len(cut))
@@ -76,6 +80,7 @@ def extract_shard(number, count, config):
     if config.image_source == "zip":
         raise UserError("--shard fetches its own images only: give --image_source each (those at hand are not fetched)")
     remove_leftovers(cache.features_folder(config), STALE)
+    # Every shard reads all captions, and so draws and splits as the others do. Only its images are its own.
     splits = read_splits(config, (number, count))
     images = sources.all_images(splits)[number - 1 :: count]
     missing = find_missing(images, config, shared=True)

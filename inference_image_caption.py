@@ -79,6 +79,7 @@ def caption(options, config):
         export(options, config)
         return
     output = pathlib.Path(options.output or pathlib.Path(config.run_dir, "captions"))
+    # Two calls would each add lines to one captions.jsonl, and delete each other's figures.
     with locked(output):
         remove_leftovers(output)
         if options.image:
@@ -114,7 +115,8 @@ def check_options(options):
 
 def export(options, config):
     """Write the captioner in the format that the options name, or serve its page."""
-    anywhere = dataclasses.replace(config, extract_precision="float32")  # what any machine can compute
+    # A bfloat16 graph runs on few machines, and an export goes to any.
+    anywhere = dataclasses.replace(config, extract_precision="float32")
     load_captioner, make_network = run_folder.load_captioner, run_folder.run_network
     formats.export(lambda: load_captioner(config), lambda: make_network(anywhere), options, config)
 
@@ -129,6 +131,7 @@ def split_images(split, config):
       UserError: there is no such split, or the data are not those that the run fits.
     """
     prepared = cache.load_data(config)
+    # The images may be others than the run's, but the CNN must be the same: a model understands no other features.
     run_folder.check_other_data(config.run_dir, config.data_dir, prepared)
     images = getattr(prepared, split)
     if not images:
@@ -138,6 +141,7 @@ def split_images(split, config):
 
 def choose_images(images, config):
     """`plot_images` of the images, a choice that depends on the seed alone."""
+    # The same images in each call, so that captions before and after more training can be compared.
     count = min(config.plot_images, len(images))
     chosen = np.random.default_rng(config.seed).choice(len(images), count, replace=False)
     return [images[i] for i in chosen]
@@ -146,12 +150,14 @@ def choose_images(images, config):
 def caption_own(output, options, config):
     """Caption the user's images; the exit status is 0 only if all were captioned."""
     run_folder.check_model_settings(config.run_dir, config)  # which costs nothing
+    # What a folder holds besides images, and what cannot be read, is counted and told at the end.
     skipped = collections.Counter()
     images = own_images.find_images(options.image, output, skipped)
     network = run_folder.run_network(config, keep=True)  # before anything is downloaded, as it may not be had
     captioner = run_folder.load_captioner(config)  # meanwhile the network gets ready
     fetched, cut = own_images.fetch_images(images, config.download_workers, skipped, config.contact), []
     make_batches = lambda wanted: own_images.extract_batches(network, wanted, config, skipped, cut)  # noqa: E731
+    # Features of the user's images are not kept on disk: an image is captioned once, and they take 262 kB each.
     done = caption_images.write_captions(captioner, fetched, make_batches, output, options, config, skipped)
     write_results(images, output, options.results)
     if cut:

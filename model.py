@@ -39,7 +39,9 @@ class CNN_Encoder(keras.Model):
     def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32"):
         super().__init__(autocast=False)  # Keras would cast features to float32 before the product
         self.dense = MixedPrecisionDense(encoder_dim, precision, use_bias=False)
+        # Apart from the layer: it is added in float32, behind the normalisation.
         self.bias = self.add_weight(shape=(encoder_dim,), initializer="zeros", name="bias")
+        # Weights, so that a checkpoint brings them: new images must be normalised by the numbers of training.
         self.feature_mean = self.add_constant("feature_mean", feature_mean)
         self.feature_std = self.add_constant("feature_std", feature_std)
 
@@ -74,14 +76,17 @@ class BahdanauAttention(layers.Layer):
 
     def __init__(self, units, precision="float32"):
         super().__init__()
+        # The score's hidden layer in two parts: keys from the image, and a query from the decoder. One bias is enough.
         self.key_layer = MixedPrecisionDense(units, precision, use_bias=False)
         self.query_layer = layers.Dense(units)
         self.score_layer = MixedPrecisionDense(1, use_bias=False)  # softmax would undo a bias
 
     def call(self, encoded_features, keys, hidden):
+        # What was said so far asks; each location answers how well it fits.
         query = self.query_layer(hidden)  # (B, U)
         score = self.score_layer(tf.tanh(keys + query[:, tf.newaxis]))  # (B, P, 1), equation 4
         attention_weights = tf.nn.softmax(score, axis=1)  # (B, P, 1)
+        # A weighted mean and not a choice of one location ("hard" attention), so that gradients reach the weights.
         context_vector = tf.matmul(attention_weights, encoded_features, transpose_a=True)[:, 0]  # (B, D)
         return context_vector, attention_weights
 
@@ -113,10 +118,12 @@ class RNN_Decoder(keras.Model):
         self.dropout = dropout
         self.embedding = layers.Embedding(vocab_size, embedding_dim)
         self.attention = BahdanauAttention(units, precision)
+        # tanh, as the GRU keeps its hidden states between -1 and 1.
         self.initial_layer = layers.Dense(units, activation="tanh")
         # A GRU's input here is [word, context]. Its kernel is in two parts, as the words' part is known beforehand.
         self.word_gates = MixedPrecisionDense(3 * units, precision)
         self.context_gates = layers.Dense(3 * units, use_bias=False)
+        # Orthogonal, as in Keras's GRU: a product that is taken at each word should neither grow nor vanish.
         self.hidden_gates = layers.Dense(3 * units, kernel_initializer="orthogonal")
         self.output_layer = MixedPrecisionDense(vocab_size, precision)
         self.detector = WordDetector(vocab_size, precision)  # says where words are seen; no step uses it
@@ -133,6 +140,7 @@ class RNN_Decoder(keras.Model):
 
     def step(self, word_gates, hidden, encoded_features, keys):
         """Attention, then the GRU. Returns the new hidden (B, U), attention_weights (B, P, 1)."""
+        # Training, decoding and evidence all call this, so an edit here changes them together.
         context_vector, attention_weights = self.attention(encoded_features, keys, hidden)
         return self.gru(word_gates, context_vector, hidden), attention_weights
 
@@ -140,6 +148,7 @@ class RNN_Decoder(keras.Model):
         """The GRU as Keras has it (reset_after). float (B, 3U), (B, D), (B, U) -> new hidden (B, U)."""
         x_update, x_reset, x_new = tf.split(word_gates + self.context_gates(context_vector), 3, axis=1)  # (B, U) each
         h_update, h_reset, h_new = tf.split(self.hidden_gates(hidden), 3, axis=1)  # (B, U) each
+        # The reset gate decides how much of the past goes into the new state, the update gate how much of it stays.
         update = tf.sigmoid(x_update + h_update)
         new = tf.tanh(x_new + tf.sigmoid(x_reset + h_reset) * h_new)
         return update * hidden + (1 - update) * new
@@ -156,8 +165,10 @@ class RNN_Decoder(keras.Model):
           logits: float (N, V), for the N `target_words` of the captions
           attention_weights: float (B, T-1, P), of no meaning where the caption has ended
         """
+        # Words come first, as the loop goes from word to word. The last one has no word to predict.
         words = tf.transpose(captions)  # (T, B)
         embedded = variational_dropout(self.embedding(words[:-1]), self.dropout, dropout_seed, layer=0)  # (T-1, B, E)
+        # What needs no hidden state is computed for all words at once: a large product is faster than many small ones.
         word_gates = self.word_gates(embedded)  # (T-1, B, 3U)
         keys = self.attention.key_layer(encoded_features)  # (B, P, U)
 
@@ -165,9 +176,11 @@ class RNN_Decoder(keras.Model):
             hidden, attention_weights = self.step(word_gates, before[0], encoded_features, keys)
             return hidden, attention_weights[:, :, 0]  # (B, U), (B, P)
 
+        # The zeros only tell the loop the shape of attention weights; no word reads those of the word before.
         before = self.initial_hidden(encoded_features), tf.zeros(tf.shape(encoded_features)[:2])  # (B, U), (B, P)
         all_hidden, all_weights = tf.scan(one_word, word_gates, before)  # (T-1, B, U), (T-1, B, P)
         all_hidden = variational_dropout(all_hidden, self.dropout, dropout_seed, layer=1)  # (T-1, B, U)
+        # V is the largest size here, so nothing is spent on <pad>.
         logits = self.output_layer(tf.boolean_mask(all_hidden, words[1:] != PAD))  # (N, V)
         return logits, tf.transpose(all_weights, (1, 0, 2))  # (N, V), (B, T-1, P)
 
@@ -182,6 +195,7 @@ def build_captioner(config, vocab_size, feature_mean, feature_std=1.0, precision
       precision: Keras dtype policy of the large products; weights are float32.
     """
     keras.utils.set_random_seed(config.seed)
+    # Keras makes weights at the first call. All are made here, in one order, so that a seed gives the same ones.
     encoder = CNN_Encoder(config.encoder_dim, feature_mean, feature_std, precision)
     sizes = vocab_size, config.embedding_dim, config.units
     decoder = RNN_Decoder(*sizes, config.dropout, precision)
@@ -209,6 +223,7 @@ def caption_loss(captions, logits):
 
     Returns: float (), nats per token; <end> counts, <pad> does not. 0 where there is no token.
     """
+    # Every word counts the same, whether its caption is short or long.
     losses = softmax_cross_entropy(logits, target_words(captions))  # (N,)
     return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(tf.size(losses), losses.dtype))
 
@@ -224,6 +239,8 @@ def attention_loss(captions, attention_weights):
       float (): mean over captions and locations of (1 - the sum over words of attention)^2. The paper sums over the
       locations. A row of <pad> alone is no caption.
     """
+    # Each word's weights sum to 1 over the locations. Here they are pressed to sum to 1 over the words too. Without
+    # this, maps hardly point better than a uniform one (see docs/measurements.md).
     is_target = tf.cast(captions[:, 1:] != PAD, attention_weights.dtype)  # (B, T-1)
     attention_sums = tf.einsum("btp,bt->bp", attention_weights, is_target)  # (B, P)
     is_caption = tf.reduce_max(is_target, axis=1)  # (B,)
@@ -244,8 +261,10 @@ def greedy_decode(encoder, decoder, features, max_words, repeat_block=0):
     keys = decoder.attention.key_layer(encoded_features)  # (B, P, U)
 
     def one_word(words, log_probs, attention_weights, hidden):
+        # Unlike in training, the word before is the model's own.
         logits, hidden, weights = decoder(words[:, -1:], encoded_features, hidden, keys)
         candidates = next_word_log_probs(logits, words, repeat_block)  # (B, V)
+        # A caption that has ended waits for the others of its batch, and says <pad>.
         ended = has_ended(words)  # (B,)
         word = tf.where(ended, PAD, tf.argmax(candidates, axis=1, output_type=tf.int32))  # (B,)
         log_prob = tf.where(ended, 0.0, tf.reduce_max(candidates, axis=1))  # (B,)
@@ -255,6 +274,7 @@ def greedy_decode(encoder, decoder, features, max_words, repeat_block=0):
 
     B, P, hidden = tf.shape(features)[0], features.shape[1], decoder.initial_hidden(encoded_features)
     state = tf.fill((B, 1), START), tf.zeros((B, 0)), tf.zeros((B, 0, P)), hidden
+    # These tensors grow by a word at each turn, which a loop in a graph must be told.
     shapes = tuple(map(tf.TensorShape, ((None, None), (None, None), (None, None, P), (None, hidden.shape[1]))))
     running = lambda words, *_: ~tf.reduce_all(has_ended(words))  # noqa: E731
     words, *found, _ = tf.while_loop(running, one_word, state, shapes, maximum_iterations=max_words)

@@ -40,8 +40,10 @@ def main(argv):
     config = settings.make_config(given)
     with settings.naming_commands(config):
         saved = prepared_data.read_prepared_settings(config.data_dir)
+        # The data decide what they were made with: a training with another CNN, say, would read features of this one.
         config = settings.adopt_settings(given, saved, settings.DATA_SETTINGS, config.data_dir)
         config = start_from.adopt_start(given, config)
+    # Before anything is computed: afterwards TensorFlow takes no settings of devices any more.
     devices.set_up_devices()
     with settings.naming_commands(config), distribution.replicas(config.strategy):
         train_captioner(config)
@@ -52,15 +54,18 @@ def train_captioner(config):
     prepared = load_data(config)
     start = start_from.read_start(prepared, config)
     prepared = start_from.choose_words(prepared, start, config)
+    # Workers with other data would train as one without a word, and learn from a mixture.
     workers.check_same_training(prepared, config, start)
     features_dir = features_folder(config)
     train = batches.collect_captions(prepared.train, features_dir)
     validation = batches.collect_captions(prepared.validation, features_dir)
+    # Two trainings in one folder would delete each other's checkpoints.
     with locked(config.run_dir) if distribution.is_chief() else contextlib.nullcontext():
         state = open_run(prepared, config, start)
         progress = state.progress
         measure_loss = lambda: validate(state, validation, config, stop_if_asked)  # noqa: E731
         try:
+            # Ctrl-C waits until a batch is done: weights, optimizer and counters must be of the same step when saved.
             with interrupts_held_back() as stop_if_asked, reading_features(), tensorboard_log(config) as writer:
                 samples = Samples(choose_samples(prepared.validation, config), prepared.vocabulary, writer)
                 start_from.measure_start(state, measure_loss, config)
@@ -96,6 +101,7 @@ def open_run(prepared, config, start=None):
     distribution.check_same_everywhere(
         {"what --run_dir holds": holds}, "set --run_dir to one folder that all of them share"
     )
+    # All checks come before the first file is written, so that a run that is refused stays as it was.
     if any(name.startswith("last") for name in saved):
         run_folder.check_run_fits(folder, config, prepared)
     else:
@@ -107,6 +113,7 @@ def open_run(prepared, config, start=None):
     if precision == "auto":
         precision = "mixed_bfloat16" if devices.has_fast_bfloat16() else "float32"
     state = build_state(prepared, precision, config)
+    # `last` and not `best`: only there are the optimizer, and how far the training had come.
     restored = checkpoints.restore_newest(state, [folder / "last"])
     if start and not restored:
         start_from.take_weights(state, start, prepared.vocabulary, config)
@@ -129,7 +136,7 @@ def build_state(prepared, precision, config):
     apart = len(decoder.detector.trainable_variables)
     adam = optimizer.SummedAdam(config.learning_rate, apart=apart, global_clipnorm=config.clip_norm)
     state = TrainingState(encoder, decoder, adam)
-    adam.build(state.trainable_variables)
+    adam.build(state.trainable_variables)  # now, so that a checkpoint finds its moments to restore
     return state
 
 
@@ -151,6 +158,7 @@ def train_epochs(state, train, validation, samples, stop_if_asked, config):
     left = config.epochs - progress.epoch
     forecast = Forecast("training", left * len(train.lengths) - progress.captions_done, "captions")
     for epoch in range(progress.epoch, config.epochs):
+        # On few captions the validation loss soon rises again, while the training loss goes on falling.
         if epoch - progress.best_epoch >= config.patience:
             print(f"no better validation loss for {config.patience} epochs (--patience): stopping")
             break
@@ -175,13 +183,15 @@ def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None, fore
       UserError: the loss is not finite.
     """
     progress = state.progress
+    # From seed and epoch alone: a run that was stopped in mid-epoch goes on in the same order.
     order = batches.bucket_by_length(captions.lengths, config.batch_size, np.random.default_rng((config.seed, epoch)))
     epochs.begin_epoch(progress, epoch, order)
     remaining = order[progress.captions_done :]
     before = saved = time.perf_counter()
     with epochs.epoch_bar(progress, epoch, config.epochs, len(order)) as bar:
         for features, words, num_tokens in batches.counted_batches(captions, remaining, config):
-            stop_if_asked()  # Ctrl-C waits for this place, where all that a checkpoint holds fits together
+            stop_if_asked()
+            # The rate follows the captions, not the steps, so that another batch size keeps the schedule.
             epochs_done = epoch + progress.captions_done / len(order)
             state.optimizer.learning_rate = optimizer.scheduled_rate(config, epochs_done)
             loss = float(train_step(state, features, words, config))
@@ -196,6 +206,7 @@ def train_epoch(state, captions, epoch, config, stop_if_asked=lambda: None, fore
             if forecast and distribution.is_chief():
                 forecast.add(done)
 
+            # An epoch of COCO in full takes hours, and a machine may go down in one.
             if now - saved > 60 * config.checkpoint_minutes:
                 saving.save_last(state, config.run_dir)
                 saved = now
@@ -217,6 +228,7 @@ def train_step(state, features, captions, config):
 def train_replica(state, features, captions, config):
     """A replica's part of train_step: what is summed over the replicas is what one replica would compute."""
     features, captions = distribution.replica_rows(features), distribution.replica_rows(captions)
+    # A mean over this replica's words counts by its share of all words: replicas have longer and shorter captions.
     word_share, caption_share = batches.shares_of_batch(captions)
     with tf.GradientTape() as tape:
         encoded_features = state.encoder(features)  # (B, P, D)
@@ -226,7 +238,9 @@ def train_replica(state, features, captions, config):
         terms = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
         # The detector learns beside the captioner: its gradient reaches its own weights only.
         terms += detection_loss(state.decoder.detector, captions, encoded_features, state.optimizer.iterations)
+        # float16 rounds small gradients to 0. Scaled up they survive, and the optimizer scales them back.
         total = state.scaled_optimizer.scale_loss(loss + terms)
+    # The loss that is shown has no terms, so that it can be compared with the validation loss.
     return optimizer.apply_gradients(state, tape.gradient(total, state.trainable_variables), loss)
 
 
@@ -239,10 +253,12 @@ def validate(state, captions, config, stop_if_asked=lambda: None):
     Raises:
       UserError: it is not finite.
     """
+    # Captions of one length together: the order changes no loss, and little is computed for <pad>.
     order = np.argsort(captions.lengths, kind="stable")
     nats = num_tokens = 0.0
     for features, words, count in batches.counted_batches(captions, order, config):
         stop_if_asked()
+        # Batches have unlike numbers of words, so the mean of their means would not be that of the words.
         nats += float(validation_step(state, features, words)) * count
         num_tokens += count
     loss = nats / num_tokens

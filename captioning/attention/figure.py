@@ -1,4 +1,4 @@
-"""Images of a training and of attention, drawn as PNG files without a display."""
+"""Figures of attention: PNG files, drawn without a display."""
 
 import textwrap
 import warnings
@@ -46,11 +46,9 @@ def plot_attention(caption, path, attention_map="weights"):
 
 def _named_maps(caption, attention_map):
     """What a figure draws, as (its name, (words, P))."""
-    return (
-        ("evidence", caption.evidence)
-        if attention_map == "evidence"
-        else ("attention weights", caption.attention_weights)
-    )
+    if attention_map == "evidence":
+        return "evidence", caption.evidence
+    return "attention weights", caption.attention_weights
 
 
 def _read_panel(path):
@@ -82,9 +80,8 @@ def _lay_out_panels(panels, image_size, title):
     rows = -(-len(panels) // (5 if image_width > 1.2 * image_height else 6))
     columns = -(-len(panels) // rows)
     width, height = _PANEL_WIDTH + _GAP, image_height + _LINE + _GAP
-    letter = _LETTER * (
-        1 + sum(east_asian_width(each) in "WF" for each in title) / len(title)
-    )  # some are twice as wide
+    wide = sum(east_asian_width(each) in "WF" for each in title) / len(title)  # share of letters twice as wide
+    letter = _LETTER * (1 + wide)
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(columns * width / letter))]
     size = np.array([columns * width, rows * height + len(lines) * _LINE])
     figure = Figure(size / _DPI, _DPI)

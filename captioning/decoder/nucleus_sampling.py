@@ -61,9 +61,8 @@ def keep_nucleus(probabilities, top_p):
         return probabilities
     falling = tf.math.top_k(probabilities, min(_USUAL_NUCLEUS, probabilities.shape[1])).values  # (N, 256)
     is_enough = tf.reduce_all(tf.reduce_sum(falling, axis=1) >= top_p)
-    falling = tf.cond(
-        is_enough, lambda: falling, lambda: tf.sort(probabilities, direction="DESCENDING")
-    )  # (N, at most V)
+    all_sorted = lambda: tf.sort(probabilities, direction="DESCENDING")  # noqa: E731
+    falling = tf.cond(is_enough, lambda: falling, all_sorted)  # (N, at most V)
     is_kept = tf.cumsum(falling, axis=1, exclusive=True) < top_p  # (N, at most V)
     least = tf.reduce_min(tf.where(is_kept, falling, 1.0), axis=1, keepdims=True)  # (N, 1)
     return tf.where(probabilities >= least, probabilities, 0.0)  # (N, V)

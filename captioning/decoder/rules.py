@@ -14,13 +14,18 @@ _BANNED_LOG_PROB = -1e9
 
 
 class DecodedCaptions(NamedTuple):
-    """B captions as the decoder said them."""
+    """B captions as the decoder said them.
 
-    words: tf.Tensor  # int (B, L), word ids with <end>, then <pad>
-    log_probs: (
-        tf.Tensor
-    )  # float (B, L), natural logarithm of each word's probability of those that can be said; 0 for <pad>
-    attention_weights: tf.Tensor  # float (B, L, P)
+    Attributes:
+      words: int (B, L), token ids with <end>, then <pad>.
+      log_probs: float (B, L), natural logarithm of each word's probability, among the words that can be said; 0 for
+        <pad>.
+      attention_weights: float (B, L, P)
+    """
+
+    words: tf.Tensor
+    log_probs: tf.Tensor
+    attention_weights: tf.Tensor
 
 
 def has_ended(words):

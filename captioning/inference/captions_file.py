@@ -27,19 +27,7 @@ _SAMPLING_SETTINGS = ("temperature", "top_p", "seed")  # with sample yes alone
 _BEFORE = {"captions_per_image": 1, "sample": "no"}  # in a made_by.json of before there were these settings
 _FORMER_SETTINGS = ("attention_map",)  # in a made_by.json of before each line told what its figure draws
 _LONGEST_STEM = 120  # bytes of an image's name in that of its figure; file systems allow 255, temporary files need some
-_FORMULA = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-    "＝",
-    "＋",
-    "－",
-    "＠",
-)  # what begins a cell that spreadsheets compute
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what begins a cell that spreadsheets compute
 
 
 @dataclasses.dataclass(frozen=True)
