@@ -55,7 +55,9 @@ def read_json(path, kind=object):
 
 
 def write_json(path, value, indent=None):
-    write_bytes(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
+    # What is no UTF-8 in a file name gets JSON's escape.
+    data = (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    write_bytes(path, data)
 
 
 def write_csv(path, rows):

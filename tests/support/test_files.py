@@ -63,6 +63,12 @@ def test_what_is_written_is_read(tmp_path):
     assert names_in(folder) == ["a.csv", "a.json"]
 
 
+def test_a_file_name_that_is_no_utf_8_is_written_to_json_and_read(tmp_path):
+    name = "caf\udce9.jpg"  # as Python has the byte that is none
+    files.write_json(tmp_path / "a.json", [{"image_id": name}])
+    assert files.read_json(tmp_path / "a.json") == [{"image_id": name}]
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
