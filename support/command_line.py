@@ -171,8 +171,8 @@ def _parse_value(settings_class, name, text):
         raise UserError(f"--{name} takes {_describe_type(annotation)}, not {text!r}") from None
 
 
-def check_value(settings_class, name, value):
-    """Check one value of a setting.
+def check_value(settings_class, name, value, remedy=""):
+    """Check one value of a setting. `remedy` ends the message about a wrong one.
 
     Returns:
       `value`
@@ -186,7 +186,7 @@ def check_value(settings_class, name, value):
         raise UserError(f"{name!r} is not a setting{_suggest(str(name), annotations)}: {remedy}")
     setting = _read_annotation(annotations[name])
     if not (_fits(setting, value) or (setting.optional and value is None)):
-        raise UserError(f"--{name} takes {_describe_type(annotations[name])}, not {value!r}")
+        raise UserError(f"--{name} takes {_describe_type(annotations[name])}, not {value!r}{remedy}")
     return value
 
 
@@ -218,4 +218,6 @@ def make_settings(settings_class, *layers):
     values = {field.name: field.default for field in dataclasses.fields(settings_class)}
     for layer in layers:
         values |= layer
-    return settings_class(**{name: check_value(settings_class, name, value) for name, value in values.items()})
+    # What is on the command line was checked when it was read.
+    remedy = f": change it where it is set, which may be {_source_file(settings_class)}"
+    return settings_class(**{name: check_value(settings_class, name, value, remedy) for name, value in values.items()})

@@ -131,6 +131,14 @@ def test_a_name_that_is_no_setting_is_one_line(names):
     assert "did you mean units?" in str(raised.value) or names == [""]
 
 
+@pytest.mark.parametrize(("name", "value"), [("batch_size", "64"), ("epochs", 0), ("cnn", "ResNet")])
+def test_a_value_that_cannot_be_and_is_not_from_the_command_line_is_sought_in_config_py(name, value):
+    with pytest.raises(UserError, match=f"^--{name} takes .*, not {value!r}: change it .*, which may be config.py$"):
+        make_settings(Config, {name: value})
+    with pytest.raises(UserError, match="not 0$"):
+        parse_command_line(["--epochs", "0"], "", Config)
+
+
 WRONG_KIND = {
     int: ("7", 2.5, True, [7]),
     float: ("0.5", True, float("nan"), float("inf"), -float("inf"), 10**400),
