@@ -152,12 +152,12 @@ def check_feature_file(path, shape, dtype="float32"):
     return make_state(stat, zlib.crc32(data)) if magnitudes.max() <= limit else None
 
 
-def has_shape(path, shape):
-    """Whether a feature file can be read and has this shape. Reads its header alone."""
+def feature_shape(path):
+    """The shape of a feature file, a tuple of int, or None where it cannot be read. Reads its header alone."""
     try:
-        return np.load(path, mmap_mode="r").shape == shape
+        return np.load(path, mmap_mode="r").shape
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def _header_end(data):

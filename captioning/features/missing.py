@@ -9,7 +9,7 @@ from tqdm import tqdm
 from captioning.data.captioned_images import image_path
 from captioning.features.cache import feature_path, feature_stem, features_folder, random_statistics
 from captioning.features.cnn import CNNS
-from captioning.features.feature_files import check_feature_file, has_shape
+from captioning.features.feature_files import check_feature_file, feature_shape
 from captioning.features.manifest import (
     MADE_ELSEWHERE,
     Entry,
@@ -100,7 +100,7 @@ def _check_made_elsewhere(images, manifest, files, config):
     """
     folder, shape, dtype = features_folder(config), CNNS[config.cnn].feature_shape, config.feature_dtype
     known = [feature_path(image, folder) for image in images if feature_stem(image) in manifest.entries]
-    if known and not has_shape(known[0], shape):  # they were taken for those of another --cnn
+    if known and feature_shape(known[0]) != shape:  # they were taken for those of another --cnn
         manifest = dataclasses.replace(manifest, entries={})
     new = _files_without_line(images, manifest, files)
     entries = dict(manifest.entries)
@@ -113,13 +113,23 @@ def _check_made_elsewhere(images, manifest, files, config):
                 entries[feature_stem(image)] = Entry(state, None)
     gaps = [image for image in images if feature_stem(image) not in entries]
     if gaps:
+        example = _describe_gap(feature_path(gaps[0], folder), shape)
         raise UserError(
             f"{len(gaps)} of {len(images)} features are missing, damaged, not of the shape {shape} of --cnn "
-            f"{config.cnn} or too large for --feature_dtype {dtype}, such as {feature_path(gaps[0], folder)}. "
+            f"{config.cnn} or too large for --feature_dtype {dtype}, such as {example}. "
             "The features in this folder were made elsewhere, and another network does not fill their gaps: "
             "make these with the program that made the others, or name another --features_dir"
         )
     return Manifest(MADE_ELSEWHERE, entries, manifest.journals)
+
+
+def _describe_gap(path, shape):
+    """A feature file that does not fit: its path and, where that is why, its shape and the networks that have it."""
+    found = feature_shape(path)
+    if found in (None, shape):
+        return path
+    fitting = " or ".join(name for name, cnn in CNNS.items() if cnn.feature_shape == found)
+    return f"{path} of the shape {found}" + (f", which is that of --cnn {fitting}" if fitting else "")
 
 
 def _check_replaced(images, recorded, live, files, config):

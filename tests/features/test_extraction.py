@@ -459,6 +459,14 @@ def test_features_made_elsewhere_must_have_the_shape_of_the_cnn(config, images, 
     assert find_missing(images, other) == []
     with pytest.raises(UserError, match=r"6 of 6 features are .*not of the shape \(64, 2048\) of --cnn InceptionV3"):
         find_missing(images, config)
+    with pytest.raises(
+        UserError, match=r"0.npy of the shape \(49, 960\), which is that of --cnn MobileNetV3Large\. The"
+    ):
+        find_missing(images, config)
+    for path in elsewhere:
+        np.save(path, np.ones((7, 7, 960), np.float16))
+    with pytest.raises(UserError, match=rf"such as {elsewhere[0]} of the shape \(7, 7, 960\)\. The"):
+        find_missing(images, config)
 
 
 def test_features_made_elsewhere_that_changed_are_read_again(config, images, elsewhere):
