@@ -77,7 +77,17 @@ def _expand_names(names):
         for each in listed:
             each = each if is_address(each) else os.path.expanduser(each)
             is_pattern = glob.has_magic(each) and not is_address(each) and not os.path.exists(each)
-            yield from (sorted(glob.glob(each, recursive=True)) if is_pattern else []) or [each]
+            yield from (_find_matches(each) if is_pattern else []) or [each]
+
+
+def _find_matches(pattern):
+    """What a pattern stands for, in order. Where linked folders lead back to others, ** enters each of them once."""
+    real_folder, found = functools.lru_cache(None)(os.path.realpath), {}
+    order = lambda match: (len(pathlib.PurePath(match).parts), match)  # noqa: E731
+    for match in sorted(glob.glob(pattern, recursive=True), key=order):  # the shortest way to a file is its name
+        folder, name = os.path.split(match)
+        found.setdefault((real_folder(folder), name), match)
+    return sorted(found.values())
 
 
 def _read_list(name):

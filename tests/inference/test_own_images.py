@@ -104,6 +104,20 @@ def test_a_pattern_that_the_shell_left_alone_is_the_files_that_it_fits(tmp_path,
     assert names_found(["http://a/*.jpg?b"], tmp_path / "out") == ["http://a/*.jpg?b"]
 
 
+def test_a_pattern_enters_a_folder_once_whatever_links_lead_back_to_it(tmp_path, monkeypatch):
+    (tmp_path / "pics" / "deep").mkdir(parents=True)
+    for name in ("pics/z.png", "pics/deep/c.png"):
+        (tmp_path / name).touch()
+    try:
+        (tmp_path / "pics" / "deep" / "loop").symlink_to(tmp_path / "pics")
+        (tmp_path / "pics" / "linked.png").symlink_to(tmp_path / "pics" / "z.png")
+    except OSError:
+        pytest.skip("links need another account here")
+    monkeypatch.chdir(tmp_path)
+    expected = [os.path.join("pics", *name) for name in (["deep", "c.png"], ["linked.png"], ["z.png"])]
+    assert names_found(["pics/**/*.png"], tmp_path / "out") == expected
+
+
 def test_a_list_names_files_folders_patterns_and_addresses(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
