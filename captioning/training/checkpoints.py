@@ -65,8 +65,7 @@ def restore_newest(objects, folders):
         try:
             objects.read(_readable_path(path, objects)).assert_existing_objects_matched().expect_partial()
         except Exception as error:  # TensorFlow raises many kinds for damaged files
-            reason = str(error).partition("\n")[0]
-            damaged.append(FileError(path, f"cannot be read ({reason})"))
+            damaged.append(FileError(path, _describe_error(error)))
             continue
         for problem in damaged:
             print(f"{problem}: {path.parent.name}/{path.name} is taken instead")
@@ -74,6 +73,17 @@ def restore_newest(objects, folders):
     if damaged:
         raise damaged[0]
     return None
+
+
+def _describe_error(error):
+    """What is wrong with a checkpoint. It may be whole, and the user may have changed the model since. -> str"""
+    text = str(error)
+    if found := re.search(r"with shape (\(.*?\)) .*variable with shape (\(.*?\)) and name (\S+?)(:0)?\.?$", text, re.M):
+        return f"does not fit model.py: {found[3]} has the shape {found[2]} there, and {found[1]} in the checkpoint"
+    if isinstance(error, AssertionError):  # TensorFlow names what is in the model alone
+        found = re.search(r"<Variable path=([^,>]+)", text)
+        return f"does not fit model.py: it has no weights for {found[1] if found else 'all of it'}"
+    return f"cannot be read ({text.partition(chr(10))[0]})"
 
 
 def _readable_path(path, owner):

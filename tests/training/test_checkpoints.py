@@ -2,6 +2,7 @@ import errno
 import math
 import os
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -168,8 +169,23 @@ def test_a_damaged_best_leaves_the_last_which_is_named(tmp_path, capsys):
 def test_a_checkpoint_of_other_objects_is_not_taken_for_one_of_these(tmp_path):
     save(tmp_path, 1)
     other = tf.train.Checkpoint(bias=tf.Variable(1.0))
-    with pytest.raises(UserError, match="ckpt-1 cannot be read"):
+    with pytest.raises(UserError, match="ckpt-1 does not fit model.py: it has no weights for all of it$"):
         restore_newest(other, [tmp_path])
+
+
+def test_what_does_not_fit_a_changed_model_is_named(tmp_path):
+    """In words of the user's, not in those of TensorFlow, which would print weights."""
+
+    def make(size, *names):
+        return tf.train.Checkpoint(layers=[keras.Variable(tf.zeros(size), name=name) for name in names])
+
+    save_checkpoint(make(3, "a"), tmp_path, 1)
+    with pytest.raises(UserError, match=r"ckpt-1 does not fit model.py: it has no weights for \w+$"):
+        restore_newest(make(3, "a", "b"), [tmp_path])
+    with pytest.raises(
+        UserError, match=r"ckpt-1 does not fit model.py: \w+ has the shape \(4,\) there, and \(3,\) in the"
+    ):
+        restore_newest(make(4, "a"), [tmp_path])
 
 
 def test_files_of_the_user_are_no_checkpoints_and_stay(tmp_path):
