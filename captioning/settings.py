@@ -148,6 +148,13 @@ def differing_settings(config, saved, names):
     return [(name, saved[name], values[name]) for name in names if name in saved and saved[name] != values[name]]
 
 
+def is_same_setting(name, one, other):
+    """Whether two values of a setting say the same. A path has several spellings, such as `coco` and `./coco/`."""
+    if name in _PATHS and one and other:
+        return os.path.realpath(str(one)) == os.path.realpath(str(other))
+    return one == other
+
+
 def dataset_option(dataset):
     """The option that chooses the data set, for messages that name a command; empty for COCO."""
     return "" if dataset == "coco" else f"--dataset {dataset}"

@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 
 from captioning.data.captioned_images import CaptionedImage, check_validation, clean_folder, clean_id, find_name_problem
-from captioning.settings import DATA_SETTINGS, quote, read_saved_settings
+from captioning.settings import DATA_SETTINGS, is_same_setting, prepare_command, quote, read_saved_settings
 from captioning.vocabulary import build_vocabulary, encode_captions, read_vocabulary
 from captioning.words import character_scripts
 from support.errors import FileError, UserError
@@ -154,7 +154,7 @@ def load_prepared(config):
     folder = pathlib.Path(config.data_dir)
     saved = _read_settings_file(folder)
     for name in DATA_SETTINGS:
-        _check_setting(folder, name, saved[name], getattr(config, name))
+        _check_setting(folder, name, saved[name], config)
     vocabulary = read_vocabulary(folder / "vocabulary.json")
     names = ("train", "validation", *(["test"] if "test" in str(saved["splits"]) else []))
     splits = {name: _read_images(folder / f"{name}.json", len(vocabulary)) for name in names}
@@ -170,12 +170,13 @@ def load_prepared(config):
     )
 
 
-def _check_setting(folder, name, saved, value):
+def _check_setting(folder, name, saved, config):
     """Raise UserError if the data were prepared with another value of a setting."""
-    if saved != value:
+    value = getattr(config, name)
+    if not is_same_setting(name, saved, value):
         raise UserError(
             f"{folder} was prepared with --{name} {quote(saved)}, not {quote(value)}: "
-            f"give --{name} {quote(saved)}, or run python data_utils.py with the new value"
+            f"give --{name} {quote(saved)}, or {prepare_command(config.dataset)} with the new value"
         )
 
 

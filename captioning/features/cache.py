@@ -12,10 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from captioning.data.captioned_images import image_path, match_names
-from captioning.data.prepared_data import load_prepared
+from captioning.data.prepared_data import load_prepared, read_prepared_settings
 from captioning.features.cnn import CNNS
 from captioning.features.feature_files import parallel_map, read_feature, reading_features
-from captioning.features.manifest import read_live_manifest, read_manifest, scan_features
+from captioning.features.manifest import MADE_ELSEWHERE, read_live_manifest, read_manifest, scan_features
+from captioning.features.network import network_identity
 from support.errors import FileError
 
 _MEASURED_IMAGES = 500  # training images that the features' statistics are measured on, at the most
@@ -91,15 +92,36 @@ def _check_features(images, features_dir, network):
         raise FileError(features_dir, problem)
 
 
-def load_data(config):
+def load_data(config, to_caption=False):
     """What script 1 prepared, with its features: Prepared.
+
+    Args:
+      config: Config
+      to_caption: bool, `max_words` tells where decoding stops, and need not be what the data were prepared with.
 
     Raises:
       UserError: as `load_prepared` and `_check_features` do.
     """
-    prepared = load_prepared(config)
+    prepared = load_prepared(_as_prepared(config, to_caption))
     _check_features(prepared.images(), features_folder(config), prepared.network)
     return prepared
+
+
+def _as_prepared(config, to_caption):
+    """The Config with the settings that the data were prepared with, where its own may be others. See `load_data`.
+
+    A file of weights may have moved, and `imagenet` is one by another name.
+    """
+    saved = read_prepared_settings(config.data_dir)
+    if to_caption:
+        config = dataclasses.replace(config, max_words=saved["max_words"])
+    weights = saved["inception_weights"]
+    if config.inception_weights == weights:
+        return config
+    network = cached_network(features_folder(config))
+    if network in (None, MADE_ELSEWHERE) or network_identity(config) != network:
+        return config
+    return dataclasses.replace(config, inception_weights=weights)
 
 
 def measure_features(images, features_dir):

@@ -22,7 +22,7 @@ from captioning.features.cache import features_folder, random_statistics
 from captioning.features.cnn import CNNS
 from captioning.features.frozen_graph import kept_network
 from captioning.features.manifest import MADE_ELSEWHERE
-from captioning.features.network import feature_network
+from captioning.features.network import feature_network, network_identity
 from captioning.settings import (
     DATA_SETTINGS,
     MODEL_SETTINGS,
@@ -160,9 +160,11 @@ def run_network(config, keep=False):
     folder, weights = pathlib.Path(config.run_dir), config.inception_weights
     known = _features_network(folder)
     if known != MADE_ELSEWHERE and weights not in ("imagenet", "random") and not pathlib.Path(weights).is_file():
+        is_imagenet = known == network_identity(dataclasses.replace(config, inception_weights="imagenet"))
+        remedy = "give --inception_weights imagenet" if is_imagenet else "name that weights file by --inception_weights"
         raise UserError(
             f"{weights} is not here, and {folder} needs the network whose features it was trained on ({known}): "
-            "name that weights file by --inception_weights"
+            f"{remedy}"
         )
     if keep and not tf.config.list_physical_devices("GPU"):
         return kept_network(folder, config, folder / _STATISTICS, expected_identity=known)

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 
 from captioning.data.prepared_data import encode_images
-from captioning.settings import DATA_SETTINGS, MODEL_SETTINGS, adopt_settings, other_run, quote
+from captioning.settings import DATA_SETTINGS, MODEL_SETTINGS, adopt_settings, is_same_setting, other_run, quote
 from captioning.training.checkpoints import list_checkpoints, save_checkpoint
 from captioning.training.run_folder import check_model_settings, check_network, read_captioner
 from captioning.training.saving import save_last
@@ -73,8 +73,7 @@ def _adopt_begun(given, config):
     config = adopt_settings(given, saved, (*_NO_START, *sizes), folder)
     for name in _NO_START:
         before, now = str(saved[name]), getattr(config, name)
-        is_same_folder = before and now and pathlib.Path(before).resolve() == pathlib.Path(now).resolve()
-        if before != now and not (name == "start_from" and is_same_folder):
+        if not is_same_setting(name, before, now):
             raise UserError(
                 f"{folder} was begun with --{name} {quote(before)}, not {quote(now)}: "
                 f"give --{name} {quote(before)}, or {other_run(config.dataset)}"

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from captioning.data.coco import read_coco_captions
 from captioning.data.prepared_data import leave_out, read_prepared_settings, retract_prepared, save_prepared
 from captioning.data.splits import _draw_examples, _split_by_image
 from captioning.features.cache import cached_network, feature_path, features_folder, load_data, measure_features
+from captioning.features.cnn import CNNS
 from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE
 from captioning.features.missing import find_missing
 from captioning.settings import DATA_SETTINGS, make_config, naming_commands
@@ -162,6 +164,40 @@ def test_a_setting_that_contradicts_what_was_prepared_is_named(root, name):
     said = value if value != "" else "''"
     with pytest.raises(UserError, match=f"prepared with --{name} {said}, not {other}: give --{name} {said}, or run"):
         load_data(dataclasses.replace(config, **{name: other}))
+
+
+@pytest.mark.parametrize("prepared_with", ["imagenet", "notop.h5", "moved.h5"])
+def test_one_file_of_weights_has_several_names(copied, tmp_path, monkeypatch, prepared_with):
+    """Imagenet's weights by name, and by the path of the file wherever it lies, are those that were prepared with."""
+    file, other = tmp_path / "notop.h5", tmp_path / "other.h5"
+    file.write_bytes(b"weights")
+    other.write_bytes(b"others")
+    known = dataclasses.replace(CNNS[copied.cnn], imagenet_digest=hashlib.md5(b"weights").hexdigest())
+    monkeypatch.setitem(CNNS, copied.cnn, known)
+    network = f"{copied.cnn}, weights imagenet"
+    settings, manifest = pathlib.Path(copied.data_dir, "settings.json"), features_folder(copied) / _MANIFEST
+    saved = json.loads(settings.read_text()) | {"inception_weights": prepared_with, "network": network}
+    settings.write_text(json.dumps(saved))
+    manifest.write_text(manifest.read_text().replace(MADE_ELSEWHERE, network))
+    for weights in ("imagenet", str(file)):
+        assert load_data(dataclasses.replace(copied, inception_weights=weights)).network == network
+    for weights in (str(other), "random"):
+        with pytest.raises(UserError, match=f"prepared with --inception_weights {prepared_with}, not {weights}: give"):
+            load_data(dataclasses.replace(copied, inception_weights=weights))
+
+
+def test_the_command_that_prepares_other_data_names_their_kind(copied):
+    settings = pathlib.Path(copied.data_dir, "settings.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"dataset": "demo"}))
+    with pytest.raises(UserError, match="or run python data_utils.py --dataset demo with the new value$"):
+        load_data(dataclasses.replace(copied, dataset="demo", seed=1))
+
+
+def test_a_folder_has_several_spellings(copied, monkeypatch):
+    folder = pathlib.Path(copied.coco_dir)
+    monkeypatch.chdir(folder.parent)
+    for same in (f"{folder}/", folder.name, f"./{folder.name}/../{folder.name}"):
+        load_data(dataclasses.replace(copied, coco_dir=same))
 
 
 def test_nothing_prepared_names_the_command(tmp_path):

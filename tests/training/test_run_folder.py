@@ -230,6 +230,12 @@ def test_weights_that_did_not_come_along_are_named_with_their_hash(config, weigh
         run_network(config)
 
 
+def test_a_file_of_imagenets_weights_that_did_not_come_along_is_imagenet(config, tmp_path):
+    begin_with(config, f"{config.cnn}, weights imagenet")
+    with pytest.raises(UserError, match=r"notop.h5 is not here.*: give --inception_weights imagenet$"):
+        run_network(dataclasses.replace(config, inception_weights=str(tmp_path / "notop.h5")))
+
+
 @pytest.mark.parametrize("change", [{"seed": 8}, {"inception_weights": "imagenet"}])
 def test_another_network_on_the_command_line_is_one_line_that_names_both(config, change):
     begin_with(config, RANDOM)
