@@ -285,6 +285,8 @@ def test_several_captions_are_found_printed_and_on_the_page(trained, tmp_path, c
         (["--sample", "--beam_width", "3"], "give one of the two"),
         (["--captions", "5", "--export", "m"], "a SavedModel says one caption of each image"),
         (["--sample", "--export", "m", "--format", "savedmodel"], "a SavedModel says one caption of each image"),
+        (["--captions", "5", "--export", "m", "--format", "web"], "the web page says one caption of each image"),
+        (["--sample", "--serve"], "the web page says one caption of each image"),
     ],
 )
 def test_several_captions_that_cannot_be_are_one_line(trained, tmp_path, monkeypatch, own_network, wrong, message):

@@ -8,6 +8,7 @@ from support import local_server
 from support.errors import UserError, printable
 
 _PORT = 8000
+_ONE_CAPTION = {"savedmodel": "a SavedModel", "web": "the web page"}  # formats without a place for several
 
 
 def add_options(parser):
@@ -61,11 +62,20 @@ def export(load_captioner, make_network, options, config):
     Args:
       load_captioner: function without arguments that returns the Captioner.
       make_network: function without arguments that returns the network, as feature_network does.
+
+    Raises:
+      UserError: the settings are for several captions of an image or for drawn ones, and the format is for one alone;
+        or as the format's module does.
     """
+    kind, folder = "web" if options.serve is not None else options.format or "savedmodel", options.export
+    if kind in _ONE_CAPTION and (config.captions_per_image > 1 or config.sample == "yes"):
+        raise UserError(
+            f"{_ONE_CAPTION[kind]} says one caption of each image, and draws none: give --captions 1 --sample no, or "
+            "take --format litert or onnx"
+        )
     if options.serve is not None:
         _serve_page(load_captioner, make_network, options, config)
         return
-    kind, folder = options.format or "savedmodel", options.export
     weights = bundle.check_weights(kind, options.weights)
     captioner, network = load_captioner(), make_network()
     if kind == "savedmodel":

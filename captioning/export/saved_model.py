@@ -32,14 +32,8 @@ def export_captioner(captioner, network, config, folder):
       folder: where to; may be there if it is empty.
 
     Raises:
-      UserError: the folder holds something, cannot be written, or could not be read by TensorFlow, or the settings are
-        for several captions of an image or for drawn ones, which the model's signature has no place for.
+      UserError: the folder holds something, cannot be written, or could not be read by TensorFlow.
     """
-    if config.captions_per_image > 1 or config.sample == "yes":
-        raise UserError(
-            "a SavedModel says one caption of each image, and draws none: give --captions 1 --sample no, or take "
-            "--format litert or onnx"
-        )
     if is_pattern(folder):
         raise UserError(f"TensorFlow cannot read a model in {folder}, for the [ or \\ in it: give another --export")
     with new_folder(folder) as temporary:

@@ -342,6 +342,7 @@ def test_a_damaged_image_is_one_line_and_the_others_get_captions(exported, image
     [
         *(["--beam_width", "0"], ["--max_words", "0"], ["--figure", "a.png"], []),
         *(["--captions", "0"], ["--temperature", "0"], ["--top_p", "0"], ["--top_p", "1.1"], ["--seed", "-1"]),
+        *(["--repeat_block", "-1"], ["--temperature", "0.7"], ["--top_p", "0.5"], ["--sample", "--beam_width", "3"]),
     ],
 )
 def test_options_of_the_script_that_cannot_be_are_refused(exported, images, tmp_path, wrong):

@@ -43,8 +43,13 @@ def main(argv):
     least = min(options.beam_width, options.max_words, options.captions, len(paths))
     if least < 1 or (options.figure and len(paths) > 1):
         parser.error("--beam_width, --max_words, --captions are 1 or more; an image is needed, only one with --figure")
-    if not (options.temperature > 0 and 0 < options.top_p <= 1 and options.seed >= 0):
-        parser.error("--temperature is above 0, --top_p above 0 and up to 1, --seed 0 or more")
+    if not (options.temperature > 0 and 0 < options.top_p <= 1 and min(options.seed, options.repeat_block) >= 0):
+        parser.error("--temperature is above 0, --top_p above 0 and up to 1, --seed and --repeat_block 0 or more")
+    given = [name for name, value in settings["decoding"].items() if getattr(options, name) != value]
+    if not options.sample and ("temperature" in given or "top_p" in given):
+        parser.error("--temperature and --top_p say how captions are drawn: give --sample too")
+    if options.sample and "beam_width" in given and options.beam_width > 1:
+        parser.error("--sample draws captions and --beam_width searches for them: give one of the two")
     if not options.sample and options.beam_width < options.captions:
         options.beam_width = options.captions
         print(f"--beam_width is {options.captions}, to find as many captions", file=sys.stderr)
