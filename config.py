@@ -79,6 +79,7 @@ class Config:
     sample: Literal["yes", "no"] = "no"  # draw each word by its probability, instead of searching for the likeliest
     temperature: Annotated[float, (0.01, 10.0)] = 1.0  # of samples: below 1 likely words are drawn even more often
     top_p: Annotated[float, (0.01, 1.0)] = 0.9  # of samples: from the fewest words with this probability together
+    sample_seed: Annotated[int, (0, 2**31 - 1)] = 42  # of samples: another draws others; --seed N of script 3
     plot_images: Annotated[int, (1, None)] = 6  # validation images captioned and plotted when none is named
     attention_map: Literal["weights", "evidence"] = "weights"  # what figures draw: attention weights, or evidence
     figures: Annotated[int, (0, None)] = 100  # attention figures to draw at most, of the first images

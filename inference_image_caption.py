@@ -60,8 +60,8 @@ def add_options(parser):
 
 
 def main(argv):
-    # The setting captions, a table's file, is script 1's. This script knows it from the run, if it needs it at all.
-    renamed = {"captions": "captions_per_image"}
+    # The settings captions, a table's file, and seed, the data's, are script 1's. This script knows both from the run.
+    renamed = {"captions": "captions_per_image", "seed": "sample_seed"}
     given, options = parse_command_line(argv, __doc__, Config, add_options, renamed)
     check_options(options)
     config = settings.make_config(given)
@@ -130,7 +130,7 @@ def split_images(split, config):
     Raises:
       UserError: there is no such split, or the data are not those that the run fits.
     """
-    prepared = cache.load_data(config)
+    prepared = cache.load_data(config, to_caption=True)
     # The images may be others than the run's, but the CNN must be the same: a model understands no other features.
     run_folder.check_other_data(config.run_dir, config.data_dir, prepared)
     images = getattr(prepared, split)

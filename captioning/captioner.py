@@ -52,6 +52,11 @@ def greedy_settings(config):
     return dataclasses.replace(config, beam_width=1, captions_per_image=1, sample="no")
 
 
+def sampling_settings(config):
+    """What drawn captions depend on besides the other settings of decoding, dict of script 3's option to value."""
+    return {"temperature": config.temperature, "top_p": config.top_p, "seed": config.sample_seed}
+
+
 def decoding_settings(given, config):
     """The settings with as many beams as captions are wanted, and a line where there were fewer.
 
@@ -243,7 +248,7 @@ def sample_chances(file_name, config):
     Returns:
       float32 (_DRAWS * captions_per_image, max_words), uniform from 0 to 1, a row for each draw
     """
-    generator = np.random.default_rng((config.seed, zlib.crc32(os.fsencode(file_name))))
+    generator = np.random.default_rng((config.sample_seed, zlib.crc32(os.fsencode(file_name))))
     return generator.random((_DRAWS * config.captions_per_image, config.max_words), np.float32)
 
 

@@ -174,7 +174,7 @@ def test_drawn_captions_are_the_same_in_any_batch_and_folder_and_others_with_ano
     assert list(map(all_captions, caption_batch(tiny, moved, features[3:5], config))) == captions[3:5]
     fewer = dataclasses.replace(config, captions_per_image=2)
     assert [all_captions(each) for each in caption_batch(tiny, IMAGES, features, fewer)] == [c[:2] for c in captions]
-    other = caption_batch(tiny, IMAGES, features, dataclasses.replace(config, seed=7))
+    other = caption_batch(tiny, IMAGES, features, dataclasses.replace(config, sample_seed=7))
     assert sum(map(len, map(set.intersection, map(set, captions), map(set, map(all_captions, other))))) < 24
 
 
@@ -197,7 +197,7 @@ def test_what_captions_are_drawn_by_depends_on_the_files_name_and_the_seed():
     assert chances.shape == (20, 7) and chances.dtype == np.float32 and 0 <= chances.min() < chances.max() < 1
     np.testing.assert_array_equal(chances, sample_chances("a.jpg", config))
     for name, seed in (("b.jpg", 42), ("a.jpg", 43)):
-        assert (sample_chances(name, dataclasses.replace(config, seed=seed)) != chances).any()
+        assert (sample_chances(name, dataclasses.replace(config, sample_seed=seed)) != chances).any()
     np.testing.assert_array_equal(
         sample_chances("a.jpg", dataclasses.replace(config, captions_per_image=1)), chances[:5]
     )

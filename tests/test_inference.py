@@ -276,6 +276,24 @@ def test_several_captions_are_found_printed_and_on_the_page(trained, tmp_path, c
         infer(trained, "--captions", "2", "--sample", "--output", str(tmp_path))
 
 
+def test_captions_of_the_data_sets_images_may_be_shorter_than_those_it_was_prepared_with(trained, tmp_path):
+    for most in (1, 60):
+        infer(trained, "--max_words", str(most), "--figures", "0", "--output", str(tmp_path / str(most)))
+    short, long = (records(tmp_path / name / "captions.jsonl") for name in ("1", "60"))
+    assert [record["caption"].split()[:1] for record in long] == [record["caption"].split() for record in short]
+
+
+def test_another_seed_draws_other_captions_of_the_same_images(trained, tmp_path):
+    """The seed of the data, and of a network with random weights, is the run's."""
+    drawn = {}
+    for seed in ("42", "7"):
+        given = ["--sample", "--temperature", "3", "--seed", seed, "--figures", "0", "--output", str(tmp_path / seed)]
+        infer(trained, "--captions", "3", *given)
+        drawn[seed] = {record["image"]: record["captions"] for record in records(tmp_path / seed / "captions.jsonl")}
+        assert json.loads((tmp_path / seed / "made_by.json").read_text())["seed"] == int(seed)
+    assert drawn["7"].keys() == drawn["42"].keys() and drawn["7"] != drawn["42"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -8,7 +8,7 @@ import numpy as np
 
 from captioning.attention.boxes import boxes_by_position, find_groundings
 from captioning.attention.page import PageCaption, PageImage, write_pages
-from captioning.captioner import caption_batch, explain_references, greedy_settings
+from captioning.captioner import caption_batch, explain_references, greedy_settings, sampling_settings
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo import scores as demo_scores
 from captioning.demo.scenes import read_scenes
@@ -32,7 +32,6 @@ from support.errors import UserError, printable
 _EVALUATED_WIDTHS = (1, 3, 5)  # beam widths that are compared
 # Settings of decoding, besides the beam width
 _DECODING = ("length_penalty", "repeat_block", "max_words", "captions_per_image")
-_SAMPLING = ("temperature", "top_p", "seed")
 _IMAGES_OF_A_GROUP = 12  # of the page: of the best, of the middle and of the worst score
 
 
@@ -141,7 +140,8 @@ def _name_files(split, config):
     named = differing(_DECODING) + (["beam_width"] if config.beam_width not in _EVALUATED_WIDTHS else [])
     parts = [split, *(f"{name}{getattr(config, name)}" for name in named)]
     if config.sample == "yes":
-        parts += ["sample", *(f"{name}{getattr(config, name)}" for name in differing(_SAMPLING))]
+        drawn, usual = sampling_settings(config), sampling_settings(default)
+        parts += ["sample", *(f"{name}{value}" for name, value in drawn.items() if value != usual[name])]
     return "_".join(parts)
 
 
@@ -154,7 +154,7 @@ def _describe_scored(captioner, images, split, config):
         "checkpoint": str(pathlib.Path(config.run_dir, captioner.checkpoint)),
         "checkpoint_digest": captioner.identity,
         **{name: getattr(config, name) for name in _DECODING},
-        **({name: getattr(config, name) for name in ("sample", *_SAMPLING)} if config.sample == "yes" else {}),
+        **({"sample": "yes", **sampling_settings(config)} if config.sample == "yes" else {}),
     }
 
 

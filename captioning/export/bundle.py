@@ -16,6 +16,7 @@ import tempfile
 import numpy as np
 import tensorflow as tf
 
+from captioning.captioner import sampling_settings
 from captioning.data.captioned_images import image_path
 from captioning.decoder.rules import ban_words, next_word_log_probs
 from captioning.export.onnx_models import write_onnx
@@ -32,8 +33,8 @@ from support.process import silenced_stderr
 _RUNTIMES = {"litert": "ai-edge-litert", "onnx": "onnxruntime"}  # the package that runs each format
 WEIGHTS = {"litert": ("float32", "float16", "int8"), "onnx": ("float32", "float16"), "web": ("float32", "float16")}
 DEFAULT_WEIGHTS = {"litert": "float16", "onnx": "float32", "web": "float16"}
-# Settings that the script takes too, besides captions and sample
-_DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block", "temperature", "top_p", "seed")
+# Settings that the script takes too, besides captions, sample and what drawn captions depend on
+_DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block")
 _CALIBRATION_IMAGES = 100
 _MOST_BYTES = 2_000_000_000  # of a model: both formats end at 2 GiB
 _FILES = pathlib.Path(__file__).parent / "bundle_files"  # caption.py and README.md, which are copied
@@ -123,7 +124,7 @@ def describe(captioner, kind, weights, config):
 def _describe_decoding(config):
     """The options of a bundle's script with their defaults, dict of name to value."""
     several = {"captions": config.captions_per_image, "sample": config.sample == "yes"}
-    return {name: getattr(config, name) for name in _DECODING} | several
+    return {name: getattr(config, name) for name in _DECODING} | sampling_settings(config) | several
 
 
 # --- The functions ----------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def _calibration_images(config):
       UserError: the training images are not there.
     """
     try:
-        train = load_data(config).train
+        train = load_data(config, to_caption=True).train
         count = min(_CALIBRATION_IMAGES, len(train))
         chosen = np.random.default_rng(config.seed).choice(len(train), count, replace=False)
         side = CNNS[config.cnn].image_size

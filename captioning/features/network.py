@@ -151,7 +151,7 @@ def check_identity(config, statistics, expected):
     if expected not in (None, identity):
         raise UserError(
             f"this model was trained on features of another network ({expected}) than the settings name ({identity}): "
-            "give the --cnn, --inception_weights and --seed of its training, and random weights their own statistics"
+            "give the --cnn, --inception_weights and --data_dir of its training, and random weights their statistics"
         )
 
 

@@ -15,6 +15,7 @@ import pathlib
 
 import numpy as np
 
+from captioning.captioner import sampling_settings
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.inference.own_images import is_address
 from support.errors import UserError, mended_by
@@ -23,7 +24,6 @@ from support.files import read_json, reason_and_remedy, replacing, write_json
 
 # Settings that the captions depend on, besides the model.
 _DECODING_SETTINGS = ("beam_width", "length_penalty", "repeat_block", "max_words", "captions_per_image", "sample")
-_SAMPLING_SETTINGS = ("temperature", "top_p", "seed")  # with sample yes alone
 _BEFORE = {"captions_per_image": 1, "sample": "no"}  # in a made_by.json of before there were these settings
 _FORMER_SETTINGS = ("attention_map",)  # in a made_by.json of before each line told what its figure draws
 _LONGEST_STEM = 120  # bytes of an image's name in that of its figure; file systems allow 255, temporary files need some
@@ -168,8 +168,8 @@ def restore_prediction(record, image=None):
 
 def describe_maker(config, checkpoint):
     """What all lines of a file depend on, as made_by.json holds it."""
-    names = _DECODING_SETTINGS + (_SAMPLING_SETTINGS if config.sample == "yes" else ())
-    return {"checkpoint": checkpoint, **{name: getattr(config, name) for name in names}}
+    sampling = sampling_settings(config) if config.sample == "yes" else {}
+    return {"checkpoint": checkpoint, **{name: getattr(config, name) for name in _DECODING_SETTINGS}, **sampling}
 
 
 def _parse_record(line):

@@ -81,9 +81,9 @@ def test_each_split_has_files_of_its_own(tiny, images, tmp_path, capsys):
         ({"captions_per_image": 5, "beam_width": 5}, "test_captions_per_image5"),
         ({"captions_per_image": 7, "beam_width": 7}, "test_captions_per_image7_beam_width7"),
         ({"sample": "yes"}, "test_sample"),
-        ({"sample": "yes", "captions_per_image": 5, "seed": 7}, "test_captions_per_image5_sample_seed7"),
+        ({"sample": "yes", "captions_per_image": 5, "sample_seed": 7}, "test_captions_per_image5_sample_seed7"),
         ({"sample": "yes", "top_p": 1.0, "temperature": 0.5}, "test_sample_temperature0.5_top_p1.0"),
-        ({"temperature": 0.5, "seed": 7}, "test"),  # which change nothing
+        ({"temperature": 0.5, "sample_seed": 7}, "test"),  # which change nothing
     ],
 )
 def test_the_names_of_files_tell_how_captions_were_decoded(settings, name):

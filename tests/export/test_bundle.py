@@ -168,8 +168,8 @@ def test_the_script_finds_the_captions_of_script_3(exported, images, width, leng
         {"captions_per_image": 5},
         {"captions_per_image": 3, "beam_width": 4, "length_penalty": 0.3, "repeat_block": 1},
         {"captions_per_image": 4, "sample": "yes", "temperature": 2.0},
-        {"captions_per_image": 3, "sample": "yes", "temperature": 1.5, "top_p": 1.0, "seed": 7, "repeat_block": 1},
-        {"captions_per_image": 2, "sample": "yes", "temperature": 0.3},  # and mostly there are fewer
+        {"captions_per_image": 3, "sample": "yes", "temperature": 1.5, "top_p": 1.0, "sample_seed": 7},
+        {"captions_per_image": 2, "sample": "yes", "temperature": 0.3, "repeat_block": 1},  # and mostly there are fewer
     ],
 )
 def test_the_script_says_the_several_captions_of_script_3(exported, images, several, capsys):
@@ -180,7 +180,7 @@ def test_the_script_says_the_several_captions_of_script_3(exported, images, seve
     captions = caption_batch(captioner, named, features, config)
     capsys.readouterr()
     given = {name: value for name, value in several.items() if name not in ("captions_per_image", "sample")}
-    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    options = [part for name, value in given.items() for part in (f"--{name.removeprefix('sample_')}", str(value))]
     options += ["--captions", str(config.captions_per_image), *(["--sample"] if config.sample == "yes" else [])]
     assert runner.main([*map(str, images), *options]) == 0
     printed = capsys.readouterr()

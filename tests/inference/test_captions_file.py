@@ -295,7 +295,7 @@ def test_another_model_or_other_decoding_is_refused_and_costs_nothing(tmp_path, 
     assert read_json(path.with_name("made_by.json")) == MAKER
 
 
-SAMPLING = {"sample": "yes", "captions_per_image": 5, "temperature": 0.8, "seed": 3}
+SAMPLING = {"sample": "yes", "captions_per_image": 5, "temperature": 0.8, "sample_seed": 3}
 
 
 @pytest.mark.parametrize(
@@ -305,9 +305,9 @@ SAMPLING = {"sample": "yes", "captions_per_image": 5, "temperature": 0.8, "seed"
         ({}, SAMPLING, "made with captions_per_image 1, not 5, sample no, not yes: "),
         (SAMPLING, SAMPLING | {"temperature": 1.0}, "made with temperature 0.8, not 1.0: "),
         (SAMPLING, SAMPLING | {"top_p": 0.5}, "made with top_p 0.9, not 0.5: "),
-        (SAMPLING, SAMPLING | {"seed": 4}, "made with seed 3, not 4: "),
+        (SAMPLING, SAMPLING | {"sample_seed": 4}, "made with seed 3, not 4: "),
         (SAMPLING, SAMPLING, ""),
-        ({}, {"temperature": 0.8, "top_p": 0.5, "seed": 3}, ""),  # nothing is drawn
+        ({}, {"temperature": 0.8, "top_p": 0.5, "sample_seed": 3}, ""),  # nothing is drawn
     ],
 )
 def test_another_number_of_captions_and_another_way_to_draw_are_refused(tmp_path, images, before, now, message):
