@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -36,6 +37,18 @@ def emulate(browser, width=1200, height=1400, **features):
 
 def find(browser, selector, number=0):
     return browser.find_elements("css selector", selector)[number]
+
+
+def wait_for(browser, condition, seconds=60):
+    """Wait until a JavaScript expression is true, and return its value."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        value = browser.execute_script(f"return {condition}")
+        if value:
+            return value
+        time.sleep(0.05)
+    shown = browser.execute_script("return document.body.innerText")
+    raise AssertionError(f"{condition} did not come; the page shows: {shown}")
 
 
 def settle(browser, milliseconds=350):

@@ -11,7 +11,6 @@ import os
 import pathlib
 import shutil
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from PIL import Image, ImageFilter
 from test_image_files import png_header
 
 import inference_image_caption as inference
-from browser import emulate, find, press, requested, settle
+from browser import emulate, find, press, requested, settle, wait_for
 from captioning.attention.evidence import explain_captions
 from captioning.attention.maps import scale_light
 from captioning.captioner import decode_captions
@@ -232,19 +231,31 @@ def images(tmp_path_factory):
 
 
 class Host:
-    """A web host of a folder that counts what is asked for."""
+    """A web host of a folder that any origin may read from, as CDNs are. It counts what is asked for.
+
+    Files of `gone` are not there, and the connection breaks in the middle of those of `cut`.
+    """
 
     def __init__(self, folder):
-        self.asked, self.gone = [], set()
+        self.asked, self.gone, self.cut = [], set(), set()
         outer = self
 
         class Handler(local_server._Handler):
             def __init__(self, *given):
                 super().__init__(*given, directory=folder)
 
+            def end_headers(self):
+                self.send_header("Access-Control-Allow-Origin", "*")
+                super().end_headers()
+
             def send_head(self):
                 outer.asked.append(self.path.partition("?")[0][1:])
                 return self.send_error(404) if outer.asked[-1] in outer.gone else super().send_head()
+
+            def copyfile(self, source, target):
+                if outer.asked[-1] in outer.cut:
+                    source = io.BytesIO(source.read(100))
+                super().copyfile(source, target)
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/"
@@ -257,18 +268,6 @@ def host(exported):
     yield host
     host.server.shutdown()
     host.server.server_close()
-
-
-def wait_for(browser, condition, seconds=60):
-    """Wait until a JavaScript expression is true, and return its value."""
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        value = browser.execute_script(f"return {condition}")
-        if value:
-            return value
-        time.sleep(0.05)
-    shown = browser.execute_script("return document.body.innerText")
-    raise AssertionError(f"{condition} did not come; the page shows: {shown}")
 
 
 def open_captioner(browser, host):
@@ -503,24 +502,77 @@ def test_bad_files_are_told_and_the_others_get_captions(browser, host, exported,
     assert browser.title == "Image captioner"
 
 
-@pytest.mark.slow
-def test_a_model_that_does_not_arrive_is_one_line_and_can_be_had_later(browser, host, exported, images):
+FAILURE = "document.querySelector('.failure:not([hidden]) span')?.textContent"
+
+
+def forget(browser, host):
+    """Make the browser forget what it has kept of a page."""
     browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": host.url[:-1], "storageTypes": "all"})
-    host.gone.add("evidence.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "told"), [("gone", "arrive (404)"), ("cut", "arrive as it should")])
+def test_a_model_that_does_not_arrive_is_one_line_and_can_be_had_later(browser, host, exported, images, how, told):
+    forget(browser, host)
+    getattr(host, how).add("evidence.onnx")
     try:
         host.asked.clear()
         browser.get(host.url)
         choose(browser, images[0])  # before all is loaded
-        shown = wait_for(browser, "document.querySelector('.failure:not([hidden]) span')?.textContent")
-        assert "evidence.onnx did not arrive (404)" in shown and "\n" not in shown
+        shown = wait_for(browser, FAILURE)
+        assert f"evidence.onnx did not {told}" in shown and "\n" not in shown
         assert host.asked.count("evidence.onnx") == 3
     finally:
-        host.gone.clear()
+        getattr(host, how).clear()
     find(browser, ".failure button").click()
     browser.execute_script(CAPTION_OF)
     caption = wait_for(browser, "images.get(1).caption && captionOf(1)")
     assert caption == caption_of(script_3(exported[0], images[0])[0])
     assert not find(browser, ".failure").is_displayed()
+
+
+@pytest.fixture
+def cdn(tmp_path, monkeypatch):
+    """A host of another origin with the runtime, in the place of the CDN; yields that and the runtime's folder."""
+    host = Host(tmp_path / "cdn")
+    place = f"npm/onnxruntime-web@{web.RUNTIME_VERSION}/dist/"
+    monkeypatch.setattr(web, "_CDN", host.url.replace("127.0.0.1", "insecure.test") + place)
+    folder = tmp_path / "cdn" / place
+    folder.mkdir(parents=True)
+    for file in web._RUNTIME.values():
+        shutil.copyfile(RUNTIME / file.url, folder / file.url)
+    yield host, folder
+    host.server.shutdown()
+    host.server.server_close()
+
+
+@pytest.mark.slow
+def test_a_runtime_from_the_cdn_is_checked_before_it_runs(browser, cdn, exported, images, tmp_path, monkeypatch):
+    cdn_host, runtime = cdn
+    captioner, made = exported
+    models = [f"{name}.onnx" for name in MODELS]
+    monkeypatch.setattr(
+        web, "write_onnx", lambda _, __, to: [shutil.copyfile(made / name, to / name) for name in models]
+    )
+    web.export_page(captioner, soft_network, "float32", CONFIG, tmp_path / "page")
+    page_host = Host(tmp_path / "page")
+    try:
+        for file in web._RUNTIME.values():
+            data = (runtime / file.url).read_bytes()
+            (runtime / file.url).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            forget(browser, page_host)
+            browser.get(page_host.url)
+            shown = wait_for(browser, FAILURE)
+            assert f"{web._CDN}{file.url} is damaged, or of another version" in shown and "\n" not in shown
+            (runtime / file.url).write_bytes(data)
+        find(browser, ".failure button").click()
+        wait_for(browser, "document.body.dataset.threads")
+        browser.execute_script(CAPTION_OF)
+        assert caption_images(browser, images[1:2]) == [caption_of(script_3(captioner, images[1])[0])]
+        assert {pathlib.Path(name).name for name in cdn_host.asked} == {file.url for file in web._RUNTIME.values()}
+    finally:
+        page_host.server.shutdown()
+        page_host.server.server_close()
 
 
 @pytest.mark.slow
@@ -529,7 +581,7 @@ def test_an_old_browser_is_told(browser, host):
     added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", code)
     try:
         browser.get(host.url)
-        assert "too old" in wait_for(browser, "document.querySelector('.failure:not([hidden]) span')?.textContent")
+        assert "too old" in wait_for(browser, FAILURE)
         assert not find(browser, ".drop").is_displayed() and not find(browser, ".failure button").is_displayed()
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)

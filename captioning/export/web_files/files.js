@@ -49,7 +49,9 @@ async function fetchPatiently(file, base, tell) {
     try {
       return await fetchFile(file, base, tell);
     } catch (error) {
-      if (attempt === TRIES) throw error;
+      // A lost connection and, where fetch checks it, a wrong digest are TypeErrors that do not name the file.
+      const named = error instanceof TypeError ? new Error(`${file.url} did not arrive as it should`) : error;
+      if (attempt === TRIES) throw named;
       await new Promise((resolve) => setTimeout(resolve, attempt * PAUSE));
     }
   }
