@@ -95,4 +95,6 @@ def _serve_page(load_captioner, make_network, options, config):
     with local_server.make_server(folder, options.serve) as server:  # first, as the port may not be had
         weights = bundle.DEFAULT_WEIGHTS["web"]
         web.keep_page(load_captioner(), make_network, weights, config, folder, options.web_runtime)
+        if not options.web_runtime:
+            print("the page fetches its runtime from a CDN; with --web_runtime DIR it needs no internet")
         local_server.serve(server)

@@ -141,7 +141,7 @@ def _write_page(folder, from_cdn):
         if path.suffix in (".js", ".css"):
             shutil.copyfile(path, folder / path.name)
     parts = {name: (PAGE_FILES / f"{name}.html").read_text(encoding="utf-8") for name in ("guide", "controls")}
-    source = f"is fetched from {_CDN}" if from_cdn else "lies here too"
+    source = f"is fetched from {_CDN}\n(an export with `--web_runtime` puts it here)" if from_cdn else "lies here too"
     words = {"policy": _content_policy(from_cdn), "version": RUNTIME_VERSION, "source": source, **parts}
     for name in ("index.html", "README.md"):
         template = string.Template((_WEB_FILES / name).read_text(encoding="utf-8"))

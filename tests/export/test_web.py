@@ -182,8 +182,10 @@ def test_a_run_is_served_and_exported_once_for_each_checkpoint(trained, tmp_path
     inference.main(given)
     inference.main(given)
     assert len(exports) == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if "http://" in line]
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if "http://" in line]
     assert len(lines) == 2 and lines[0].startswith("open http://127.0.0.1:")
+    assert printed.count("from a CDN; with --web_runtime DIR") == 2
     inference.main([*given, "--max_words", "7"])
     assert json.loads((run / "web" / "captioner.json").read_text())["decoding"]["max_words"] == 7
     shutil.rmtree(run / "best")  # the weights of `last` are another checkpoint

@@ -15,9 +15,9 @@ const PANEL = { width: 300, gap: 6, columns: 5, line: 36 }; // of a figure, in p
 const drop = document.querySelector(".drop");
 const loading = document.querySelector(".loading");
 const failure = document.querySelector(".failure");
-const images = new Map(); // number -> {number, file, article, preview, caption, problem}
+// number -> {number, file, article, preview, caption, problem}; problem: undefined until the file is checked, "" if none
+const images = new Map();
 let worker = null;
-let about = null; // what captioner.json holds
 
 // Starting
 
@@ -33,6 +33,7 @@ async function start() {
   failure.hidden = true;
   loading.hidden = false;
   showProgress(0, 0);
+  let about; // the sizes, settings and files of the captioner
   try {
     about = JSON.parse(await fetchText("captioner.json"));
     // As a blob the worker keeps to the page's Content Security Policy.
@@ -45,7 +46,7 @@ async function start() {
   worker.onerror = (event) => fail(`The captioner ended: ${event.message ?? "this browser does not let it run"}.`);
   worker.postMessage({ kind: "load", about, base: new URL(".", location.href).href });
   if (!chosenBeams()) chooseBeams(about.decoding.beam_width);
-  for (const image of images.values()) if (!image.caption && image.problem === "") ask(image); // the checked ones
+  for (const image of images.values()) if (!image.caption && image.problem === "") ask(image);
 }
 
 async function fetchText(name) {

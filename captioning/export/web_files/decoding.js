@@ -38,7 +38,7 @@ function bestContinuations(beams, logProbs, count) {
 // The likeliest caption of those that `beam_width` beams keep in view.
 // hidden: Float32Array (U,), the first one.
 // decode: async function of (words, hidden states of K beams) -> {logProbs, hidden, attention}, an array of rows each.
-// -> {words, logProbs, attention}: numbers of words with <end>, their log-probabilities and attention weights
+// -> {ids, logProbs, attention}: numbers of words with <end>, their log-probabilities and attention weights
 async function beamSearch(hidden, decode, { max_words, beam_width, length_penalty, repeat_block }) {
   let beams = Array.from({ length: beam_width }, (_, beam) => ({
     score: beam ? -1e6 : 0, // all beams are alike, so only one begins
@@ -71,13 +71,13 @@ async function beamSearch(hidden, decode, { max_words, beam_width, length_penalt
   const best = beams.reduce((one, other) => (value(other) > value(one) ? other : one));
   const length = lengthOf(best);
   return {
-    words: best.said.slice(1, 1 + length),
+    ids: best.said.slice(1, 1 + length),
     logProbs: best.logProbs.slice(0, length),
     attention: best.attention.slice(0, length),
   };
 }
 
-// Words as a caption: for each whether a blank is before it, that is between two words neither of which is a character.
+// For each word of a caption whether a blank is before it: none stands next to a character that is a word of its own.
 function parted(words, characters) {
   const character = new RegExp(`^[${characters}]`, "u");
   return words.map((word, i) => i > 0 && !character.test(words[i - 1]) && !character.test(word));

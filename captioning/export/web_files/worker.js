@@ -5,7 +5,7 @@
 const MOST_THREADS = 4; // more bring little
 const PREVIEW_SIDE = 1080; // pixels of the longer side of the image that the page shows
 
-let captioner = null; // {about, vocabulary, models}
+let captioner = null; // {about, vocabulary, models, ort}
 let working = Promise.resolve(); // the tasks that have been given, one after the other
 const encodings = new Map(); // number of an image -> what the encoder says of it
 
@@ -50,7 +50,7 @@ async function readImage(number, file) {
     const { width, height } = image;
     postMessage({ kind: "image", number, ...(await makePreview(image)) });
     const side = captioner.about.sizes.image;
-    return squeezeImage(rowsOf(image), width, height, isJpeg ? jpegRatio(width, height, side) : 1, side);
+    return squeezeImage(rowReader(image), width, height, isJpeg ? jpegRatio(width, height, side) : 1, side);
   } finally {
     image.close();
   }
@@ -69,7 +69,7 @@ async function makePreview(image) {
 }
 
 // A function of (first row, count) that returns the RGBA of an image's rows, on white.
-function rowsOf(image) {
+function rowReader(image) {
   let canvas = null;
   return (top, count) => {
     if (canvas?.height !== count) canvas = new OffscreenCanvas(image.width, count);
@@ -91,19 +91,16 @@ async function caption({ number, file, beams }) {
     encodings.set(number, await models.encoder({ pixels: new ort.Tensor("uint8", pixels, [1, side, side, 3]) }));
   }
   const encoded = encodings.get(number);
-  const found = await beamSearch(encoded.hidden.data, decoder(encoded), { ...about.decoding, beam_width: beams });
-  const words = found.words.filter((word) => word !== END);
-  postMessage({ kind: "caption", number, beams, ids: words, ...describe(words, found) });
+  const found = await beamSearch(encoded.hidden.data, decoderOf(encoded), { ...about.decoding, beam_width: beams });
+  const ids = found.ids.filter((id) => id !== END);
+  const words = ids.map((id) => captioner.vocabulary[id]);
+  const blanks = parted(words, about.characters);
+  const attention = found.attention.slice(0, ids.length);
+  postMessage({ kind: "caption", number, beams, ids, words, blanks, logProbs: found.logProbs, attention });
 }
 
-function describe(ids, { logProbs, attention }) {
-  const words = ids.map((word) => captioner.vocabulary[word]);
-  const blanks = parted(words, captioner.about.characters);
-  return { words, blanks, logProbs, attention: attention.slice(0, ids.length) };
-}
-
-// One word of K captions, as `beamSearch` wants it.
-function decoder({ encoded_features, keys }) {
+// The decoder for one image, as `beamSearch` calls it for the next word of K captions.
+function decoderOf({ encoded_features, keys }) {
   const { models, ort } = captioner;
   return async (words, hidden) => {
     const [count, units] = [words.length, hidden[0].length];
@@ -115,22 +112,25 @@ function decoder({ encoded_features, keys }) {
       encoded_features,
       keys,
     });
-    return { logProbs: rows(step.log_probs), hidden: rows(step.next_hidden), attention: rows(step.attention_weights) };
+    const { log_probs, next_hidden, attention_weights } = step;
+    return { logProbs: splitRows(log_probs), hidden: splitRows(next_hidden), attention: splitRows(attention_weights) };
   };
 }
 
-function rows({ data, dims: [count, size] }) {
+function splitRows({ data, dims: [count, size] }) {
   return Array.from({ length: count }, (_, row) => data.subarray(row * size, (row + 1) * size));
 }
 
 // For each word of a caption the locations that made the model say it. A task of its own, as captions come first.
-async function evidence({ number, beams, ids: words }) {
+async function evidence({ number, beams, ids }) {
   const { models, ort } = captioner;
   let { hidden, ...image } = encodings.get(number);
-  const one = (word) => new ort.Tensor("int32", Int32Array.of(word), [1, 1]);
+  const tensor = (id) => new ort.Tensor("int32", Int32Array.of(id), [1, 1]);
   const maps = [];
-  for (const [i, said] of words.entries()) {
-    const step = await models.evidence({ words: one(i ? words[i - 1] : START), said: one(said), hidden, ...image });
+  let before = START;
+  for (const id of ids) {
+    const step = await models.evidence({ words: tensor(before), said: tensor(id), hidden, ...image });
+    before = id;
     hidden = step.next_hidden;
     maps.push(step.evidence.data);
   }
