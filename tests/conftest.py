@@ -20,9 +20,6 @@ from PIL import Image
 from browser import emulate, start_chromium
 from support.process import release_memory
 
-# oneDNN's own allocator keeps the most that tensors ever took, for all tests to come. TensorFlow reads this on import.
-os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
-
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}
 THINGS = ("dog", "cat", "boat")
 IMAGES = 24
