@@ -2,13 +2,13 @@
 
 import contextlib
 import csv
-import ctypes
 import gc
 import hashlib
 import http.server
 import json
 import os
 import pathlib
+import random
 import signal
 import sys
 import threading
@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from browser import emulate, start_chromium
+from support.process import release_memory
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}
 THINGS = ("dog", "cat", "boat")
@@ -79,28 +80,38 @@ def weights(root, kind="last", run="run"):
     return {name: reader.get_tensor(name) for name in names}
 
 
-_MOST_MEMORY = [1.2e9]  # bytes that this process may take before graphs are forgotten
+def pytest_runtest_setup():
+    """A test draws the same random numbers whichever tests ran before it, also where it gives no seed."""
+    random.seed(0)
+    np.random.seed(0)
+
+
+_LEFT = [7e8]  # bytes that this process took when graphs were last forgotten
 
 
 @pytest.fixture(autouse=True)
 def little_memory():
-    """After a test, forget graphs where they have become many: a tf.function of a module keeps all it ever made."""
     yield
-    if memory_taken() > _MOST_MEMORY[0] and "tensorflow" in sys.modules:
-        forget_graphs()
-        _MOST_MEMORY[0] = max(1.2e9, memory_taken() + 3e8)
+    forget_graphs(2e8)
 
 
-def forget_graphs():
-    import tensorflow as tf
+@pytest.fixture(autouse=True, scope="module")
+def little_memory_after_a_module():
+    yield
+    forget_graphs(5e7)
 
-    kind = type(tf.function(len))
-    for each in gc.get_objects():
-        if type(each) is kind:
-            each._function_cache.clear()  # it is traced again where it is needed again
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not Linux with the GNU library
-        ctypes.CDLL(None).malloc_trim(0)
+
+def forget_graphs(most):
+    """Forget graphs where they take over `most` bytes, as a tf.function of a module keeps all it ever made."""
+    if memory_taken() > _LEFT[0] + most and "tensorflow" in sys.modules:
+        import tensorflow as tf
+
+        kind = type(tf.function(len))
+        for each in gc.get_objects():
+            if type(each) is kind:
+                each._function_cache.clear()  # it is traced again where it is needed again
+        release_memory()
+        _LEFT[0] = memory_taken()
 
 
 def memory_taken():

@@ -653,7 +653,7 @@ def test_an_interrupted_process_saves_and_exits_with_130(trained, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             while "epoch 2/" not in process.stderr.readline(50):
-                pass
+                assert process.poll() is None
             process.send_signal(signal.SIGINT)
             out, errors = process.communicate(timeout=60)
         finally:

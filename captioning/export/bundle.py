@@ -28,7 +28,7 @@ from captioning.features.image_files import load_image
 from captioning.words import CHARACTER
 from support.errors import UserError
 from support.files import write_json
-from support.process import silenced_stderr
+from support.process import release_memory, silenced_stderr
 
 _RUNTIMES = {"litert": "ai-edge-litert", "onnx": "onnxruntime"}  # the package that runs each format
 WEIGHTS = {"litert": ("float32", "float16", "int8"), "onnx": ("float32", "float16"), "web": ("float32", "float16")}
@@ -226,6 +226,8 @@ def _write_litert(functions, captioner, weights, images, folder):
                 converter.target_spec.supported_types = [tf.float16]
             if weights == "int8" and file == "encoder":  # the decoder's activations stay float32
                 converter.representative_dataset = lambda: (("encoder", {"pixels": pixels}) for pixels in images)
+            if file == "encoder":
+                release_memory()  # what saving took, as converting takes most
             model = converter.convert()
         (folder / f"{file}.tflite").write_bytes(model)
 

@@ -28,6 +28,7 @@ from captioning.features.network import (
 from support.devices import has_fast_bfloat16
 from support.errors import UserError
 from support.files import read_json, write_bytes, write_json
+from support.process import release_memory
 
 _GRAPH, _NOTE = "network_graph.pb", "network_graph.json"
 # A change of these files may change the graph.
@@ -60,8 +61,12 @@ def kept_network(folder, config, statistics, expected_identity):
     graph = _read_graph(folder, made_of)
     if graph is None:
         made = feature_graph(config, statistics, expected_identity=expected_identity)
-        graph = _rewrite_graph(made.get_concrete_function().graph.as_graph_def(), made_of["precision"])
+        graph = made.get_concrete_function().graph.as_graph_def()
+        del made
+        release_memory()  # Keras's model and its graph, before rewriting takes a dozen copies of the weights
+        graph = _rewrite_graph(graph, made_of["precision"])
         _keep_graph(folder, made_of, graph, config.cnn)
+        release_memory()
     network = compiled_once(_graph_function(graph))
     side = CNNS[config.cnn].image_size
     blank = tf.zeros((1, side, side, 3), tf.uint8)

@@ -29,6 +29,7 @@ from captioning.vocabulary import END, PAD
 from captioning.words import join_words
 from conftest import write_coco
 from support.errors import UserError
+from support.process import release_memory
 from tiny_captioner import MIXED, SIZES, colour_network, tiny_captioner
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -106,6 +107,8 @@ def test_a_fresh_process_gets_the_same_captions_from_the_bytes_alone(tmp_path):
         export_captioner(captioner, network, config, tmp_path / "deep" / "exported")
     assert sorted(os.listdir(tmp_path / "deep")) == [".exported.export.lock", "exported"]
 
+    del network
+    release_memory()  # as the other process takes as much
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

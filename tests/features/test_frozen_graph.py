@@ -2,25 +2,30 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 from test_network import WEIGHTS, TinyInception, photographs, random_config
 
+from captioning.features import frozen_graph
 from captioning.features.frozen_graph import _GRAPH, _NOTE, kept_network
 from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.features.network import extraction_graphs, feature_network, network_identity
 from captioning.settings import make_config
 from conftest import full_disk
 from support.errors import UserError
+from support.process import release_memory
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (5, 299, 299, 3), np.uint8)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
+    monkeypatch.setattr(frozen_graph, "release_memory", lambda: None)  # which takes longer than all else
     return TinyInception(monkeypatch)
 
 
@@ -36,7 +41,9 @@ def features(network, pixels=PIXELS):
 
 def plain_features(config, pixels=PIXELS, statistics=None):
     with extraction_graphs(config):
-        return features(feature_network(config, statistics), pixels)
+        computed = features(feature_network(config, statistics), pixels)
+    frozen_graph.release_memory()
+    return computed
 
 
 def write_statistics(folder, config):
@@ -71,8 +78,9 @@ def test_the_real_network_gives_the_same_features_bit_by_bit(tmp_path, precision
     config = make_config({"inception_weights": str(WEIGHTS), "extract_precision": precision})
     pixels = photographs(4)
     wanted = plain_features(config, pixels)
-    np.testing.assert_array_equal(features(keep(tmp_path, config), pixels), wanted)
-    np.testing.assert_array_equal(features(keep(tmp_path, config), pixels), wanted)
+    for _ in ("made", "read"):
+        np.testing.assert_array_equal(features(keep(tmp_path, config), pixels), wanted)
+        release_memory()
 
 
 def test_threads_may_share_a_kept_network(tiny, tmp_path):
@@ -87,6 +95,27 @@ def test_threads_may_share_a_kept_network(tiny, tmp_path):
     assert len(found) == 4
     for each in found.values():
         np.testing.assert_array_equal(each, wanted)
+
+
+def test_kerass_model_is_gone_before_its_graph_is_rewritten(tiny, tmp_path, monkeypatch):
+    """Rewriting holds a dozen copies of the weights for a while."""
+    models, left = [], []
+    rewrite = frozen_graph._rewrite_graph
+
+    def build(**given):
+        model = tiny.build(**given)
+        models.append(weakref.ref(model))
+        return model
+
+    def count_models(*given):
+        left.extend(model() for model in models)
+        return rewrite(*given)
+
+    monkeypatch.setattr(frozen_graph, "release_memory", release_memory)
+    monkeypatch.setattr(keras.applications, "InceptionV3", build)
+    monkeypatch.setattr(frozen_graph, "_rewrite_graph", count_models)
+    keep(tmp_path)
+    assert left == [None]
 
 
 # --- Nothing stale, damaged or foreign is trusted ---------------------------------------------------------------------

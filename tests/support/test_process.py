@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
@@ -204,3 +205,21 @@ def test_modules_left_out_are_missing_inside_the_block_and_there_behind_it(monke
     import colorsys
 
     assert colorsys.rgb_to_hsv(0, 0, 0) == (0, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_memory_that_nothing_needs_goes_back_to_the_system():
+    """200 MB of small blocks below one that stays, in a circle."""
+    ended = run(
+        "import pathlib\n"
+        "from support.process import release_memory\n"
+        "taken = lambda: 4096 * int(pathlib.Path('/proc/self/statm').read_text().split()[1])\n"
+        "circle = [bytes(1000) for _ in range(200_000)]\n"
+        "circle.append(circle)\n"
+        "above = bytes(1000)\n"
+        "before = taken()\n"
+        "del circle\n"
+        "release_memory()\n"
+        "print(before - taken())"
+    )
+    assert int(ended.stdout) > 150e6
