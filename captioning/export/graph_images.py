@@ -2,8 +2,7 @@
 
 It does what image_reader.py does with Pillow, for the kinds of files that TensorFlow decodes: JPEG, PNG, WebP, GIF and
 BMP. An image that cannot be read does not fail the graph. It gets white pixels and a status that says so. So does one
-whose colours a profile other than sRGB changes, a progressive JPEG file that lacks its end, and an animated WebP file
-without transparency.
+whose colours a profile other than sRGB changes, a progressive JPEG file that lacks its end, and an animated WebP file.
 """
 
 import functools
@@ -189,11 +188,11 @@ def _decode_bmp(data):
 
 
 def _decode_webp(data):
-    """A WebP file, uint8 (height, width, 3 or 4). Animations without transparency, which TensorFlow mixes up, fail."""
-    flags = _read_number(data, 20, 1)
-    is_animated, has_alpha = flags // 2 % 2 == 1, flags // 16 % 2 == 1
+    """A WebP file, uint8 (height, width, 3 or 4). An animation fails."""
     is_extended = tf.strings.substr(data, 12, 4) == b"VP8X"
-    tf.debugging.Assert(~(is_extended & is_animated & ~has_alpha), ["an animation without transparency"])
+    is_animated = is_extended & (_read_number(data, 20, 1) // 2 % 2 == 1)
+    # TensorFlow writes beyond its memory in an animation without transparency. So it must not even begin to decode one.
+    data = tf.where(is_animated, b"", data)
     return tf.io.decode_image(data, 0, expand_animations=False)
 
 
