@@ -8,6 +8,7 @@ import pytest
 
 _FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --hide-scrollbars --force-color-profile=srgb""".split()
+_FLAGS += ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]  # WebGPU by software
 _FLAGS.append("--host-resolver-rules=MAP insecure.test 127.0.0.1")  # a host that is not trusted without https
 
 

@@ -4,7 +4,7 @@ Any web host can serve the folder, and nobody's images leave their machine. The 
 by ONNX Runtime Web. The page is the page of attention with images that come from the reader.
 
 index.html, *.css, captioner.js      the page; page.css, light.js and page.js are the page of attention's
-worker.js, with files.js, pixels.js and decoding.js      what it leaves to a Web Worker
+worker.js, with files.js, pixels.js, decoding.js and gpu.js      what it leaves to a Web Worker
 captioner.json                       sizes, settings of decoding, and each large file's address, size and digest
 """
 
@@ -39,6 +39,12 @@ _RUNTIME = {  # of that version
     "script": _File("ort.wasm.bundle.min.mjs", 73_054, "EeZL2P/hG9GiovDWJ1/fu7pyYvC3a5m1PSKKiiLvPZA="),
     "wasm": _File("ort-wasm-simd-threaded.wasm", 14_239_897, "M5jBDQfSKb2Rs2RUjhMODlGo5XBLiMfAg+u+t4hC3uI="),
 }
+_GPU_RUNTIME = {  # the same with WebGPU, which the page fetches only where the browser has a GPU for it
+    "gpu_script": _File("ort.webgpu.bundle.min.mjs", 117_732, "BzCBZzHOLN+wbyc9oGXUoccJHrnRdWqDspFsionQFeI="),
+    "gpu_wasm": _File(
+        "ort-wasm-simd-threaded.asyncify.wasm", 26_781_914, "OfnwiU1HiABIftn32+kmGEmNsyDPVcjj2Jrf+NzmWNo="
+    ),
+}
 _CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{RUNTIME_VERSION}/dist/"  # serves npm's files as they are
 _MODELS = ("encoder", "decoder", "evidence")
 _WEB_FILES = pathlib.Path(__file__).parent / "web_files"
@@ -67,9 +73,11 @@ def export_page(captioner, network, weights, config, folder, runtime=None):
         write_json(temporary / "vocabulary.json", captioner.vocabulary)
         files = {name: _describe_file(temporary / f"{name}.onnx") for name in _MODELS}
         files["vocabulary"] = _describe_file(temporary / "vocabulary.json")
-        files |= _place_runtime(runtime, temporary)
+        files |= _place_files(_RUNTIME, runtime, temporary)
+        gpu_files = _place_files(_GPU_RUNTIME, runtime, temporary)
         about = _describe_page(captioner, weights, config, runtime)
-        about["files"] = {name: dataclasses.asdict(file) for name, file in files.items()}
+        for name, group in (("files", files), ("gpu_files", gpu_files)):
+            about[name] = {name: dataclasses.asdict(file) for name, file in group.items()}
         write_json(temporary / "captioner.json", about, indent=1)
         _write_page(temporary, from_cdn=runtime is None)
 
@@ -104,7 +112,7 @@ def _describe_page(captioner, weights, config, runtime):
 
 def check_runtime(folder):
     """UserError where `folder` does not hold onnxruntime-web's files of RUNTIME_VERSION. None holds nothing."""
-    for file in _RUNTIME.values() if folder else ():
+    for file in (_RUNTIME | _GPU_RUNTIME).values() if folder else ():
         path = pathlib.Path(folder, file.url)
         try:
             fits = _describe_file(path) == file
@@ -119,12 +127,12 @@ def _get_runtime():
     return f"run npm install {package}, and give --web_runtime node_modules/onnxruntime-web/dist"
 
 
-def _place_runtime(source, folder):
-    """Copy the runtime's files to `folder`, if there is a source. Returns dict of name to _File."""
-    for file in _RUNTIME.values() if source else ():
+def _place_files(files, source, folder):
+    """Copy the runtime's files to `folder`, if there is a source. Takes and returns dict of name to _File."""
+    for file in files.values() if source else ():
         shutil.copyfile(pathlib.Path(source, file.url), folder / file.url)
     place = "" if source else _CDN
-    return {name: dataclasses.replace(file, url=place + file.url) for name, file in _RUNTIME.items()}
+    return {name: dataclasses.replace(file, url=place + file.url) for name, file in files.items()}
 
 
 def _describe_file(path):

@@ -93,6 +93,8 @@ def test_the_folder_names_what_it_is_made_of(page_folder):
         assert about["files"][name]["url"].startswith(
             f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{web.RUNTIME_VERSION}/"
         )
+    assert about["gpu_files"].keys() == {"gpu_script", "gpu_wasm"}
+    assert all(file["url"].startswith(web._CDN) for file in about["gpu_files"].values())
     assert "cdn.jsdelivr.net" in (page_folder / "README.md").read_text() and not list(page_folder.glob("*.wasm"))
     assert len((page_folder / "README.md").read_text().splitlines()) <= 25
 
@@ -587,3 +589,89 @@ def test_an_old_browser_is_told(browser, host):
         assert not find(browser, ".drop").is_displayed() and not find(browser, ".failure button").is_displayed()
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------
+
+GPU_FILES = {file.url for file in web._GPU_RUNTIME.values()}
+NO_SOFTWARE = "Object.defineProperty(GPUAdapterInfo.prototype, 'isFallbackAdapter', { get: () => false });"
+WRONG_SHADERS = """
+    const compile = GPUDevice.prototype.createShaderModule;
+    GPUDevice.prototype.createShaderModule = function (given) {
+      return compile.call(this, { ...given, code: given.code.replaceAll("sin(", "cos(") });
+    };"""
+LOST_LATER = """
+    const request = GPUAdapter.prototype.requestDevice;
+    GPUAdapter.prototype.requestDevice = async function (...given) {
+      const device = await request.apply(this, given);
+      addEventListener("message", ({ data }) => data.kind === "caption" && device.destroy());
+      return device;
+    };"""
+
+
+@pytest.fixture
+def open_on_gpu(browser, host, exported):
+    """Function of (what is after # in the address, code that the worker begins with) that loads the page."""
+    path = exported[1] / "files.js"
+    kept = path.read_text()
+    ask = "const done = arguments[0]; Promise.resolve(navigator.gpu?.requestAdapter()).then((found) => done(!!found))"
+
+    def open_page(device, code=""):
+        path.write_text(code + kept)
+        host.asked.clear()
+        browser.get(f"{host.url}#{device}")
+        if not browser.execute_async_script(ask):
+            pytest.skip("this Chromium has no WebGPU, not even by software")
+        wait_for(browser, "document.body.dataset.threads")
+        browser.execute_script(CAPTION_OF)
+
+    forget(browser, host)
+    yield open_page
+    path.write_text(kept)
+    forget(browser, host)
+
+
+@pytest.mark.slow
+def test_a_gpu_gives_the_same_captions(browser, open_on_gpu, host, exported, images):
+    open_on_gpu("", NO_SOFTWARE)
+    wait_for(browser, "document.body.dataset.device === 'webgpu'")
+    assert find(browser, ".device").text.startswith("Computed by your GPU and ") and set(host.asked) >= GPU_FILES
+    assert caption_images(browser, images) == [caption_of(script_3(exported[0], path)[0]) for path in images]
+    assert browser.execute_script("return document.body.dataset.device") == "webgpu"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "code", "reason"),
+    [("", "", "this browser's GPU is software"), ("wasm", NO_SOFTWARE, "")],
+    ids=["software", "unwanted"],
+)
+def test_no_gpu_is_used_by_software_or_against_the_readers_word(browser, open_on_gpu, host, device, code, reason):
+    open_on_gpu(device, code)
+    wait_for(browser, f"document.querySelector('.device').title === {json.dumps(reason)}")
+    settle(browser)
+    assert find(browser, ".device").text.startswith("Computed by ") and "GPU" not in find(browser, ".device").text
+    assert not GPU_FILES & set(host.asked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "gone", "reason"),
+    [
+        (WRONG_SHADERS, set(), "the GPU computes another "),
+        (LOST_LATER, set(), "the GPU is lost"),
+        ("", GPU_FILES, "did not arrive"),
+    ],
+    ids=["wrong", "lost", "gone"],
+)
+def test_where_a_gpu_fails_wasm_captions(browser, open_on_gpu, host, exported, images, code, gone, reason):
+    host.gone |= gone
+    try:
+        open_on_gpu("webgpu", code)
+        if code == LOST_LATER:
+            wait_for(browser, "document.body.dataset.device === 'webgpu'")
+        assert caption_images(browser, images[1:2]) == [caption_of(script_3(exported[0], images[1])[0])]
+        assert reason in wait_for(browser, "document.querySelector('.device').title")
+        assert browser.execute_script("return document.body.dataset.device") == "wasm"
+    finally:
+        host.gone.clear()

@@ -5,7 +5,7 @@
 const MOST_PIXELS = 100_000_000; // of an image
 const SHADES = 10; // steps from the faintest word to the darkest
 const FAINTEST = 0.01; // probability at and below which a word is shown in the faintest shade
-const WORKER_FILES = ["files.js", "pixels.js", "decoding.js", "worker.js"];
+const WORKER_FILES = ["files.js", "pixels.js", "decoding.js", "gpu.js", "worker.js"];
 const SIMD = [
   // A WebAssembly module whose one function uses SIMD
   0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11,
@@ -44,7 +44,8 @@ async function start() {
   }
   worker.onmessage = ({ data }) => answers[data.kind](data);
   worker.onerror = (event) => fail(`The captioner ended: ${event.message ?? "this browser does not let it run"}.`);
-  worker.postMessage({ kind: "load", about, base: new URL(".", location.href).href });
+  const device = location.hash.slice(1); // #wasm or #webgpu, for those who want that one
+  worker.postMessage({ kind: "load", about, base: new URL(".", location.href).href, device });
   if (!chosenBeams()) chooseBeams(about.decoding.beam_width);
   for (const image of images.values()) if (!image.caption && image.problem === "") ask(image);
 }
@@ -79,7 +80,9 @@ const answers = {
   ready: ({ threads }) => {
     loading.hidden = true;
     document.body.dataset.threads = threads;
+    showDevice("wasm", "");
   },
+  device: ({ device, reason }) => showDevice(device, reason),
   image: ({ number, preview, width, height }) => showImage(images.get(number), preview, width, height),
   caption: (found) => {
     const { number, beams, ids } = found;
@@ -98,6 +101,16 @@ const answers = {
     else if (!images.get(number).caption) showProblem(images.get(number), `It could not be captioned: ${reason}.`);
   },
 };
+
+// Say what computes, and why not the GPU.
+function showDevice(device, reason) {
+  const { dataset } = document.body;
+  dataset.device = device;
+  const threads = `${dataset.threads} thread${dataset.threads === "1" ? "" : "s"} of your processor`;
+  const line = document.querySelector(".device");
+  line.textContent = `Computed by ${device === "webgpu" ? "your GPU and " : ""}${threads}`;
+  line.title = reason;
+}
 
 function ask(image) {
   worker?.postMessage({ kind: "caption", number: image.number, file: image.file, beams: chosenBeams() });

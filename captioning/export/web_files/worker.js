@@ -12,12 +12,13 @@ const encodings = new Map(); // number of an image -> what the encoder says of i
 // Loading
 
 // The runtime, and the captioner's models as functions of tensors by name that return tensors by name.
-async function load({ about, base }) {
-  const { files } = about;
+async function load({ about, base, device }) {
+  const { files, gpu_files } = about;
   const total = Object.values(files).reduce((sum, { bytes }) => sum + bytes, 0);
   const data = await getFiles(files, base, (bytes) => postMessage({ kind: "progress", bytes, total }));
   postMessage({ kind: "preparing" });
-  const ort = await startRuntime(data.script, data.wasm);
+  const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1;
+  const ort = await startRuntime(data.script, data.wasm, threads);
   const models = {};
   for (const name of ["encoder", "decoder", "evidence"]) {
     const session = await ort.InferenceSession.create(data[name], { executionProviders: ["wasm"] });
@@ -27,15 +28,37 @@ async function load({ about, base }) {
   const vocabulary = JSON.parse(new TextDecoder().decode(data.vocabulary));
   captioner = { about, vocabulary, models, ort };
   postMessage({ kind: "ready", threads: ort.env.wasm.numThreads });
-  await forgetOthers(files, base);
+  await forgetOthers({ ...files, ...gpu_files }, base);
+  if (device !== "wasm") moveToGpu(about, base, device).catch(stayWithWasm); // meanwhile wasm captions
 }
 
-async function startRuntime(script, wasm) {
+// Let the GPU encode images, if it computes what wasm computes, for as long as it does not fail.
+async function moveToGpu(about, base, device) {
+  const { models } = captioner;
+  const onGpu = await makeGpuEncoder(about, base, device);
+  const byWasm = models.encoder;
+  const inputs = encoderInputs(drawTestImage(about.sizes.image));
+  const outputs = await onGpu(inputs);
+  await enqueue(async () => checkOutputs(outputs, await byWasm(inputs)));
+  models.encoder = (inputs) =>
+    onGpu(inputs).catch((error) => {
+      models.encoder = byWasm;
+      stayWithWasm(error);
+      return byWasm(inputs);
+    });
+  postMessage({ kind: "device", device: "webgpu", reason: "" });
+}
+
+function stayWithWasm(error) {
+  postMessage({ kind: "device", device: "wasm", reason: error?.message ?? String(error) });
+}
+
+async function startRuntime(script, wasm, threads) {
   // Its threads start from this address too, so it stays valid.
   const ort = await import(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
   ort.env.logLevel = "error";
   ort.env.wasm.wasmBinary = wasm;
-  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1;
+  ort.env.wasm.numThreads = threads;
   return ort;
 }
 
@@ -84,11 +107,10 @@ function rowReader(image) {
 // Captions
 
 async function caption({ number, file, beams }) {
-  const { about, models, ort } = captioner;
+  const { about, models } = captioner;
   if (!encodings.has(number)) {
     const pixels = await readImage(number, file);
-    const { image: side } = about.sizes;
-    encodings.set(number, await models.encoder({ pixels: new ort.Tensor("uint8", pixels, [1, side, side, 3]) }));
+    encodings.set(number, await models.encoder(encoderInputs(pixels)));
   }
   const encoded = encodings.get(number);
   const found = await beamSearch(encoded.hidden.data, decoderOf(encoded), { ...about.decoding, beam_width: beams });
@@ -97,6 +119,11 @@ async function caption({ number, file, beams }) {
   const blanks = parted(words, about.characters);
   const attention = found.attention.slice(0, ids.length);
   postMessage({ kind: "caption", number, beams, ids, words, blanks, logProbs: found.logProbs, attention });
+}
+
+function encoderInputs(pixels) {
+  const { image: side } = captioner.about.sizes;
+  return { pixels: new captioner.ort.Tensor("uint8", pixels, [1, side, side, 3]) };
 }
 
 // The decoder for one image, as `beamSearch` calls it for the next word of K captions.
@@ -141,10 +168,14 @@ async function evidence({ number, beams, ids }) {
 
 const tasks = { load, caption, evidence };
 
+function enqueue(task) {
+  const done = working.then(task);
+  working = Promise.allSettled([done]);
+  return done;
+}
+
 onmessage = ({ data }) => {
-  working = working
-    .then(() => tasks[data.kind](data))
-    .catch((error) => {
-      postMessage({ kind: "failed", task: data.kind, number: data.number, reason: error?.message ?? String(error) });
-    });
+  enqueue(() => tasks[data.kind](data)).catch((error) => {
+    postMessage({ kind: "failed", task: data.kind, number: data.number, reason: error?.message ?? String(error) });
+  });
 };
