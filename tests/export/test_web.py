@@ -253,11 +253,12 @@ class Host:
                 super().end_headers()
 
             def send_head(self):
-                outer.asked.append(self.path.partition("?")[0][1:])
-                return self.send_error(404) if outer.asked[-1] in outer.gone else super().send_head()
+                name = self.path.partition("?")[0][1:]
+                outer.asked.append(name)
+                return self.send_error(404) if name in outer.gone else super().send_head()
 
             def copyfile(self, source, target):
-                if outer.asked[-1] in outer.cut:
+                if self.path[1:] in outer.cut:
                     source = io.BytesIO(source.read(100))
                 super().copyfile(source, target)
 
