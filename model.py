@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from captioning.decoder.basic_layers import MixedPrecisionDense, softmax_cross_entropy, variational_dropout
+from captioning.decoder.basic_layers import MixedPrecisionDense, softmax_cross_entropy
+from captioning.decoder.dropout import channel_dropout, variational_dropout
 from captioning.decoder.rules import DecodedCaptions, has_ended, next_word_log_probs
 from captioning.decoder.word_detector import WordDetector
 from captioning.vocabulary import PAD, START
@@ -28,18 +29,20 @@ class CNN_Encoder(keras.Model):
       feature_mean: float (F,), each channel's mean, which is subtracted from the features.
       feature_std: float, by which they are then divided, so that nothing depends on their scale.
       precision: Keras dtype policy of the large product.
+      dropout: float, share of the channels that training drops, the same at all locations of an image.
 
     Call:
       features: float (B, P, F)
+      dropout_seed: int (2,), or None for no dropout.
 
     Returns:
       encoded_features: float (B, P, D)
     """
 
-    def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32"):
+    def __init__(self, encoder_dim, feature_mean, feature_std, precision="float32", dropout=0.0):
         super().__init__(autocast=False)  # Keras would cast features to float32 before the product
+        self.dropout = dropout
         self.dense = MixedPrecisionDense(encoder_dim, precision, use_bias=False)
-        # Apart from the layer: it is added in float32, behind the normalisation.
         self.bias = self.add_weight(shape=(encoder_dim,), initializer="zeros", name="bias")
         # Weights, so that a checkpoint brings them: new images must be normalised by the numbers of training.
         self.feature_mean = self.add_constant("feature_mean", feature_mean)
@@ -50,7 +53,8 @@ class CNN_Encoder(keras.Model):
         constant = lambda shape, dtype: tf.constant(value, dtype, shape)  # noqa: E731
         return self.add_weight(shape=np.shape(value), initializer=constant, trainable=False, name=name)
 
-    def call(self, features):
+    def call(self, features, dropout_seed=None):
+        features = channel_dropout(features, self.feature_mean, self.dropout, dropout_seed)  # (B, P, F)
         # W (x - mean) / std is computed as (W x - W mean) / std: D numbers are touched at each location instead of F.
         products = self.dense(features)  # (B, P, D)
         mean = tf.matmul(self.feature_mean[tf.newaxis], self.dense.kernel)  # (1, D)
@@ -82,7 +86,6 @@ class BahdanauAttention(layers.Layer):
         self.score_layer = MixedPrecisionDense(1, use_bias=False)  # softmax would undo a bias
 
     def call(self, encoded_features, keys, hidden):
-        # What was said so far asks; each location answers how well it fits.
         query = self.query_layer(hidden)  # (B, U)
         score = self.score_layer(tf.tanh(keys + query[:, tf.newaxis]))  # (B, P, 1), equation 4
         attention_weights = tf.nn.softmax(score, axis=1)  # (B, P, 1)
@@ -118,7 +121,6 @@ class RNN_Decoder(keras.Model):
         self.dropout = dropout
         self.embedding = layers.Embedding(vocab_size, embedding_dim)
         self.attention = BahdanauAttention(units, precision)
-        # tanh, as the GRU keeps its hidden states between -1 and 1.
         self.initial_layer = layers.Dense(units, activation="tanh")
         # A GRU's input here is [word, context]. Its kernel is in two parts, as the words' part is known beforehand.
         self.word_gates = MixedPrecisionDense(3 * units, precision)
@@ -196,7 +198,7 @@ def build_captioner(config, vocab_size, feature_mean, feature_std=1.0, precision
     """
     keras.utils.set_random_seed(config.seed)
     # Keras makes weights at the first call. All are made here, in one order, so that a seed gives the same ones.
-    encoder = CNN_Encoder(config.encoder_dim, feature_mean, feature_std, precision)
+    encoder = CNN_Encoder(config.encoder_dim, feature_mean, feature_std, precision, config.feature_dropout)
     sizes = vocab_size, config.embedding_dim, config.units
     decoder = RNN_Decoder(*sizes, config.dropout, precision)
     encoded_features = encoder(tf.zeros((1, 1, len(feature_mean))))  # (1, 1, D): weights depend on no P

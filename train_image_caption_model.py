@@ -231,8 +231,8 @@ def train_replica(state, features, captions, config):
     # A mean over this replica's words counts by its share of all words: replicas have longer and shorter captions.
     word_share, caption_share = batches.shares_of_batch(captions)
     with tf.GradientTape() as tape:
-        encoded_features = state.encoder(features)  # (B, P, D)
         seed = state.dropout_seed(config.seed)
+        encoded_features = state.encoder(features, dropout_seed=seed)  # (B, P, D)
         logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, seed)
         loss = caption_loss(captions, logits) * word_share
         terms = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share

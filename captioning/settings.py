@@ -54,6 +54,7 @@ TRAINING_SETTINGS = (
     "learning_rate",
     "clip_norm",
     "dropout",
+    "feature_dropout",
     "doubly_stochastic",
     "precision",
     "schedule",

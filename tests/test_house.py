@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 ROOT_LINES = {  # the longest that each file at the root may be
-    "config": 115,
+    "config": 120,
     "model": 300,
     "data_utils": 150,
     "train_image_caption_model": 300,

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import model
 from captioning.attention.evidence import explain_captions
-from captioning.decoder.basic_layers import variational_dropout
+from captioning.decoder.dropout import channel_dropout, variational_dropout
 from captioning.decoder.rules import _BANNED_WORDS, ban_words
 from captioning.features.cnn import CNNS
 from captioning.settings import make_config
@@ -218,6 +218,23 @@ def test_dropout_depends_on_its_seed_alone(captioner, features):
     assert np.abs(first - other).max() > 1e-3
     without, _ = decoder.teacher_forcing(CAPTIONS, encoded_features)
     assert np.abs(first - without).max() > 1e-3
+
+
+def test_dropped_channels_are_what_they_are_on_average_at_all_locations_of_an_image(captioner, features):
+    mean = np.linspace(-1, 1, CHANNELS, dtype=np.float32)
+    encoder = model.CNN_Encoder(8, mean, 0.5, dropout=0.5)
+    seed = tf.constant((7, 3))
+    dropped = channel_dropout(features, mean, 0.5, seed).numpy()
+    is_mean = np.isclose(dropped, mean, atol=1e-6).all(axis=1)  # (B, F)
+    assert 0.3 < is_mean.mean() < 0.7 and len(np.unique(is_mean, axis=0)) == len(features)
+    doubled = mean + 2 * (np.asarray(features) - mean)  # (B, P, F)
+    np.testing.assert_allclose(dropped, np.where(is_mean[:, np.newaxis], mean, doubled), atol=1e-5)
+    encoder(features)
+    np.testing.assert_array_equal(encoder(features, dropout_seed=seed), encoder(tf.constant(dropped)))
+    other = encoder(features, dropout_seed=tf.constant((7, 4)))
+    assert np.abs(encoder(features, dropout_seed=seed) - other).max() > 1e-3
+    plain, _ = captioner
+    np.testing.assert_array_equal(plain(features, dropout_seed=seed), plain(features))
 
 
 def test_the_loss_counts_real_tokens_only():

@@ -690,7 +690,8 @@ def take_step(state, features, words, config):
 
 def word_losses(state, features, words, dropout_seed=None):
     """Cross-entropy of all words of a batch by TensorFlow's own function, and the attention (B, T-1, P)."""
-    logits, attention = state.decoder.teacher_forcing(words, state.encoder(features), dropout_seed)
+    encoded_features = state.encoder(features, dropout_seed=dropout_seed)
+    logits, attention = state.decoder.teacher_forcing(words, encoded_features, dropout_seed)
     said = tf.transpose(words[:, 1:])  # (T-1, B)
     return tf.nn.sparse_softmax_cross_entropy_with_logits(said[said > 0], logits), attention
 
@@ -720,8 +721,10 @@ def said(words):
     return np.count_nonzero(words[:, 1:], axis=1)
 
 
-def test_a_step_drops_what_the_seed_and_the_step_say(trained):
-    state, features, words, config = first_batch(trained, "--dropout", "0.4", "--seed", "42")
+@pytest.mark.parametrize(("dropout", "of_features"), [("0.4", "0"), ("0", "0.6")])
+def test_a_step_drops_what_the_seed_and_the_step_say(trained, dropout, of_features):
+    rates = "--dropout", dropout, "--feature_dropout", of_features
+    state, features, words, config = first_batch(trained, *rates, "--seed", "42")
     state.decoder.output_layer.kernel.assign(5 * state.decoder.output_layer.kernel)
     state.optimizer.learning_rate = 0.0  # so that the second step begins with the weights of the first
     for seed, step in ((42, 0), (7, 1)):

@@ -1,4 +1,4 @@
-"""Building blocks that compute what TensorFlow's own do, but faster or in a way that can be repeated.
+"""Building blocks that compute what TensorFlow's own do, but faster.
 
 Letters of shapes as in model.py.
 """
@@ -25,30 +25,6 @@ class MixedPrecisionDense(keras.layers.Dense):
         inputs, kernel = (tf.cast(x, self.product_type) for x in (inputs, self.kernel))
         outputs = tf.cast(tf.tensordot(inputs, kernel, 1), tf.float32)  # (..., units)
         return tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs
-
-
-def variational_dropout(x, rate, seed, layer):
-    """Dropout that drops the same numbers at all words of a caption (Gal and Ghahramani, 2016, arXiv 1512.05287).
-
-    The mask depends on nothing but `seed` and `layer`, so a resumed run draws the same one. Each replica draws the mask
-    of the whole batch and takes its own rows, so the number of replicas changes nothing.
-
-    Args:
-      x: float (T, B, n)
-      rate: float, share of the numbers that are dropped.
-      seed: int (2,), or None for no dropout.
-      layer: 0 or 1, which of the decoder's two dropouts this is.
-
-    Returns:
-      float (T, B, n)
-    """
-    if seed is None or not rate:
-        return x
-    replica, (rows, size) = tf.distribute.get_replica_context(), tf.unstack(tf.shape(x)[1:])
-    shape = rows * replica.num_replicas_in_sync, size
-    random = tf.random.stateless_uniform(shape, tf.stack((seed[0], 2 * seed[1] + layer)))
-    kept = random[replica.replica_id_in_sync_group :: replica.num_replicas_in_sync] >= rate  # (B, n)
-    return x * (tf.cast(kept, x.dtype) / (1 - rate))  # (T, B, n)
 
 
 @tf.custom_gradient

@@ -186,8 +186,9 @@ def _policy_replica(state, features, captions, advantages, config):
     word_share, caption_share = shares_of_batch(captions, left_out=UNK)
     copies = tf.shape(captions)[0] // tf.shape(features)[0]  # S + 1
     with tf.GradientTape() as tape:
-        encoded_features = tf.tile(state.encoder(features), (copies, 1, 1))  # (B (S + 1), P, D)
         seed = state.dropout_seed(config.seed)
+        encoded_features = state.encoder(features, dropout_seed=seed)  # (B, P, D)
+        encoded_features = tf.tile(encoded_features, (copies, 1, 1))  # (B (S + 1), P, D)
         logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, seed)
         loss = _policy_gradient_loss(captions, logits, advantages) * word_share
         term = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share

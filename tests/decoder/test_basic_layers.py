@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from captioning.decoder.basic_layers import MixedPrecisionDense, softmax_cross_entropy, variational_dropout
+from captioning.decoder.basic_layers import MixedPrecisionDense, softmax_cross_entropy
 
 
 @pytest.mark.parametrize("shape", [(4, 30), (3, 4, 30)])
@@ -38,34 +38,6 @@ def test_inputs_may_come_in_another_number_type():
     result = layer(tf.constant(x))
     assert result.dtype == tf.float32
     np.testing.assert_allclose(result, x.astype(np.float32) @ layer.kernel.numpy(), atol=1e-5)
-
-
-def test_dropout_drops_the_same_numbers_at_all_words_of_a_caption():
-    ones = tf.ones((5, 40, 100))  # (T, B, n)
-    dropped = variational_dropout(ones, 0.25, tf.constant((7, 1)), layer=0).numpy()
-    assert dropped.shape == (5, 40, 100)
-    assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
-    assert (dropped == dropped[0]).all()
-    assert np.mean(dropped[0] == 0) == pytest.approx(0.25, abs=0.03)
-    assert len(np.unique(dropped[0], axis=0)) == 40
-    assert np.mean(dropped[0] == variational_dropout(ones, 0.25, tf.constant((7, 1)), layer=1)[0]) < 0.7
-
-
-def test_no_mask_comes_twice():
-    """Neither in the other layer nor at the next step."""
-    ones = tf.ones((1, 8, 16))
-    masks = [
-        variational_dropout(ones, 0.5, tf.constant((7, step)), layer).numpy().tobytes()
-        for step in range(5)
-        for layer in (0, 1)
-    ]
-    assert len(set(masks)) == 10
-
-
-@pytest.mark.parametrize(("rate", "seed"), [(0.0, (7, 1)), (0.5, None)])
-def test_without_a_rate_or_a_seed_nothing_is_dropped(rate, seed):
-    x = tf.ones((2, 3, 4))
-    assert variational_dropout(x, rate, seed, layer=0) is x
 
 
 def test_losses_of_words_are_cross_entropies():
