@@ -29,7 +29,7 @@ class Config:
     delete_zip: Literal["yes", "no"] = "no"  # image_source zip: delete the zip file once its images are unpacked
     download_workers: Annotated[int, (1, 64)] = 8  # images fetched at a time
     contact: str = ""  # your e-mail or web address, for servers (as Wikimedia's) that refuse whoever gives none
-    demo_images: Annotated[int, (10, 1_000_000)] = 900  # scenes drawn for the demo
+    demo_images: Annotated[int, (10, 1_000_000)] = 1_050  # scenes drawn for the demo
     num_examples: Annotated[int, (2, None)] | None = 30_000  # captions drawn from the data set, None for all
     val_fraction: Annotated[float, (0.0, 0.9)] = 0.2  # share of the images kept for validation, if no file names them
     vocab_size: Annotated[int, (5, 1_000_000)] = 5_000  # V: the most frequent words, with <pad> <unk> <start> <end>
