@@ -79,7 +79,8 @@ def _describe_error(error):
     """What is wrong with a checkpoint. It may be whole, and the user may have changed the model since. -> str"""
     text = str(error)
     if found := re.search(r"with shape (\(.*?\)) .*variable with shape (\(.*?\)) and name (\S+?)(:0)?\.?$", text, re.M):
-        return f"does not fit model.py: {found[3]} has the shape {found[2]} there, and {found[1]} in the checkpoint"
+        shapes = f"{found[3]} has the shape {found[2]} by them, and {found[1]} in the checkpoint"
+        return f"does not fit model.py and the vocabulary: {shapes}"
     if isinstance(error, AssertionError):  # TensorFlow names what is in the model alone
         found = re.search(r"<Variable path=([^,>]+)", text)
         return f"does not fit model.py: it has no weights for {found[1] if found else 'all of it'}"

@@ -183,7 +183,8 @@ def test_what_does_not_fit_a_changed_model_is_named(tmp_path):
     with pytest.raises(UserError, match=r"ckpt-1 does not fit model.py: it has no weights for \w+$"):
         restore_newest(make(3, "a", "b"), [tmp_path])
     with pytest.raises(
-        UserError, match=r"ckpt-1 does not fit model.py: \w+ has the shape \(4,\) there, and \(3,\) in the"
+        UserError,
+        match=r"ckpt-1 does not fit model.py and the vocabulary: \w+ has the shape \(4,\) by them, and \(3,\) in the",
     ):
         restore_newest(make(4, "a"), [tmp_path])
 
