@@ -40,7 +40,7 @@ def main(argv):
     config = settings.make_config(given)
     with settings.naming_commands(config):
         saved = prepared_data.read_prepared_settings(config.data_dir)
-        # The data decide what they were made with: a training with another CNN, say, would read features of this one.
+        # The data bring the settings that they were made with. With another CNN, say, their features would not fit.
         config = settings.adopt_settings(given, saved, settings.DATA_SETTINGS, config.data_dir)
         config = start_from.adopt_start(given, config)
     # Before anything is computed: afterwards TensorFlow takes no settings of devices any more.

@@ -307,6 +307,7 @@ def test_another_seed_draws_other_captions_of_the_same_images(trained, tmp_path)
         (["--sample", "--serve"], "the web page says one caption of each image"),
     ],
 )
+@pytest.mark.usefixtures("soon")  # a page that is served never ends
 def test_several_captions_that_cannot_be_are_one_line(trained, tmp_path, monkeypatch, own_network, wrong, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as raised:

@@ -463,9 +463,10 @@ def test_an_epoch_in_another_order_or_with_other_samples_begins_anew(other):
     assert (progress.captions_done, progress.ciders) == (0, 0)
 
 
-def test_each_sample_is_taught_with_its_own_image(taught, trained):
-    """The loss of a step is that of captions whose features are put together by hand."""
-    more = ["--dropout", "0", "--precision", "float32", "--samples_per_image", "3"]
+@pytest.mark.parametrize("rate", ["0", "0.5"])
+def test_each_sample_is_taught_with_its_own_image(taught, trained, rate):
+    """The loss of a step is that of captions whose features, less the channels dropped, are put together by hand."""
+    more = ["--dropout", "0", "--feature_dropout", rate, "--precision", "float32", "--samples_per_image", "3"]
     config = settings_of(trained, taught / "run", *more)
     prepared = load_data(config)
     state = training.open_run(prepared, config)
@@ -477,8 +478,9 @@ def test_each_sample_is_taught_with_its_own_image(taught, trained):
     images = _collect_images(prepared.train, prepared.vocabulary, features_folder(config))
     captions, advantages = _add_references(images, np.arange(2), captions, advantages, 0, config)
     assert captions[6:, 1:].any(axis=1).all() and (advantages[6:] == np.float32(0.3)).all()
-    by_caption = tf.constant(features[[0, 1] * 4])  # first samples, second samples, third samples, references
-    logits, _ = state.decoder.teacher_forcing(tf.constant(captions), state.encoder(by_caption))
+    encoded_features = state.encoder(tf.constant(features), dropout_seed=state.dropout_seed(config.seed))
+    by_caption = tf.gather(encoded_features, [0, 1] * 4)  # first samples, second samples, third samples, references
+    logits, _ = state.decoder.teacher_forcing(tf.constant(captions), by_caption)
     expected = float(_policy_gradient_loss(tf.constant(captions), logits, tf.constant(advantages)))
     loss = _policy_step(state, tf.constant(features), tf.constant(captions), tf.constant(advantages), config)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
