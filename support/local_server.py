@@ -9,7 +9,7 @@ from support.errors import UserError
 _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",  # with the next one, the page may use threads
     "Cross-Origin-Embedder-Policy": "require-corp",
-    "Cache-Control": "no-cache",  # a page that was exported anew is seen at once
+    "Cache-Control": "no-store",  # a page that was exported anew is seen at once: dates here are whole seconds
 }
 _TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
 

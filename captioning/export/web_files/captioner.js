@@ -51,7 +51,8 @@ async function start() {
 }
 
 async function fetchText(name) {
-  const response = await fetch(name, { cache: "no-cache" }).catch(() => null);
+  // What is kept may be of an earlier export: a host that dates files by the second says that nothing changed.
+  const response = await fetch(name, { cache: "no-store" }).catch(() => null);
   if (!response?.ok) throw new Error(`${name} did not arrive`);
   return response.text();
 }
