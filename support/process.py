@@ -5,14 +5,18 @@ import contextlib
 import ctypes
 import gc
 import os
+import pathlib
 import signal
 import sys
 import threading
+import zlib
 
 from support.errors import UserError
 from support.files import unusable_file
 
 _INTERRUPTED = "interrupted: what was finished is kept; run the same command again to go on"
+_ROOT = pathlib.Path(__file__).parent.parent
+_loaded = {}  # in a notebook: the CRC-32 of each of the project's files that scripts have run with
 
 
 def run_script(main):
@@ -28,6 +32,8 @@ def run_script(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     before = set_handler(signal.SIGTERM, signal.default_int_handler)
     try:
+        if in_notebook():
+            _check_loaded_modules()
         main(sys.argv[1:])
     except UserError as error:
         _exit_with(f"error: {error}", 2)
@@ -51,6 +57,21 @@ def _exit_with(line, status):
 def in_notebook():
     """Whether IPython runs this process, as notebooks do: it outlives the script."""
     return hasattr(builtins, "__IPYTHON__")
+
+
+def _check_loaded_modules():
+    """Raise UserError where a file of the project has changed since an earlier script of this notebook loaded it.
+
+    A process loads a module once. The next `%run` of a script would go on with the old one without a word.
+    """
+    for name, module in sorted(sys.modules.items()):
+        path = pathlib.Path(getattr(module, "__file__", None) or "")
+        # `%run` loads the script itself anew, as __main__. Packages may be installed in the project's folder.
+        if name != "__main__" and path.is_relative_to(_ROOT) and "site-packages" not in path.parts and path.is_file():
+            checksum = zlib.crc32(path.read_bytes())
+            if _loaded.setdefault(path, checksum) != checksum:
+                changed = path.relative_to(_ROOT)
+                raise UserError(f"{changed} has changed since this notebook loaded it: restart the kernel")
 
 
 def set_handler(number, handler):

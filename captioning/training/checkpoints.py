@@ -1,5 +1,10 @@
-"""The state of a training and its checkpoints: written whole, tested before they count as good, newest first."""
+"""The state of a training and its checkpoints: written whole, tested before they count as good, newest first.
 
+Beside each lies ckpt-N.json with the digest of the model.py that it was trained with.
+"""
+
+import contextlib
+import functools
 import hashlib
 import pathlib
 import re
@@ -9,12 +14,13 @@ import weakref
 
 import tensorflow as tf
 
+import model
 from support.distribution import is_chief
 from support.errors import FileError, UserError
-from support.files import free_space, is_pattern, list_folder
+from support.files import free_space, is_pattern, list_folder, read_json, write_json
 
-# What TensorFlow writes for a checkpoint, and the folder that it writes it in first. All else is somebody's own.
-_WRITTEN = re.compile(r"(ckpt-(?:0|[1-9][0-9]*))(\.index|\.data-[0-9]{5}-of-[0-9]{5}|_temp)")
+# What is written for a checkpoint, and the folder that TensorFlow writes it in first. All else is somebody's own.
+_WRITTEN = re.compile(r"(ckpt-(?:0|[1-9][0-9]*))(\.index|\.json|\.data-[0-9]{5}-of-[0-9]{5}|_temp)")
 
 
 def captioner_checkpoint(encoder, decoder):
@@ -35,6 +41,7 @@ def save_checkpoint(objects, folder, number):
     path = folder / f"ckpt-{number}"
     try:
         objects.write(path)
+        write_json(path.with_name(f"{path.name}.json"), {"model": model_digest()})
     except tf.errors.OpError as error:
         reason = error.message.rpartition("; ")[2].partition(" [Op")[0]
         raise UserError(f"cannot write {path}: {reason} ({free_space(folder)})") from error
@@ -69,10 +76,32 @@ def restore_newest(objects, folders):
             continue
         for problem in damaged:
             print(f"{problem}: {path.parent.name}/{path.name} is taken instead")
+        _compare_model(path)
         return path
     if damaged:
         raise damaged[0]
     return None
+
+
+@functools.cache  # the file may be edited while this process goes on with what it has read
+def model_digest():
+    """A digest of model.py without its comments and empty lines, a str."""
+    lines = pathlib.Path(model.__file__).read_text(encoding="utf-8").splitlines()
+    code = [line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
+
+
+def _compare_model(path):
+    """Say where a checkpoint is of another model.py. Its weights may fit all the same, and mean something else."""
+    trained_with = model_digest()  # what an older run has no word of is taken to be the same
+    with contextlib.suppress(FileError):
+        trained_with = read_json(path.with_name(f"{path.name}.json"), dict).get("model")
+    if trained_with != model_digest():
+        name, run = f"{path.parent.name}/{path.name}", path.parent.parent
+        print(
+            f"note: model.py has changed since {name} was trained. If it computes something else now, the captions are "
+            f"wrong: train anew, with another --run_dir or after moving {run} away"
+        )
 
 
 def _describe_error(error):

@@ -5,6 +5,7 @@ network.json                     identity of the network that made the features
 random_statistics.npz            batch-norm statistics, where that network has random weights
 last/                            checkpoint to continue from
 best/                            checkpoint of the lowest validation loss, or of the highest self-critical CIDEr
+*/ckpt-N.json                    digest of the model.py of that checkpoint
 history.csv, loss.png            losses and CIDEr by epoch
 network_graph.pb, ....json       the network, ready to caption images with; made when it is first needed
 """

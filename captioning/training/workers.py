@@ -4,6 +4,7 @@ import hashlib
 import json
 
 from captioning.settings import MODEL_SETTINGS, TRAINING_SETTINGS
+from captioning.training.checkpoints import model_digest
 from support.distribution import check_same_everywhere
 
 
@@ -19,6 +20,7 @@ def check_same_training(prepared, config, start=None):
     names = ("seed", "max_words", "keep_vocabulary", *MODEL_SETTINGS, *TRAINING_SETTINGS)
     settings = {f"--{name}": getattr(config, name) for name in names}
     check_same_everywhere(settings, "give every worker the same value")
+    check_same_everywhere({"model.py": f"that of digest {model_digest()}"}, "copy it from one worker to the others")
     check_same_everywhere(
         {"the checkpoint of --start_from": start.identity if start else "none to be read"},
         "give every worker the same --start_from, or a copy of it, and one --run_dir that all of them share",

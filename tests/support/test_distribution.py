@@ -18,6 +18,7 @@ import train_image_caption_model as training
 from captioning.data.captioned_images import CaptionedImage
 from captioning.data.prepared_data import Prepared
 from captioning.settings import make_config
+from captioning.training import workers
 from captioning.training.checkpoints import list_checkpoints
 from captioning.training.workers import check_same_training
 from captioning.vocabulary import END, START
@@ -303,6 +304,15 @@ def test_what_must_be_the_same_on_every_worker_and_what_need_not_be(changes, set
     else:
         check_same_training(DATA, config)
         assert not sent
+
+
+def test_workers_with_another_model_file_are_refused(monkeypatch):
+    """Each would add the gradients of its own model to the others'."""
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"worker": ["h:1", "h:2"]}}))
+    theirs = lambda text: text.replace(workers.model_digest(), "another")  # noqa: E731
+    monkeypatch.setattr(distribution, "_gather_texts", lambda text: [text, theirs(text)])
+    with pytest.raises(UserError, match=r"model\.py is not the same .*another on worker 1 .*: copy it from one worker"):
+        check_same_training(DATA, make_config({"strategy": "multiworker"}))
 
 
 @pytest.mark.parametrize("text", [None, "", "two hosts", "[]", '{"cluster": {"worker": ["127.0.0.1:1"]}}'])

@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 
+from support import process
 from support.errors import UserError
 from support.process import end_process, interrupts_held_back, modules_left_out, run_script, silenced_stderr
 
@@ -93,6 +95,36 @@ def test_a_script_runs_in_a_notebook_and_leaves_it_as_it_was(monkeypatch, capsys
     assert last_words(capsys, UserError("no a"))[0] == 2
     assert last_words(capsys, KeyboardInterrupt())[0] == 130  # and not the end of the notebook
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_edited_file_that_a_notebook_has_loaded_is_one_line_until_it_restarts(monkeypatch, tmp_path, capsys):
+    """Python loads a module once a process: the old model would train without a word."""
+    monkeypatch.setattr(process, "_ROOT", tmp_path)
+    monkeypatch.setattr(process, "_loaded", {})
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    for folder in (".", ".venv/site-packages"):
+        path = tmp_path / folder / ("package.py" if "venv" in folder else "edited_model.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("units = 3")
+        monkeypatch.setitem(sys.modules, path.stem, types.SimpleNamespace(__file__=str(path)))
+
+    def run_again(contents, name="edited_model.py"):
+        (tmp_path / name).write_text(contents)
+        calls = []
+        try:
+            run_script(calls.append)
+        except SystemExit as ended:
+            return ended.code, capsys.readouterr().err
+        return calls
+
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    assert run_again("units = 3") == run_again("units = 3") == [[]]  # and written again as it was
+    assert run_again("another", ".venv/site-packages/package.py") == [[]]
+    line = "error: edited_model.py has changed since this notebook loaded it: restart the kernel\n"
+    assert run_again("units = 4") == (2, line)
+    assert run_again("units = 3") == [[]]
+    monkeypatch.delattr(builtins, "__IPYTHON__")  # a process of its own loads what is there
+    assert run_again("units = 4") == [[]]
 
 
 def test_the_second_interrupt_in_a_notebook_ends_the_script_and_not_the_notebook(monkeypatch):

@@ -1,6 +1,7 @@
 import errno
 import math
 import os
+import pathlib
 
 import keras
 import numpy as np
@@ -113,6 +114,40 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot write .*last/ckpt-1") as raised:
         save_checkpoint(make_objects(), tmp_path / "last", 1)
     assert "\n" not in str(raised.value)
+
+
+def edit_model(path, monkeypatch):
+    """Let the file at `path` be model.py, as a process that starts now finds it."""
+    monkeypatch.setattr(checkpoints.model, "__file__", str(path))
+    checkpoints.model_digest.cache_clear()
+
+
+def test_weights_of_another_model_file_are_told(tmp_path, monkeypatch, capsys):
+    """They may fit it, as those of another score without weights do, and mean nothing to it."""
+    monkeypatch.setattr(checkpoints.model, "__file__", checkpoints.model.__file__)
+    code = pathlib.Path(checkpoints.model.__file__).read_text(encoding="utf-8")
+    folder, path = tmp_path / "run" / "last", tmp_path / "edited.py"
+    save(folder, 1)
+    path.write_text(code.replace("tf.tanh(keys", "tf.nn.relu(keys"), encoding="utf-8")
+    restore_newest(make_objects(), [folder])  # this process still has the one it began with
+    assert capsys.readouterr().out == ""
+    try:
+        edit_model(path, monkeypatch)
+        restore_newest(make_objects(), [folder])
+        (note,) = capsys.readouterr().out.splitlines()
+        assert note.startswith("note: model.py has changed since last/ckpt-1 was trained") and "train anew" in note
+        save(folder, 2)
+        restore_newest(make_objects(), [folder])
+        path.write_text("# why\n\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+        edit_model(path, monkeypatch)
+        restore_newest(make_objects(), [folder])
+        (folder / "ckpt-2.json").write_text("damaged")
+        restore_newest(make_objects(), [folder])
+        (folder / "ckpt-2.json").unlink()
+        restore_newest(make_objects(), [folder])
+        assert capsys.readouterr().out == ""
+    finally:
+        checkpoints.model_digest.cache_clear()
 
 
 # --- Restoring ----------------------------------------------------------------------------------------------------
