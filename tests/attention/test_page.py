@@ -124,6 +124,13 @@ def test_templates_cannot_end_early():
     assert "<" not in attention_page.read_page_file("page.css")
 
 
+def test_dots_are_written_as_safari_takes_them():
+    """It ignores `text-decoration: underline dotted ...`, and words would show nothing of how sure the model was."""
+    css = attention_page.read_page_file("page.css")
+    assert set(re.findall(r"text-decoration: *([^;]*);", css)) <= {"none", "underline"}
+    assert "text-decoration-style: dotted" in css and "text-decoration-color: color-mix" in css
+
+
 def listed(path, *texts):
     """A PageImage with a list of captions, each of which looks elsewhere for its words."""
     captions = []
