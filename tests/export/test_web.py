@@ -599,6 +599,32 @@ def test_an_old_browser_is_told(browser, host):
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("most", "problem"), [(1, ""), (0, "It could not be captioned: it is broken.")])
+def test_a_worker_that_fails_is_replaced(browser, host, exported, images, most, problem):
+    """Safari's once failed at each image after the seventh."""
+    path = exported[1] / "files.js"
+    kept = path.read_text()
+    broken = f"""let begun = 0; const decode = createImageBitmap;
+        self.createImageBitmap = (...given) => {{
+          if (++begun > {most}) throw new Error("it is broken");
+          return decode(...given);
+        }};"""
+    write_undated(path, (broken + kept).encode())
+    try:
+        open_captioner(browser, host)
+        browser.execute_script(CAPTION_OF)
+        choose(browser, *images)
+        numbers = range(1, len(images) + 1)
+        if problem:
+            assert {wait_for(browser, f"images.get({i}).problem") for i in numbers} == {problem}
+        else:
+            found = [wait_for(browser, f"images.get({i}).caption && captionOf({i})") for i in numbers]
+            assert found == [caption_of(script_3(exported[0], image)[0]) for image in images]
+    finally:
+        write_undated(path, kept.encode())
+
+
 # --- On a GPU ---------------------------------------------------------------------------------------------------
 
 GPU_FILES = {file.url for file in web._GPU_RUNTIME.values()}

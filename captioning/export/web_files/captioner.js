@@ -47,8 +47,20 @@ async function start() {
   const device = location.hash.slice(1); // #wasm or #webgpu, for those who want that one
   worker.postMessage({ kind: "load", about, base: new URL(".", location.href).href, device });
   if (!chosenBeams()) chooseBeams(about.decoding.beam_width);
-  for (const image of images.values()) if (!image.caption && image.problem === "") ask(image);
+  // Captions come before the evidence of those that are there already: what captioned them may have failed.
+  const waiting = [...images.values()].filter(({ problem, article }) => problem === "" && !hasEvidence(article));
+  for (const image of waiting.sort((a, b) => Boolean(a.caption) - Boolean(b.caption))) ask(image);
 }
+
+// Once a worker has failed (a phone's memory is full, say), it may fail at each image that follows. A new one goes on.
+function startAgain() {
+  worker.onmessage = null;
+  worker.terminate();
+  worker = null;
+  start();
+}
+
+const hasEvidence = (article) => article.querySelector("[data-evidence]") !== null;
 
 async function fetchText(name) {
   // What is kept may be of an earlier export: a host that dates files by the second says that nothing changed.
@@ -98,8 +110,12 @@ const answers = {
     if (article.contains(shown)) light(shown);
   },
   failed: ({ task, number, reason }) => {
-    if (task === "load") fail(`The captioner could not be loaded: ${reason}.`);
-    else if (!images.get(number).caption) showProblem(images.get(number), `It could not be captioned: ${reason}.`);
+    if (task === "load") return fail(`The captioner could not be loaded: ${reason}.`);
+    const image = images.get(number);
+    if (!image.triedAgain) {
+      image.triedAgain = true;
+      startAgain();
+    } else if (!image.caption) showProblem(image, `It could not be captioned: ${reason}.`);
   },
 };
 
