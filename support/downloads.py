@@ -5,12 +5,11 @@ import functools
 import hashlib
 import http.client
 import lzma
+import multiprocessing.pool
 import pathlib
-import queue
 import re
 import shutil
 import stat
-import threading
 import time
 import zipfile
 import zlib
@@ -74,35 +73,18 @@ def download_all(jobs, workers, progress=True, give_up=_IN_A_ROW, need_most=Fals
     """
     urls = {pathlib.Path(path): url for url, path in jobs}
     missing = [(url, path) for path, url in urls.items() if not _is_present(path, None)]
+    if not missing:
+        return []
     try_one = functools.partial(_try_download, attempts=attempts, **options)
-    waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
-    for job in missing:
-        waiting.put(job)
-    # Daemon threads let Ctrl-C end the process at once. A thread pool would wait for every open connection.
-    for _ in range(min(workers, len(missing))):
-        threading.Thread(target=_work, args=(try_one, waiting, results), daemon=True).start()
-    try:
-        with tqdm(total=len(urls), initial=len(urls) - len(missing), unit="file", disable=not progress) as bar:
-            return _collect_failures(results, len(missing), give_up, need_most, bar)
-    finally:
-        _empty(waiting)  # so that the threads end
-
-
-def _work(function, waiting, results):
-    """Take jobs from one queue and put what the function returns for each into another, until no job is left."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            results.put(function(waiting.get_nowait()))
-
-
-def _empty(waiting):
-    with contextlib.suppress(queue.Empty):
-        while True:
-            waiting.get_nowait()
+    bar = tqdm(total=len(urls), initial=len(urls) - len(missing), unit="file", disable=not progress)
+    # At the end of the block no further file is begun. Unlike those of concurrent.futures, this pool's threads do not
+    # hold up the end of the process, where a server may be silent for long.
+    with bar, multiprocessing.pool.ThreadPool(min(workers, len(missing))) as pool:
+        return _collect_failures(pool.imap_unordered(try_one, missing), len(missing), give_up, need_most, bar)
 
 
 def _try_download(job, **options):
-    """(url, path, None or the error) of one job. A thread's error would be lost if it were raised here."""
+    """(url, path, None or the error) of one job."""
     url, path = job
     try:
         download(url, path, progress=False, **options)
@@ -112,7 +94,7 @@ def _try_download(job, **options):
 
 
 def _collect_failures(results, count, give_up, need_most, bar):
-    """Read `count` results of `_try_download`; the arguments, the list returned and the errors are `download_all`'s."""
+    """Read the `count` results of `_try_download`; the arguments, the list returned and the errors are `download_all`'s."""
     failed, in_a_row, not_served = [], 0, 0
     for done in range(1, count + 1):
         url, path, error = _next_result(results)
@@ -139,8 +121,8 @@ def _collect_failures(results, count, give_up, need_most, bar):
 
 def _next_result(results):
     while True:
-        with contextlib.suppress(queue.Empty):
-            return results.get(timeout=0.5)  # a wait without end could miss a Ctrl-C that comes as it begins
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            return results.next(timeout=0.5)  # a wait without end could miss a Ctrl-C that comes as it begins
 
 
 def download(
