@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import http.client
 import lzma
 import multiprocessing.pool
@@ -94,7 +93,7 @@ def _try_download(job, **options):
 
 
 def _collect_failures(results, count, give_up, need_most, bar):
-    """Read the `count` results of `_try_download`; the arguments, the list returned and the errors are `download_all`'s."""
+    """Read `count` results of `_try_download`; the arguments, the list returned and the errors are `download_all`'s."""
     failed, in_a_row, not_served = [], 0, 0
     for done in range(1, count + 1):
         url, path, error = _next_result(results)
@@ -183,7 +182,7 @@ def _fetch(url, path, size, sha256, timeout, progress, limit, contact):
                     raise DownloadError(url, path, f"it is longer than {limit:,} bytes", refused=True)
                 _prepare_part(part, tag, response, start, first)
                 _receive(response, part, first, whole, progress, limit)
-        if sha256 and _file_digest(part) != sha256.lower():
+        if sha256 and files.file_digest(part) != sha256.lower():
             raise WrongPart("its SHA-256 digest is not the expected one")
         files.rename(part, path)
         tag.unlink(missing_ok=True)
@@ -304,11 +303,6 @@ def _read_pieces(response):
             yield piece
     except urllib3.exceptions.HTTPError as error:
         raise AttemptFailed(_describe(error)) from None
-
-
-def _file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpack(archive, folder, wanted=None, progress=True):

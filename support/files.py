@@ -7,6 +7,7 @@ import contextlib
 import csv
 import errno
 import fnmatch
+import hashlib
 import io
 import json
 import os
@@ -136,6 +137,12 @@ def rename(source, target):
         except PermissionError:
             time.sleep(seconds)
     os.replace(source, target)
+
+
+def file_digest(path, algorithm="sha256"):
+    """The digest of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def list_folder(folder, pattern="*"):

@@ -1,7 +1,6 @@
 """Feature files: one .npy for each image, (P, F) numbers, float16 or float32."""
 
 import contextlib
-import functools
 import io
 import math
 import pathlib
@@ -16,8 +15,6 @@ from support.devices import usable_cores
 from support.errors import FileError, UserError
 from support.file_states import make_state
 from support.files import raise_if_lost, replacing
-
-# --- Feature files ----------------------------------------------------------------------------------------------
 
 
 def write_features(paths, features, dtype, journal=None, images=None):
@@ -135,21 +132,31 @@ def check_feature_file(path, shape, dtype="float32"):
     path = pathlib.Path(path)
     try:
         stat, data = path.stat(), path.read_bytes()
-        end = _header_end(data)
-        number_type = _number_type(data[:end], len(data) - end, shape)
-    except ValueError:
-        return None
     except OSError as error:
         raise_if_lost(error, path)
         return None
-    if number_type is None:
+    features = _load_npy(data)
+    if features is None or features.shape != shape or features.dtype not in (np.float16, np.float32):
         return None
     # Without their sign, floats are in the order of their bits, with infinity and NaN behind all others. NumPy compares
     # integers many times faster than float16.
-    unsigned = f"u{number_type.itemsize}"
-    limit = number_type.type(min(float(np.finfo(dtype).max), float(np.finfo(number_type).max))).view(unsigned)
-    magnitudes = np.frombuffer(data, unsigned, offset=end) & np.iinfo(unsigned).max // 2
+    unsigned = f"u{features.itemsize}"
+    limit = features.dtype.type(min(float(np.finfo(dtype).max), float(np.finfo(features.dtype).max))).view(unsigned)
+    magnitudes = features.view(unsigned) & np.iinfo(unsigned).max // 2  # (P, F)
     return make_state(stat, zlib.crc32(data)) if magnitudes.max() <= limit else None
+
+
+def _load_npy(data):
+    """The array of a .npy file's bytes, row by row and with nothing behind it; None where they are not that."""
+    while True:
+        file = io.BytesIO(data)
+        try:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        except SystemError:  # Python 3.11's parser, which NumPy reads headers with, sometimes fails in threads
+            continue
+        except Exception:  # a damaged header raises errors of many classes
+            return None
+        return array if array.flags.c_contiguous and file.tell() == len(data) else None
 
 
 def feature_shape(path):
@@ -158,38 +165,3 @@ def feature_shape(path):
         return np.load(path, mmap_mode="r").shape
     except (OSError, ValueError):
         return None
-
-
-def _header_end(data):
-    """What `_npy_header_length` computes in a graph. Raises ValueError where the bytes are too few."""
-    if len(data) < 12:
-        raise ValueError("it is too short")
-    return 10 + int.from_bytes(data[8:10], "little") if data[6] == 1 else 12 + int.from_bytes(data[8:12], "little")
-
-
-@functools.lru_cache(8)  # all files of a program have the same header, and reading one takes long
-def _number_type(header, length, shape):
-    """The number type of a (P, F) feature file with this header and so many bytes behind it, or None if it is none.
-
-    Raises:
-      ValueError: the header is damaged.
-    """
-    features = _load_npy(header + bytes(length))
-    is_whole = (
-        features.shape == shape
-        and features.dtype in (np.float16, np.float32)
-        and features.flags.c_contiguous
-        and features.nbytes == length
-    )
-    return features.dtype if is_whole else None
-
-
-def _load_npy(data):
-    """The array of a .npy file's bytes. Raises ValueError where they are damaged."""
-    while True:
-        try:
-            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        except SystemError:  # Python 3.11's parser, which NumPy reads headers with, sometimes fails in threads
-            continue
-        except Exception as error:  # a damaged header raises errors of many classes
-            raise ValueError(str(error)) from error

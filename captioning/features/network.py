@@ -1,7 +1,6 @@
 """A CNN without its top, from pixels to features, as one TensorFlow graph."""
 
 import contextlib
-import hashlib
 import pathlib
 import threading
 
@@ -20,6 +19,7 @@ from captioning.features.random_weights import (
 )
 from support.devices import compute_capability, has_fast_bfloat16
 from support.errors import UserError
+from support.files import file_digest
 
 
 def network_identity(config, statistics=None):
@@ -45,22 +45,17 @@ def network_identity(config, statistics=None):
         if statistics is None:
             return name
         try:
-            return f"{name} and calibration {_file_digest(statistics)[:16]}"
+            return f"{name} and calibration {file_digest(statistics)[:16]}"
         except OSError as error:
             kind = type(error).__name__
             raise UserError(f"{statistics} is missing or damaged ({kind}): {STATISTICS_REMEDY}") from None
     imagenet = CNNS[config.cnn].imagenet_digest
     try:
-        if _file_digest(weights, "md5" if len(imagenet) == 32 else "sha256") == imagenet:
+        if file_digest(weights, "md5" if len(imagenet) == 32 else "sha256") == imagenet:
             return f"{config.cnn}, weights imagenet"
-        return f"{config.cnn}, weights of SHA-256 {_file_digest(weights)[:16]}"
+        return f"{config.cnn}, weights of SHA-256 {file_digest(weights)[:16]}"
     except OSError:
         raise UserError(f"--inception_weights {weights} is not a file: name one, or take imagenet or random") from None
-
-
-def _file_digest(path, algorithm="sha256"):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def feature_network(config, statistics=None, calibration_paths=None, expected_identity=None):
