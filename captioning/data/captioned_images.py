@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 import re
@@ -146,7 +147,7 @@ def name_features(splits):
       the same with `feature_stem` set where it must be
     """
     owners = collections.defaultdict(set)
-    for image in (image for images in splits.values() for image in images):
+    for image in itertools.chain(*splits.values()):
         owners[_comparable_stem(image)].add(image.name)
 
     def named(image):
@@ -197,11 +198,7 @@ def id_order(image_id):
 def split_file_name(value):
     """Take a file name apart, which may have folders in it, with slashes of both kinds.
 
-    Args:
-      value: any JSON value.
-
-    Returns:
-      (folder below the images' folder, file name without a folder); or (None, str that says why it cannot be used)
+    Any JSON value -> (folder below the images' folder, file name without a folder), or (None, why it cannot be used).
     """
     if not isinstance(value, str):
         return None, "an image without a file name"
@@ -235,13 +232,9 @@ def _has_controls(name):
 
 
 def clean_folder(filepath):
-    """Write a folder below the images' folder in one way.
+    """Write a folder below the images' folder with single slashes. None and "" are the images' folder itself.
 
-    Args:
-      filepath: any JSON value. None and "" are the images' folder itself.
-
-    Returns:
-      str with single slashes between the folders, or None where the path may lead out of the images' folder.
+    Any JSON value -> str, or None where the path may lead out of the images' folder.
     """
     if filepath is None:
         return ""

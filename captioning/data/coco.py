@@ -54,12 +54,11 @@ def captions_of(data, path, max_words, scored=False):
     images = _read_coco_images(data["images"], rejected)
     captions = _read_coco_annotations(data["annotations"], images, rejected)
     different = {image.image_id: image for image in images.values()}
-    with_captions = add_captions(list(different.values()), captions, max_words, rejected)
+    with_captions = add_captions(different.values(), captions, max_words, rejected)
     usable = [image for image in with_captions if (image.references if scored else image.captions)]
     if len(usable) < (1 if scored else 2):
         needed = "one is needed" if scored else "a split needs 2"
-        reason = rejected.main_reason()
-        raise FileError(path, f"has usable captions for {len(usable)} images, but {needed}{reason}")
+        raise FileError(path, f"has usable captions for {len(usable)} images, but {needed}{rejected.main_reason()}")
     rejected.report()
     return usable
 
@@ -96,14 +95,9 @@ def _check_kind(data, path):
 
 
 def _read_coco_images(records, rejected):
-    """Read the list "images". Records of one file are one image, with the id of the first.
+    """Read the list "images": list of records, RejectedRecords -> dict of str of an id to CaptionedImage.
 
-    Args:
-      records: list of records.
-      rejected: RejectedRecords.
-
-    Returns:
-      dict of str of an id to CaptionedImage
+    Records of one file are one image, with the id of the first.
     """
     images, by_name, joined = {}, {}, 0
     for record in records:
@@ -131,15 +125,10 @@ def _read_coco_images(records, rejected):
 
 
 def _read_coco_annotations(records, images, rejected):
-    """Read the list "annotations".
+    """Read the list "annotations". Returns a list of (image id, caption, None).
 
     Args:
-      records: list of records.
-      images: dict of str of an id to CaptionedImage, the images that are listed.
-      rejected: RejectedRecords.
-
-    Returns:
-      list of (image id, caption, None).
+      images: what `_read_coco_images` returned.
     """
     captions = []
     for record in records:
@@ -168,7 +157,7 @@ _LARGEST_SIDE = 10_000  # pixels; no data set has larger images, and a map of th
 
 @mended_by("put COCO's own file there, or delete it to evaluate without attention accuracy")
 def read_instances(path, image_ids):
-    """Read COCO's instances.
+    """Read the boxes of objects in COCO's instances_*.json.
 
     Args:
       path: path of the JSON file.
@@ -208,15 +197,10 @@ def _read_categories(records, rejected):
 
 
 def _read_sizes(records, known, rejected):
-    """Read the list "images".
+    """Read the list "images". Returns a dict of image id to (width, height) in pixels.
 
     Args:
-      records: list of records.
       known: dict of str of an id to the id, those of the images to read.
-      rejected: RejectedRecords.
-
-    Returns:
-      dict of image id to (width, height) in pixels.
     """
     sizes = {}
     for record in records:
@@ -233,14 +217,12 @@ def _read_boxes(records, names, known, sizes, rejected):
     """Read the list "annotations". Crowds are left out: COCO's own evaluation ignores such regions.
 
     Args:
-      records: list of records.
       names: dict of category id to name.
       known: as in `_read_sizes`.
       sizes: dict of image id to size. Boxes of other images are left out.
-      rejected: RejectedRecords.
 
     Returns:
-      dict of (image id, category name) to list of boxes [x, y, w, h] in pixels.
+      dict of (image id, category name) to list of boxes [x, y, w, h] in pixels
     """
     boxes = collections.defaultdict(list)
     for record in records:

@@ -9,30 +9,12 @@ from support.files import disk_usage, free_space, locked
 
 _COCO_URL = "http://images.cocodataset.org"
 _COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists them in url_checksums/coco.txt
-    "annotations/annotations_trainval2014.zip": (
-        252_872_794,
-        "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
-    ),
-    "annotations/annotations_trainval2017.zip": (
-        252_907_541,
-        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-    ),
-    "zips/train2014.zip": (
-        13_510_573_713,
-        "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
-    ),
-    "zips/val2014.zip": (
-        6_645_013_297,
-        "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
-    ),
-    "zips/train2017.zip": (
-        19_336_861_798,
-        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-    ),
-    "zips/val2017.zip": (
-        815_585_330,
-        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-    ),
+    "annotations_trainval2014.zip": (252_872_794, "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009"),
+    "annotations_trainval2017.zip": (252_907_541, "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
+    "train2014.zip": (13_510_573_713, "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775"),
+    "val2014.zip": (6_645_013_297, "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0"),
+    "train2017.zip": (19_336_861_798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
+    "val2017.zip": (815_585_330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
 }
 _BYTES_PER_IMAGE = 163_000  # on average, in each of these archives
 _DISPENSABLE = 0.1  # share of the images that a data set can do without, whatever the server answers
@@ -63,7 +45,7 @@ def find_annotations(config, shard=None):
                 f"{path} is missing, and COCO has no captions for --coco_split {split}, only for {', '.join(SPLITS)}: "
                 "give one of these, or set --coco_dir and --coco_split to where the captions are"
             )
-        name = f"annotations/annotations_trainval{split[-4:]}.zip"
+        name = f"annotations_trainval{split[-4:]}.zip"
         _fetch_archive(name, config.coco_dir, wanted=lambda name: name.endswith(".json"), shard=shard)
     return path
 
@@ -81,12 +63,13 @@ def _fetch_archive(name, folder, wanted=None, shard=None):
       pathlib.Path of the archive
     """
     size, sha256 = _COCO_ARCHIVES[name]
-    archive = pathlib.Path(folder, pathlib.PurePosixPath(name).name)
+    archive = pathlib.Path(folder, name)
     is_own = shard is not None and not archive.is_file()
     if is_own:
         archive = archive.with_stem("{}_shard_{}_of_{}".format(archive.stem, *shard))
     with locked(folder, "download", shared=shard is not None):
-        download(f"{_COCO_URL}/{name}", archive, size=size, sha256=sha256)
+        place = "annotations" if name.startswith("annotations") else "zips"
+        download(f"{_COCO_URL}/{place}/{name}", archive, size=size, sha256=sha256)
         unpack(archive, folder, wanted)
     if is_own:
         archive.unlink()
@@ -127,13 +110,13 @@ def _fetch_images_by_archive(missing, config):
             member = image_path(image, config).relative_to(_root_folder(config))
             wanted.setdefault(split, set()).add(member.as_posix())
     for split, names in wanted.items():
-        if f"zips/{split}.zip" not in _COCO_ARCHIVES:
+        if split not in SPLITS:
             raise UserError(
                 f"{len(names)} images of {split} are missing, and there are archives only of {', '.join(SPLITS)}: "
                 "give --image_source each"
             )
-        _check_room(f"zips/{split}.zip", _root_folder(config), len(names))
-        archive = _fetch_archive(f"zips/{split}.zip", _root_folder(config), names.__contains__)
+        _check_room(f"{split}.zip", _root_folder(config), len(names))
+        archive = _fetch_archive(f"{split}.zip", _root_folder(config), names.__contains__)
         _part_with(archive, delete=config.delete_zip == "yes")
     absent = {image.name for image in missing if not image_path(image, config).is_file()}
     return skipped | {name: "not in the zip file" for name in sorted(absent - skipped.keys())}
@@ -141,17 +124,17 @@ def _fetch_images_by_archive(missing, config):
 
 def _check_room(name, folder, count):
     """Say what an archive and `count` images of it take on disk; UserError where that is more than there is."""
-    archive = pathlib.Path(folder, pathlib.PurePosixPath(name).name)
+    archive = pathlib.Path(folder, name)
     archive_bytes, image_bytes = _COCO_ARCHIVES[name][0], count * _BYTES_PER_IMAGE
     kept = [path.stat().st_size for path in (archive, archive.with_name(f"{archive.name}.part")) if path.is_file()]
     if kept != [archive_bytes]:
         print(
-            f"{archive.name} takes {archive_bytes / 1e9:.1f} GB in {folder}, and the {count} images that are unpacked "
+            f"{name} takes {archive_bytes / 1e9:.1f} GB in {folder}, and the {count} images that are unpacked "
             f"from it about {image_bytes / 1e9:.1f} GB"
         )
     if archive_bytes - sum(kept) + image_bytes > disk_usage(folder).free:
         raise UserError(
-            f"{archive.name} and its images do not fit into {folder} ({free_space(folder)}), "
+            f"{name} and its images do not fit into {folder} ({free_space(folder)}), "
             "or give --image_source each, which fetches only the images that are needed"
         )
 

@@ -53,12 +53,10 @@ def _read_sidecars(folder, files, max_words):
     """Read the captions of images that have a .txt file of the same name beside them, one caption a line.
 
     Args:
-      folder: path of the images' folder.
-      files: list of the files below it.
-      max_words: int, length of the longest caption to train on, in words.
+      files: list of the files below the images' folder, as `_list_files` returns them.
 
     Returns:
-      dict of split to list of CaptionedImage
+      as `read_folder`
 
     Raises:
       UserError: no image has such a file.

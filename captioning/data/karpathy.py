@@ -75,14 +75,10 @@ def read_karpathy(path, folder, max_words):
 
 
 def _read_karpathy_images(records, rejected):
-    """Read the list "images".
-
-    Args:
-      records: list of records.
-      rejected: RejectedRecords.
+    """Read the list "images": list of records, RejectedRecords.
 
     Returns:
-      (list of CaptionedImage, dict of image id to split, list of (image id, caption, None)).
+      (list of CaptionedImage, dict of image id to split, list of (image id, caption, None))
     """
     images, split_of, captions, known, names = [], {}, [], set(), set()
     made_ids = itertools.count(_first_free_id(records))

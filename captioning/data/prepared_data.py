@@ -116,16 +116,9 @@ def encode_images(images, vocabulary):
 
 
 def read_prepared_settings(data_dir):
-    """Read the settings that data were prepared with.
+    """The settings that the data in a folder were prepared with, or FileError. path -> dict of setting to value.
 
-    Args:
-      data_dir: path of the folder that script 1 filled.
-
-    Returns:
-      dict of setting to value. The values may be of wrong types where somebody has changed the file.
-
-    Raises:
-      FileError: the file is missing or damaged.
+    The values may be of wrong types where somebody has changed the file.
     """
     saved = _read_settings_file(data_dir)
     return {name: saved[name] for name in DATA_SETTINGS}
@@ -158,16 +151,9 @@ def load_prepared(config):
     vocabulary = read_vocabulary(folder / "vocabulary.json")
     names = ("train", "validation", *(["test"] if "test" in str(saved["splits"]) else []))
     splits = {name: _read_images(folder / f"{name}.json", len(vocabulary)) for name in names}
+    splits.setdefault("test", [])
     mean, std = _read_feature_statistics(folder / "feature_statistics.npz")
-    return Prepared(
-        train=splits["train"],
-        validation=splits["validation"],
-        test=splits.get("test", []),
-        vocabulary=vocabulary,
-        feature_mean=mean,
-        feature_std=std,
-        network=saved["network"],
-    )
+    return Prepared(**splits, vocabulary=vocabulary, feature_mean=mean, feature_std=std, network=saved["network"])
 
 
 def _check_setting(folder, name, saved, config):
@@ -181,18 +167,7 @@ def _check_setting(folder, name, saved, config):
 
 
 def _read_images(path, vocab_size):
-    """Read the images of a split.
-
-    Args:
-      path: path of the JSON file.
-      vocab_size: int, V.
-
-    Returns:
-      list of CaptionedImage, not empty
-
-    Raises:
-      FileError: the file is missing or damaged.
-    """
+    """The images of a split's JSON file, one or more, or FileError. path, int V -> list of CaptionedImage."""
     records = read_json(path, list)
     images = [CaptionedImage(**record) for record in records if _is_prepared_image(record, vocab_size)]
     if not images or len(images) < len(records):
@@ -205,17 +180,14 @@ def _is_prepared_image(record, vocab_size):
     fields = {field.name for field in dataclasses.fields(CaptionedImage)}
     if not isinstance(record, dict) or record.keys() != fields:
         return False
-    if clean_id(record["image_id"]) is None or find_name_problem(record["file_name"]):
-        return False
-    if any(clean_folder(record[name]) is None for name in ("folder", "coco_split")):
-        return False
-    if record["feature_stem"] and find_name_problem(f"{record['feature_stem']}.npy"):
-        return False
-    if record["url"] is not None and not isinstance(record["url"], str):
-        return False
     captions, references, encoded = (record[name] for name in ("captions", "references", "encoded_captions"))
     return (
-        all(isinstance(values, list) for values in (captions, references, encoded))
+        clean_id(record["image_id"]) is not None
+        and not find_name_problem(record["file_name"])
+        and all(clean_folder(record[name]) is not None for name in ("folder", "coco_split"))
+        and not (record["feature_stem"] and find_name_problem(f"{record['feature_stem']}.npy"))
+        and isinstance(record["url"], str | None)
+        and all(isinstance(values, list) for values in (captions, references, encoded))
         and all(isinstance(text, str) for text in captions + references)
         and len(captions) == len(encoded)
         and all(isinstance(token_ids, list) and len(token_ids) > 2 for token_ids in encoded)

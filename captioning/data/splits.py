@@ -11,12 +11,10 @@ from support.errors import UserError
 
 
 def _draw_examples(images, num_examples, seed):
-    """Choose captions at random, and keep the images that they belong to.
+    """Choose captions at random, and keep the images that they belong to. The same seed draws the same captions.
 
     Args:
-      images: list of CaptionedImage.
       num_examples: int, how many captions to keep, or None for all.
-      seed: int. The same seed draws the same captions.
 
     Returns:
       list of CaptionedImage with at least one caption each, in the same order. References are not drawn: all remain.
@@ -27,9 +25,8 @@ def _draw_examples(images, num_examples, seed):
     drawn = np.zeros(total, bool)
     drawn[np.random.default_rng(seed).choice(total, num_examples, replace=False)] = True
     drawn = iter(drawn)
-    kept = [
-        dataclasses.replace(image, captions=[caption for caption in image.captions if next(drawn)]) for image in images
-    ]
+    captions = [[caption for caption in image.captions if next(drawn)] for image in images]
+    kept = [dataclasses.replace(image, captions=some) for image, some in zip(images, captions, strict=True)]
     return [image for image in kept if image.captions]
 
 
@@ -37,12 +34,11 @@ def _split_by_image(images, val_fraction, seed):
     """Split images at random into training and validation. All captions of an image are on the same side.
 
     Args:
-      images: list of CaptionedImage.
       val_fraction: float, validation's share of the images.
       seed: int. The same seed splits in the same way.
 
     Returns:
-      (list of training images, list of validation images).
+      (list of training images, list of validation images)
 
     Raises:
       UserError: no image would be left for training.

@@ -255,8 +255,8 @@ def _read_json_rows(path, text, data, columns, rejected):
     if isinstance(data, list):
         records = list(enumerate(data, 1))
     else:
-        lines = _split_lines(text)
-        records = [(number, _parse_json(line)) for number, line in enumerate(lines, 1) if line.strip()]
+        lines = enumerate(_split_lines(text), 1)
+        records = [(number, _parse_json(line)) for number, line in lines if line.strip()]
     names = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
     places = _check_columns(path, names, columns)
     keys = [None if place is None else names[place] for place in places]
@@ -286,15 +286,13 @@ def read_text(path):
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     convert = "save it as UTF-8, in Excel as 'CSV UTF-8', or convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
     if b"\0" in data[:2]:
-        raise UserError(
-            f"{path} is UTF-16 without a byte order mark, or no text: {convert.replace('WINDOWS-1252', 'UTF-16')}"
-        )
+        convert = convert.replace("WINDOWS-1252", "UTF-16")
+        raise UserError(f"{path} is UTF-16 without a byte order mark, or no text: {convert}")
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        line, kind = data[: error.start].count(b"\n") + 1, encoding.upper().replace("-SIG", "")
-        byte = f"{data[error.start]:#04x}"
-        raise UserError(f"line {line} of {path} is no {kind} (byte {byte}): {convert}") from None
+        line, kind = data[: error.start].count(b"\n") + 1, encoding.upper().removesuffix("-SIG")
+        raise UserError(f"line {line} of {path} is no {kind} (byte {data[error.start]:#04x}): {convert}") from None
 
 
 def _split_lines(text):
@@ -323,10 +321,9 @@ def _read_text_rows(path, text, columns, rejected):
 
 
 def _find_layout(path, first, delimiters, columns):
-    """Find out how a table is written, by its first line.
+    """Find out how a table is written, by its first line, the text `first`.
 
     Args:
-      first: str, the line.
       delimiters: the delimiters to try.
       columns: as in `_find_columns`.
 
@@ -357,9 +354,7 @@ def _split_records(lines, start, delimiter, width, caption):
     """Take the lines of a table apart.
 
     Args:
-      lines: list of str.
       start: int, the first line that is a record.
-      delimiter: str.
       width: int, the number of columns.
       caption: int, the position of the captions. Surplus delimiters are part of the caption, as in Kaggle's files.
 
@@ -380,36 +375,28 @@ def _split_records(lines, start, delimiter, width, caption):
 
 def _join_quoted(lines, number, delimiter):
     """A record in whose quotes lines end. Returns (its text, how many lines it has), one where no quote is open."""
-    text = lines[number]
-    if '"' not in text or not _has_open_quote(text, delimiter):
-        return text, 1
+    first = lines[number]
+    if '"' not in first or not _read_csv(first, delimiter)[1]:
+        return first, 1
     for count in range(2, min(_MOST_LINES, len(lines) - number) + 1):
-        text = "\n".join(lines[number : number + count]) if '"' in lines[number + count - 1] else text
-        if '"' in lines[number + count - 1] and not _has_open_quote(text, delimiter):
-            whole = _parse_cells(text, delimiter) is not None
-            return (text, count) if whole else (lines[number], 1)
-    return lines[number], 1
+        if '"' in lines[number + count - 1]:
+            text = "\n".join(lines[number : number + count])
+            cells, is_open = _read_csv(text, delimiter)
+            if not is_open:
+                return (first, 1) if cells is None else (text, count)
+    return first, 1
 
 
-def _has_open_quote(text, delimiter):
-    """Whether a quoted cell has no end."""
-    try:
-        list(csv.reader([text], delimiter=delimiter, skipinitialspace=True, strict=True))
-    except csv.Error as error:
-        return "unexpected end of data" in str(error)
-    return False
-
-
-def _parse_cells(text, delimiter):
-    """The cells of a record as CSV has them, or None where its quotes are not those of CSV."""
+def _read_csv(text, delimiter):
+    """Read a record as CSV. Returns (its cells, None where its quotes are not those of CSV; whether a quote is open)"""
     try:
         rows = list(csv.reader([text], delimiter=delimiter, skipinitialspace=True, strict=True))
-    except csv.Error:
-        return None
-    return [cell.strip() for cell in rows[0]] if rows else []
+    except csv.Error as error:
+        return None, "unexpected end of data" in str(error)
+    return [cell.strip() for cell in rows[0]] if rows else [], False
 
 
 def _split_cells(text, delimiter):
     """The cells of a record. Where its quotes are not those of CSV, they are letters like others."""
-    cells = _parse_cells(text, delimiter) if '"' in text else None
+    cells = _read_csv(text, delimiter)[0] if '"' in text else None
     return [cell.strip() for cell in text.split(delimiter)] if cells is None else cells

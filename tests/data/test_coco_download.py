@@ -48,7 +48,7 @@ def files_below(folder):
 
 def test_every_split_with_captions_has_an_archive_of_each_kind():
     for split in SPLITS:
-        assert {f"zips/{split}.zip", f"annotations/annotations_trainval{split[-4:]}.zip"} <= _COCO_ARCHIVES.keys()
+        assert {f"{split}.zip", f"annotations_trainval{split[-4:]}.zip"} <= _COCO_ARCHIVES.keys()
     assert all(size > 2e8 and len(sha256) == 64 for size, sha256 in _COCO_ARCHIVES.values())
 
 
@@ -98,8 +98,8 @@ def test_a_shard_downloads_to_a_file_of_its_own(config, server):
 def test_a_shard_leaves_an_archive_that_is_there(config, server):
     members = {"annotations/captions_train2014.json": b"{}"}
     publish(server, "annotations/annotations_trainval2014.zip", members)
-    _fetch_archive("annotations/annotations_trainval2014.zip", config.coco_dir)
-    _fetch_archive("annotations/annotations_trainval2014.zip", config.coco_dir, shard=(1, 2))
+    _fetch_archive("annotations_trainval2014.zip", config.coco_dir)
+    _fetch_archive("annotations_trainval2014.zip", config.coco_dir, shard=(1, 2))
     assert files_below(config.coco_dir) == {"annotations_trainval2014.zip", *members}
 
 
