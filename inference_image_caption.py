@@ -20,7 +20,7 @@ from captioning.captioner import decoding_settings
 from captioning.evaluation import evaluate
 from captioning.export import formats
 from captioning.features import cache, image_files
-from captioning.inference import caption_images, own_images, results
+from captioning.inference import caption_images, captions_file, own_images
 from captioning.training import run_folder
 from config import Config
 from support import devices
@@ -92,14 +92,8 @@ def caption(options, config):
             images = choose_images(split_images(options.split, config), config)
             make_batches = lambda wanted: cache.cached_batches(wanted, config)  # noqa: E731
             caption_images.write_captions(captioner, images, make_batches, output, options, config)
-            write_results(images, output, options.results)
-
-
-def write_results(images, output, path):
-    """Write the captions of these images in COCO's results format, if that is wanted."""
-    if path:
-        count = results.write_results(path, images, output / "captions.jsonl")
-        print(f"{count} captions are in {printable(path)}, in COCO's results format")
+            if options.results:
+                captions_file.write_results(options.results, images, output / "captions.jsonl")
 
 
 def check_options(options):
@@ -159,7 +153,8 @@ def caption_own(output, options, config):
     make_batches = lambda wanted: own_images.extract_batches(network, wanted, config, skipped, cut)  # noqa: E731
     # Features of the user's images are not kept on disk: an image is captioned once, and they take 262 kB each.
     done = caption_images.write_captions(captioner, fetched, make_batches, output, options, config, skipped)
-    write_results(images, output, options.results)
+    if options.results:
+        captions_file.write_results(options.results, images, output / "captions.jsonl")
     if cut:
         print(printable(f"{len(cut)} JPEG files lack their end and are captioned all the same, such as {cut[0]}"))
     if done < len(images):

@@ -16,54 +16,21 @@ from support.errors import FileError, UserError
 from support.files import read_json
 
 # What the prepared files depend on. The later scripts take these from the folder of prepared data.
-DATA_SETTINGS = (
-    "dataset",
-    "coco_dir",
-    "coco_split",
-    "karpathy_json",
-    "images",
-    "captions",
-    "validation_captions",
-    "test_captions",
-    "image_column",
-    "caption_column",
-    "demo_images",
-    "num_examples",
-    "val_fraction",
-    "vocab_size",
-    "max_words",
-    "seed",
-    "cnn",
-    "inception_weights",
-    "features_dir",
-    "feature_dtype",
+DATA_SETTINGS = tuple(
+    "dataset coco_dir coco_split karpathy_json images captions validation_captions test_captions image_column "
+    "caption_column demo_images num_examples val_fraction vocab_size max_words seed cnn inception_weights features_dir "
+    "feature_dtype".split()
 )
-
-_PATHS = (  # settings in which ~ is the home folder; shells see to it only where a blank is before it
-    *("data_dir", "coco_dir", "karpathy_json", "images", "captions", "validation_captions", "test_captions"),
-    *("features_dir", "inception_weights", "run_dir", "start_from"),
-)
-
 # What the shapes of the weights depend on, besides the vocabulary. Script 3 takes these from the run.
 MODEL_SETTINGS = ("encoder_dim", "embedding_dim", "units")
-
 # What training depends on, besides the data and the model.
-TRAINING_SETTINGS = (
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "clip_norm",
-    "dropout",
-    "feature_dropout",
-    "doubly_stochastic",
-    "precision",
-    "schedule",
-    "patience",
-    "self_critical_epochs",
-    "self_critical_rate",
-    "samples_per_image",
-    "reference_weight",
-    "images_per_step",
+TRAINING_SETTINGS = tuple(
+    "epochs batch_size learning_rate clip_norm dropout feature_dropout doubly_stochastic precision schedule patience "
+    "self_critical_epochs self_critical_rate samples_per_image reference_weight images_per_step".split()
+)
+_PATHS = tuple(  # settings in which ~ is the home folder; shells see to it only where a blank is before it
+    "data_dir coco_dir karpathy_json images captions validation_captions test_captions features_dir inception_weights "
+    "run_dir start_from".split()
 )
 
 
@@ -125,7 +92,12 @@ def adopt_settings(given, saved, names, source):
     """
     taken = {name: saved[name] for name in names if name in saved and name not in given}
     for name, value in taken.items():
-        _check_saved(name, value, source)
+        try:
+            check_value(Config, name, value)
+        except UserError as error:  # somebody has changed the file
+            raise UserError(
+                f"the settings in {source} are damaged ({error}): give --{name} on the command line"
+            ) from None
     config = make_config(taken, given)
     # Presets are no surprise. What a user wrote into config.py, and is not followed, must be said.
     expected = make_config({"dataset": config.dataset}, given)
@@ -133,14 +105,6 @@ def adopt_settings(given, saved, names, source):
     if differing:
         print(f"taken from {source}: " + ", ".join(f"{name} {quote(getattr(config, name))}" for name in differing))
     return config
-
-
-def _check_saved(name, value, source):
-    """Raise UserError if a setting saved in the folder `source` is none, as somebody has changed the file."""
-    try:
-        check_value(Config, name, value)
-    except UserError as error:
-        raise UserError(f"the settings in {source} are damaged ({error}): give --{name} on the command line") from None
 
 
 def differing_settings(config, saved, names):

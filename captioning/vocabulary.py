@@ -15,11 +15,6 @@ SPECIAL_WORDS = ("<pad>", "<unk>", "<start>", "<end>")
 PAD, UNK, START, END = range(4)
 
 
-def count_words(captions):
-    """Count the words of each caption. list of N str -> list of N int."""
-    return [len(split_words(caption)) for caption in captions]
-
-
 def build_vocabulary(captions, vocab_size):
     """Choose the most frequent words of the training captions.
 
@@ -67,20 +62,13 @@ def log_frequency_bias(encoded_captions, vocab_size):
 
 
 def read_vocabulary(path):
-    """Read a vocabulary from its JSON file.
-
-    Args:
-      path: path of the file.
-
-    Returns:
-      list of V different str, the special words first.
+    """Read a vocabulary from its JSON file. path -> list of V different str, the special words first.
 
     Raises:
       FileError: the file is missing or damaged.
     """
     words = read_json(path, list)
-    special = len(SPECIAL_WORDS)
-    if not all(isinstance(word, str) for word in words) or tuple(words[:special]) != SPECIAL_WORDS:
+    if not all(isinstance(word, str) for word in words) or tuple(words[: len(SPECIAL_WORDS)]) != SPECIAL_WORDS:
         raise FileError(path, "is damaged (it is not a list of words)")
     if len(set(words)) < len(words):
         raise FileError(path, "is damaged (it has a word twice)")

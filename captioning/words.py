@@ -60,13 +60,7 @@ def split_words(caption):
 
     Letters are in lower case and in Unicode's form NFKC, so that what looks alike is one word. `str.lower` is the same
     on every machine and leaves words as people write them; `casefold` would make "strasse" of German "Straße". U+200C,
-    which Persian has between parts of a word, and U+200D stay.
-
-    Args:
-      caption: str.
-
-    Returns:
-      list of str
+    which Persian has between parts of a word, and U+200D stay. str -> list of str.
     """
     text = caption.translate(_LETTERS)
     if text.isascii():
@@ -84,11 +78,7 @@ def is_character(word):
 def parted(words):
     """For each word whether a blank is before it: between two words neither of which is a character.
 
-    Args:
-      words: list of str.
-
-    Returns:
-      list of bool, False for the first word
+    list of str -> list of bool, False for the first word
     """
     characters = list(map(is_character, words))
     return [False] * bool(words) + [not (before or after) for before, after in itertools.pairwise(characters)]

@@ -14,7 +14,7 @@ from captioning.data.coco import read_coco_captions
 from captioning.data.karpathy import read_karpathy
 from captioning.data.tables import Source, read_table
 from captioning.features.cache import feature_path, features_folder
-from captioning.vocabulary import count_words
+from captioning.words import split_words
 from config import Config
 from strategies import JSON, NAMES, NUMBERS, SENTENCES, after, check_one_line, records
 from support.errors import UserError
@@ -65,8 +65,8 @@ def strict_output():
 def check_usable(images, config):
     """The captions have a length to train on, and every image has files of its own, where they belong."""
     for image in images:
-        assert all(1 <= num_words <= MAX_WORDS for num_words in count_words(image.captions))
-        assert min(count_words(image.references)) > 0
+        assert all(1 <= len(split_words(caption)) <= MAX_WORDS for caption in image.captions)
+        assert all(map(split_words, image.references))
         json.dumps(dataclasses.asdict(image), ensure_ascii=False).encode()  # as prepared files hold it
         for path in (feature_path(image, features_folder(config)), image_path(image, config)):
             assert not path.is_file()

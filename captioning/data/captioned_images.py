@@ -14,7 +14,7 @@ import pathlib
 import re
 import unicodedata
 
-from captioning.vocabulary import count_words
+from captioning.words import split_words
 from support.errors import UserError
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and the names of temporary files are longer
@@ -272,9 +272,9 @@ def add_captions(images, captions, max_words, rejected):
       list of CaptionedImage, by ascending image id. Some may have no caption.
     """
     to_train_on, references = collections.defaultdict(list), collections.defaultdict(list)
-    captions = [(image_id, " ".join(text.splitlines()), line) for image_id, text, line in captions]
-    counts = count_words([text for _, text, _ in captions])
-    for (image_id, caption, line), num_words in zip(captions, counts, strict=True):
+    for image_id, text, line in captions:
+        caption = " ".join(text.splitlines())
+        num_words = len(split_words(caption))
         if num_words > 0:
             references[image_id].append(caption)
         if 0 < num_words <= max_words:

@@ -10,29 +10,10 @@ from tqdm import tqdm
 from captioning.attention.boxes import boxes_by_position, find_groundings
 from captioning.attention.figure import plot_attention
 from captioning.attention.fonts import letters_in_fonts
-from captioning.attention.page import (
-    PageCaption,
-    PageImage,
-    is_page,
-    remove_further_pages,
-    write_pages,
-)
+from captioning.attention.page import PageCaption, PageImage, is_page, remove_further_pages, write_pages
 from captioning.captioner import caption_batch
-from captioning.inference.captions_file import (
-    appending,
-    begin_captions,
-    describe_maker,
-    figure_name,
-    file_state,
-    find_finished,
-    find_records,
-    image_key,
-    keep_latest,
-    make_record,
-    read_record,
-    restore_prediction,
-    write_table,
-)
+from captioning.inference import captions_file
+from captioning.inference.captions_file import image_key
 from captioning.inference.own_images import describe_skipped
 from support.errors import UserError, printable
 
@@ -60,27 +41,29 @@ def write_captions(captioner, images, make_batches, output, options, config, ski
       UserError: the folder holds captions by another checkpoint or other settings, or it cannot be written.
     """
     path = output / "captions.jsonl"
-    begin_captions(path, describe_maker(config, captioner.identity), options.anew)
-    finished = find_finished(path, images, config.figures, options.attention == "all", config.attention_map)
+    captions_file.begin_captions(path, captions_file.describe_maker(config, captioner.identity), options.anew)
+    all_attention = options.attention == "all"
+    finished = captions_file.find_finished(path, images, config.figures, all_attention, config.attention_map)
     if finished:
         again = f"--anew deletes all captions in {printable(output)} and begins again"
         print(f"{len(finished)} of {len(images)} images were captioned before ({again})")
     done, few = _caption_missing(captioner, images, finished, make_batches, path, options, config)
-    keep_latest(path)
-    write_table(output / "captions.csv", path)
+    captions_file.keep_latest(path)
+    captions_file.write_table(output / "captions.csv", path)
     page = _write_attention_pages(images[: config.figures], path, output, config)
     figures = ", captions.csv and attention figures" if config.figures else " and captions.csv"
     print(f"captions.jsonl{figures} are in {printable(output)}")
     if done > config.figures:
         print(f"{done} images are captioned: --figures {done} draws all of them")
     if few:
-        print(
-            f"{few} images have fewer than {config.captions_per_image} captions, as no more different ones were found"
-        )
+        wanted = config.captions_per_image
+        print(f"{few} images have fewer than {wanted} captions, as no more different ones were found")
     if skipped:
         print(f"skipped: {describe_skipped(skipped)}")
-    opened = f"open {printable(page)} to look at the attention"
-    print(opened if page else "no page of attention is written: it has no images")
+    if page:
+        print(f"open {printable(page)} to look at the attention")
+    else:
+        print("no page of attention is written: it has no images")
     return done
 
 
@@ -93,19 +76,19 @@ def _caption_missing(captioner, images, finished, make_batches, path, options, c
     """
     keys = [image_key(image.name, image.path) for image in images]
     missing = [image for key, image in zip(keys, images, strict=True) if key not in finished]
-    states = {image.path: file_state(image.path) for image in missing}  # before they are read
+    states = {image.path: captions_file.file_state(image.path) for image in missing}  # before they are read
     drawn = {image.path for image in images[: config.figures]}
     all_attention, printed = options.attention == "all", len(images) <= _MOST_PRINTED_IMAGES
     done, few = len(finished), 0
     bar = tqdm(total=len(images), initial=done, desc="captioning", unit=" images", disable=printed)
     fonts = letters_in_fonts(captioner.vocabulary) if config.figures else contextlib.nullcontext()
-    with bar, fonts, appending(path) as add:
+    with bar, fonts, captions_file.appending(path) as add:
         for batch, features in make_batches(missing):
             shown = all_attention or any(image.path in drawn for image in batch)
             for prediction in caption_batch(captioner, batch, features, config, with_evidence=shown):
                 is_drawn = prediction.path in drawn
                 figure = _draw_figure(prediction, path.parent, config.attention_map) if is_drawn else ("", "")
-                add(make_record(prediction, states[prediction.path], *figure, is_drawn or all_attention))
+                add(captions_file.make_record(prediction, states[prediction.path], *figure, is_drawn or all_attention))
                 few += 1 + len(prediction.others) < config.captions_per_image
                 if printed:
                     _print_caption(prediction)
@@ -116,7 +99,7 @@ def _caption_missing(captioner, images, finished, make_batches, path, options, c
 
 def _draw_figure(prediction, output, attention_map):
     """Draw the figure of an image. Returns its file name and map, or "" for both where it cannot be drawn."""
-    name = figure_name(prediction)
+    name = captions_file.figure_name(prediction)
     try:
         plot_attention(prediction, output / name, attention_map)
     except UserError:  # the disk is full
@@ -139,7 +122,7 @@ def _print_caption(prediction):
 def _write_attention_pages(images, records_path, output, config):
     """Write the pages: first these images, then those of which an earlier call has drawn figures.
 
-    Where there is none, the pages of an earlier call are deleted.
+    Where there is none, the pages of an earlier call are deleted. Files of such names that are no pages of ours stay.
 
     Args:
       images: list of ImageToCaption. Those whose attention is not kept are left out.
@@ -154,16 +137,20 @@ def _write_attention_pages(images, records_path, output, config):
     order = {key: number for number, key in enumerate(named)}
     shown = sorted(
         (order.get(record.key, len(order)), place)
-        for record, place in find_records(records_path)
+        for record, place in captions_file.find_records(records_path)
         if record.attention_weights is not None and (record.figure or record.key in order)
     )
     if not shown:
-        _remove_pages(output / "index.html")
+        first = output / "index.html"
+        remove_further_pages(first, 0)
+        if is_page(first):  # and not a file of the user's
+            with contextlib.suppress(OSError):
+                first.unlink()
         return None
 
     def read(place):
-        record = read_record(records_path, place)
-        return restore_prediction(record, named.get(record.key))
+        record = captions_file.read_record(records_path, place)
+        return captions_file.restore_prediction(record, named.get(record.key))
 
     captions = lambda: (read(place) for _, place in shown)  # noqa: E731
     of_data_set = (caption for caption in captions() if caption.image_id is not None)
@@ -209,11 +196,3 @@ def _boxes_to_show(predictions, config):
     except UserError as error:
         print(f"note: the page of attention has no boxes: {error}")
         return {}
-
-
-def _remove_pages(first):
-    """Delete the pages that an earlier call wrote. Files of such names that are no pages of ours stay."""
-    remove_further_pages(first, 0)
-    if is_page(first):
-        with contextlib.suppress(OSError):
-            first.unlink()

@@ -18,7 +18,7 @@ import numpy as np
 from captioning.captioner import sampling_settings
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.inference.own_images import is_address
-from support.errors import UserError, mended_by
+from support.errors import UserError, mended_by, printable
 from support.file_states import find_stat
 from support.files import read_json, reason_and_remedy, replacing, write_json
 
@@ -104,22 +104,22 @@ def make_record(prediction, state, figure="", figure_map="", keep_attention=True
       keep_attention: bool
     """
     file = os.path.abspath(prediction.path)
-    record = CaptionRecord(
+    size, modified = state
+    first, *others = [
+        _said(each) | (_attention(each) if keep_attention else {}) for each in (prediction, *prediction.others)
+    ]
+    return CaptionRecord(
         prediction.name,
-        **_said(prediction),
-        size=state[0],
-        modified=state[1],
+        **first,
+        size=size,
+        modified=modified,
         image_id=prediction.image_id,
         file="" if file == prediction.name else file,
         figure=figure,
         figure_map=figure_map,
+        references=list(prediction.references) or None if keep_attention else None,
+        captions=[_said(prediction), *others] if others else None,
     )
-    if prediction.others:
-        others = [_said(each) | (_attention(each) if keep_attention else {}) for each in prediction.others]
-        record = dataclasses.replace(record, captions=[_said(prediction), *others])
-    if not keep_attention:
-        return record
-    return dataclasses.replace(record, **_attention(prediction), references=list(prediction.references) or None)
 
 
 def _said(prediction):
@@ -345,6 +345,26 @@ def _naming_file(path):
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason_and_remedy(error, path.parent)}") from error
+
+
+def write_results(path, images, records_path):
+    """Write the captions of some images in COCO's results format, and print how many it holds.
+
+    [{"image_id": ..., "caption": ...}] is what pycocoevalcap and evaluation servers take. An image has the id of its
+    annotation file, or else its name.
+
+    Args:
+      images: list of ImageToCaption. Those without a line in the captions file are left out.
+      records_path: pathlib.Path of captions.jsonl.
+    """
+    captions = {record.key: record.caption for record in read_records(records_path)}
+    results = [
+        {"image_id": image.name if image.image_id is None else image.image_id, "caption": captions[key]}
+        for image in images
+        if (key := image_key(image.name, image.path)) in captions
+    ]
+    write_json(path, results)
+    print(f"{len(results)} captions are in {printable(path)}, in COCO's results format")
 
 
 def write_table(path, records_path):

@@ -57,7 +57,9 @@ def find_images(names, output, skipped):
         elif path.suffix.lower() == ".json":
             images += _listed_images(path)
         elif os.path.isdir(path):  # unlike path.is_dir, no error where the name is too long
-            _check_output(path, output)
+            if path.resolve() == output.resolve():  # the next run would take figures for images
+                other = path / "captions"  # which `_walk_folder` leaves out
+                raise UserError(f"{path} holds the images: give another folder by --output, such as {other}")
             images += [ImageToCaption(file, str(file)) for file in _walk_folder(path, output.resolve(), skipped)]
         else:
             images.append(ImageToCaption(path, str(path)))
@@ -128,15 +130,6 @@ def _listed_images(path):
     raise FileError(path, f"lists {len(listed)} images, none of which is in {', '.join(map(str, places))}")
 
 
-def _check_output(folder, output):
-    """UserError where captions and figures would go among the images: the next run would take figures for images.
-
-    Folders below `folder` are no problem, see `_walk_folder`.
-    """
-    if folder.resolve() == output.resolve():
-        raise UserError(f"{folder} holds the images: give another folder by --output, such as {folder / 'captions'}")
-
-
 def describe_skipped(skipped):
     """The most frequent kinds of what was skipped, and how many are of other kinds. Counter -> str."""
     by_count = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
@@ -157,7 +150,7 @@ def _walk_folder(folder, output, skipped):
     Returns:
       list of pathlib.Path
     """
-    endings = _image_endings()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in _IMAGE_FORMATS}
     found = []
     unreadable = lambda error: skipped.update(["folders that cannot be read"])  # noqa: E731
     for place, folders, files in walk_folder(folder, unreadable):
@@ -171,11 +164,6 @@ def _walk_folder(folder, output, skipped):
             else:
                 skipped[f"*{ending}" if ending else "files without an ending"] += 1
     return sorted(found)
-
-
-def _image_endings():
-    """The endings of file names, in lower case, that stand for images."""
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in _IMAGE_FORMATS}
 
 
 def is_address(name):
