@@ -23,7 +23,7 @@ import typing
 from support.errors import UserError
 
 
-class OneLineParser(argparse.ArgumentParser):
+class _OneLineParser(argparse.ArgumentParser):
     """A parser that raises a UserError where argparse would print its usage and exit."""
 
     def error(self, message):
@@ -52,19 +52,15 @@ def parse_command_line(argv, description, settings_class, add_options=None, rena
     if unknown:
         known = re.findall(r"--[\w-]+", parser.format_help())
         parser.error(f"unknown option {unknown[0]}{_suggest(unknown[0], known)}")
-    own, given = {}, {}
-    names = _setting_types(settings_class)
-    for name, value in vars(options).items():
-        if name in names:
-            given[name] = check_value(settings_class, name, _parse_value(settings_class, name, value))
-        else:
-            own[name] = value
-    return given, argparse.Namespace(**own)
+    values = vars(options)
+    names = [name for name in _setting_types(settings_class) if name in values]
+    given = {name: _parse_value(settings_class, name, values.pop(name)) for name in names}
+    return given, options  # the script's own are left
 
 
 def _make_parser(description, settings_class, add_options, renamed):
     """A parser of the script's own options and of every setting; a setting that is not given gets no value."""
-    parser = OneLineParser(
+    parser = _OneLineParser(
         prog=os.path.basename(sys.argv[0]),
         usage="%(prog)s [--<option or setting> VALUE ...]",
         description=description,
@@ -160,13 +156,13 @@ def _describe_type(annotation):
 
 
 def _parse_value(settings_class, name, text):
-    """The value that a text from the command line stands for; UserError where it is not of the setting's type."""
+    """The value that a text from the command line stands for; UserError where it is none of the setting's."""
     annotation = _setting_types(settings_class)[name]
     setting = _read_annotation(annotation)
     if setting.optional and text.lower() == "none":
         return None
     try:
-        return setting.kind(text)
+        return check_value(settings_class, name, setting.kind(text))
     except ValueError:
         raise UserError(f"--{name} takes {_describe_type(annotation)}, not {text!r}") from None
 

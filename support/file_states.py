@@ -64,9 +64,8 @@ def renew_states(paths, stats, states):
     Returns:
       list of N FileState with the present time, or None for each file that is not there or has changed
     """
-    same = [has_size_and_time(stat, state) for stat, state in zip(stats, states, strict=True)]
-    renewed = [state if is_same else None for state, is_same in zip(states, same, strict=True)]
-    unsure = [i for i, stat in enumerate(stats) if stat is not None and not same[i] and stat.st_size == states[i].size]
+    renewed = [state if has_size_and_time(stat, state) else None for stat, state in zip(stats, states, strict=True)]
+    unsure = [i for i, stat in enumerate(stats) if stat and not renewed[i] and stat.st_size == states[i].size]
     if unsure:
         such = printable(paths[unsure[0]])
         print(f"other times than recorded: {len(unsure)}, such as {such}; reading whether more has changed")

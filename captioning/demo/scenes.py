@@ -170,13 +170,7 @@ def _coco_captions(info, scenes):
 
 @mended_by("run python data_utils.py --dataset demo")
 def read_scenes(folder):
-    """Read what each drawn image shows.
-
-    Args:
-      folder: path of the data set's folder.
-
-    Returns:
-      dict of image id to Scene.
+    """Read what each drawn image of a data set's folder shows. path -> dict of image id to Scene.
 
     Raises:
       UserError: the file of scenes is missing or damaged.
@@ -184,10 +178,8 @@ def read_scenes(folder):
     path = _annotation_path(folder, "scenes")
     found = read_json(path, dict)
     try:
-        scenes = [
-            Scene(**{**scene, "objects": [SceneObject(**thing) for thing in scene["objects"]]})
-            for scene in found["scenes"]
-        ]
+        objects = [[SceneObject(**thing) for thing in scene["objects"]] for scene in found["scenes"]]
+        scenes = [Scene(**scene | {"objects": some}) for scene, some in zip(found["scenes"], objects, strict=True)]
     except (KeyError, TypeError):
         raise FileError(path, "is damaged (it does not list scenes)") from None
     return {scene.image_id: scene for scene in scenes}
@@ -226,12 +218,6 @@ def _write_captions(scene):
 
     The object on the left or at the top always comes first, since a captioner could not foresee the order otherwise.
     The noun comes before colour and pattern, so that a captioner has to find the object first.
-
-    Args:
-      scene: Scene.
-
-    Returns:
-      list of 5 str.
     """
     first, last = scene.objects[0], scene.objects[-1]
     words = {"ground": scene.ground, "a": _name_object(first), "at_a": PLACE_PHRASES[first.place]}

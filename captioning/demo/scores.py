@@ -75,14 +75,9 @@ def score_captions(captions, scenes):
 
 
 def locate_nouns(caption, scene):
-    """Find where the nouns of a caption are to be seen.
+    """Find where the nouns of a caption are to be seen. str, Scene -> list of (position among its words, box).
 
-    Args:
-      caption: str.
-      scene: Scene.
-
-    Returns:
-      list of (position among the caption's words, box), one for each described object that is matched to a true one.
+    There is one for each described object that is matched to a true one.
     """
     description = _describe(caption)
     matches = _match_objects(description.objects, scene.objects)
@@ -124,12 +119,7 @@ def _match_objects(described, true):
     The match makes as many described objects right as possible, and then as many of their attributes. An object
     without a noun has no match.
 
-    Args:
-      described: list of lists of (kind, value).
-      true: list of SceneObject.
-
-    Returns:
-      list of SceneObject or None, one for each described object.
+    list of lists of (kind, value), list of SceneObject -> list of SceneObject or None, one for each described object
     """
 
     def fit(matches):

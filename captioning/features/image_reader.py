@@ -31,17 +31,6 @@ _UNREAD = {
     rb"IIU\0": "a camera's raw file (RW2)",
 }
 _RAW_ENDINGS = {".3fr", ".arw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos", ".nef", ".nrw", ".pef", ".srw"}
-_DNG_VERSION = 50706  # the TIFF tag that makes a file DNG
-_TAGS = {  # of TIFF, that say what the numbers mean
-    "BitsPerSample": 258,
-    "PhotometricInterpretation": 262,
-    "MinSampleValue": 280,
-    "MaxSampleValue": 281,
-    "SampleFormat": 339,
-    "SMinSampleValue": 340,
-    "SMaxSampleValue": 341,
-}
-
 _TURNS = {  # of EXIF's orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -70,8 +59,8 @@ def open_image(path):
             raise OSError(f"{name} is not read: save it as JPEG, PNG or TIFF")
     image = Image.open(path)
     ending = pathlib.PurePath(path).suffix.lower()
-    if image.format == "TIFF" and (ending in _RAW_ENDINGS or _DNG_VERSION in image.tag_v2):
-        name = "DNG" if _DNG_VERSION in image.tag_v2 else ending[1:].upper()
+    if image.format == "TIFF" and (ending in _RAW_ENDINGS or ExifTags.Base.DNGVersion in image.tag_v2):
+        name = "DNG" if ExifTags.Base.DNGVersion in image.tag_v2 else ending[1:].upper()
         image.close()
         raise OSError(f"a camera's raw file ({name}) is not read: save it as JPEG, PNG or TIFF")
     return image
@@ -223,7 +212,7 @@ def _to_8_bits(image, sbit):
 
 def _find_number(tags, name, default=None):
     """The first number of a TIFF tag, or `default` where it has none that is finite."""
-    value = tags.get(_TAGS[name])
+    value = tags.get(ExifTags.Base[name])
     first = value[0] if isinstance(value, tuple) and value else value
     return float(first) if isinstance(first, numbers.Real) and math.isfinite(first) else default
 

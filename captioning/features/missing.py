@@ -75,7 +75,7 @@ def find_missing(images, config, shared=False):
             f"({identity}): {ways_out(folder)}"
         )
     if not shared:
-        manifest = _update_manifest(manifest, usable, begun, folder)
+        _update_manifest(manifest, usable, begun, folder)
     missing = [image for image in images if feature_stem(image) not in usable]
     print(f"features: {len(images) - len(missing)} of {len(images)} are in {folder} already")
     if unknown:
@@ -102,8 +102,7 @@ def _check_made_elsewhere(images, manifest, files, config):
     known = [feature_path(image, folder) for image in images if feature_stem(image) in manifest.entries]
     if known and feature_shape(known[0]) != shape:  # they were taken for those of another --cnn
         manifest = dataclasses.replace(manifest, entries={})
-    new = _files_without_line(images, manifest, files)
-    entries = dict(manifest.entries)
+    new, entries = _files_without_line(images, manifest, files), dict(manifest.entries)
     with cancelling_pool(usable_cores()) as pool:
         check = functools.partial(check_feature_file, shape=shape, dtype=dtype)
         states = pool.map(check, [feature_path(image, folder) for image in new])
@@ -190,9 +189,6 @@ def _update_manifest(manifest, usable, identity, features_dir):
       manifest: Manifest of the features that are known and unchanged.
       usable: set of the stems whose image has not changed either.
       identity: str, `network_identity`, of random weights that without their calibration, which is still to come.
-
-    Returns:
-      Manifest
     """
     if not usable:
         # The features first: whatever is left if this is interrupted, the next run comes here again.
@@ -201,4 +197,3 @@ def _update_manifest(manifest, usable, identity, features_dir):
         random_statistics(features_dir).unlink(missing_ok=True)
         manifest = Manifest(identity, {}, manifest.journals)
     write_manifest(features_dir, manifest)
-    return manifest

@@ -117,13 +117,10 @@ def compiled_once(graph):
     first, compiled = threading.Lock(), threading.Event()
 
     def call(pixels):
-        if not compiled.is_set():
-            with first:
-                if not compiled.is_set():
-                    result = graph(pixels)
-                    compiled.set()
-                    return result
-        return graph(pixels)
+        with contextlib.nullcontext() if compiled.is_set() else first:
+            result = graph(pixels)
+            compiled.set()
+        return result
 
     return call
 

@@ -15,8 +15,6 @@ STATISTICS_REMEDY = (
     "without this file the same network cannot be made again, so copy it from the folder of the features, "
     "or delete the features and run python data_utils.py to make them anew"
 )
-
-
 _WITH_KERNELS = keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense
 
 
@@ -91,7 +89,6 @@ def set_statistics(network, path, identity):
     Raises:
       UserError: the file is missing or damaged, or belongs to another network.
     """
-    remedy = STATISTICS_REMEDY
     variables = [variable for norm in _batch_norms(network) for variable in (norm.moving_mean, norm.moving_variance)]
     try:
         with np.load(path, allow_pickle=False) as saved:
@@ -102,8 +99,9 @@ def set_statistics(network, path, identity):
         if not all(np.isfinite(value).all() for value in values):
             raise ValueError("a number is not finite")
     except Exception as error:  # a zip file and its arrays raise errors of many classes
-        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {remedy}") from error
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): {STATISTICS_REMEDY}") from error
     if owner != identity:
-        raise UserError(f"{path} belongs to another network ({owner}) than the settings name ({identity}): {remedy}")
+        problem = f"belongs to another network ({owner}) than the settings name ({identity})"
+        raise UserError(f"{path} {problem}: {STATISTICS_REMEDY}")
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)

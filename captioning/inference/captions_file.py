@@ -206,11 +206,7 @@ def read_record(path, place):
 
 
 def figure_name(image):
-    """The file name of an image's figure, which no other image's has, whatever folders they are in.
-
-    Args:
-      image: ImageToCaption, or anything that has its `path` and `name`.
-    """
+    """The file name of an image's figure, which no other image's has. image: what has a `path` and a `name` -> str."""
     stem = os.fsencode(image.path.stem)[:_LONGEST_STEM].decode(errors="ignore")
     stem = "".join(letter if letter.isprintable() else "_" for letter in stem)
     digest = hashlib.sha256(os.fsencode(image_key(image.name, image.path))).hexdigest()[:8]
@@ -297,7 +293,8 @@ def find_finished(path, images, num_figures, all_attention, figure_map):
         if number is None:
             continue
         drawn = number < num_figures
-        if _is_finished(record, images[number], path.parent, drawn and figure_map, drawn or all_attention):
+        wanted_map = figure_map if drawn else ""
+        if _is_finished(record, images[number], path.parent, wanted_map, drawn or all_attention):
             finished.add(record.key)
     return finished
 
@@ -306,7 +303,7 @@ def _is_finished(record, image, folder, figure_map, with_attention):
     """Whether a record holds what is wanted of an image, and the image is still the same file.
 
     Args:
-      figure_map: str, what the image's figure is to draw; "" or False where none is wanted.
+      figure_map: str, what the image's figure is to draw; "" where none is wanted.
       with_attention: bool, whether both maps are to be there.
     """
     if with_attention and (record.attention_weights is None or record.evidence is None):
