@@ -5,7 +5,6 @@ python data_utils.py [--dataset coco|demo|karpathy|table] [--shard I/N] [--<fiel
 
 import support.before_tensorflow  # noqa: F401, I001  must come first
 
-import pathlib
 import re
 
 from captioning import settings
@@ -25,6 +24,7 @@ def main(argv):
     image_files.set_up_pillow()
     features_dir = cache.features_folder(config)
     if options.shard:
+        # Shards write features side by side, but not beside a run without --shard, which rewrites the manifest.
         with locked(features_dir, "features", shared=True):
             extract_shard(*options.shard, config)
         return
@@ -37,21 +37,40 @@ def main(argv):
         missing = find_missing(images, config)
         # From here on the files do not fit each other. If this stops, the later scripts find nothing prepared.
         prepared_data.retract_prepared(config.data_dir)
-        skipped = fetch_images(missing, config, total=len(images))
-        readable = [image for image in missing if image.name not in skipped]
-        cut = []
-        skipped |= extraction.cache_features(readable, extraction.calibration_paths(splits, config), config, cut=cut)
+        skipped, cut = make_features(missing, splits, len(images), config)
         # An image that cannot be had must not stop all others; skipped.json names it.
         splits = prepared_data.leave_out(splits, skipped, config.max_words)
+        # The model centres and scales features by these, so that those of any CNN suit the same learning rate.
         measured = cache.measure_features(splits["train"], features_dir)
-        prepared_data.save_prepared(splits, skipped, *measured, cache.cached_network(features_dir), config, len(cut))
+        prepared_data.save_prepared(splits, skipped, *measured, cache.cached_network(features_dir), config, cut)
 
 
 def read_splits(config, shard=None):
     """Read the captions, draw some of them, and split the images; see `sources.read_splits`."""
     splits = sources.read_splits(config, shard)
+    # Features may have been made on a system that writes é in another way: each image gets the name that is on disk.
     folder = cache.features_folder(config)
     return {name: cache.features_on_disk(images, folder) for name, images in splits.items()}
+
+
+def make_features(missing, splits, total, config, shared=False):
+    """Fetch the images that have no features yet, and put them through the CNN.
+
+    Args:
+      missing: list of CaptionedImage.
+      splits: dict of split to list of CaptionedImage, all that the data set needs.
+      total: int, how many images this process needs, those that have features already among them.
+      shared: bool, whether other hosts may be working on the same folders.
+
+    Returns:
+      (dict of an image's name to why it has no features, int JPEG files that lack their end and are used all the same)
+    """
+    # What cannot be downloaded is noted here, and what cannot be decoded further down, both with their reasons.
+    skipped = fetch_images(missing, config, shared, total)
+    readable = [image for image in missing if image.name not in skipped]
+    cut = []
+    skipped |= extraction.cache_features(readable, extraction.calibration_paths(splits, config), config, shared, cut)
+    return skipped, len(cut)
 
 
 def add_options(parser):
@@ -82,25 +101,21 @@ def extract_shard(number, count, config):
     remove_leftovers(cache.features_folder(config), STALE)
     # Every shard reads all captions, and so draws and splits as the others do. Only its images are its own.
     splits = read_splits(config, (number, count))
-    images = sources.all_images(splits)[number - 1 :: count]
+    images = sources.all_images(splits)[number - 1 :: count]  # every count-th one, so that the shares are of one size
     missing = find_missing(images, config, shared=True)
-    calibration = extraction.calibration_paths(splits, config)
-    check_calibration(calibration, config)
-    skipped = fetch_images(missing, config, shared=True, total=len(images))
-    readable = [image for image in missing if image.name not in skipped]
-    cut = []
-    skipped |= extraction.cache_features(readable, calibration, config, shared=True, cut=cut)
+    check_calibration(splits, config)
+    skipped, cut = make_features(missing, splits, len(images), config, shared=True)
     print(
         f"shard {number} of {count} is done: {len(images) - len(skipped)} images cached, {len(skipped)} skipped"
-        f"{prepared_data.describe_cut(len(cut))}; "
-        "when all shards are done, run the same command without --shard"
+        f"{prepared_data.describe_cut(cut)}; when all shards are done, run the same command without --shard"
     )
 
 
-def check_calibration(calibration, config):
+def check_calibration(splits, config):
     """Raise UserError if random weights need images that are missing. Two hosts must not download the same file."""
+    # Random weights get their batch-norm statistics from these images, and every shard must have the same statistics.
+    absent = [path for path in extraction.calibration_paths(splits, config) if not path.is_file()]
     statistics = cache.random_statistics(cache.features_folder(config))
-    absent = [path for path in calibration if not pathlib.Path(path).is_file()]
     if config.inception_weights == "random" and absent and not statistics.exists():
         raise UserError(f"{absent[0]} is missing, and random weights need it in every shard: run without --shard")
 

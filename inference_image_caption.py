@@ -64,7 +64,9 @@ def main(argv):
     renamed = {"captions": "captions_per_image", "seed": "sample_seed"}
     given, options = parse_command_line(argv, __doc__, Config, add_options, renamed)
     check_options(options)
+    # Command line and preset tell where the run is. The run's own settings then count for all that is not given.
     config = settings.make_config(given)
+    # In this block, a message about a damaged file ends with the command that makes the file anew.
     with settings.naming_commands(config):
         config = decoding_settings(given, run_folder.run_settings(given, config.run_dir))
     image_files.set_up_pillow()
@@ -90,6 +92,7 @@ def caption(options, config):
             evaluate.evaluate(captioner, split_images(options.split, config), options.split, output, config)
         else:
             images = choose_images(split_images(options.split, config), config)
+            # Features are read a batch at a time, and only of those images that have no caption yet.
             make_batches = lambda wanted: cache.cached_batches(wanted, config)  # noqa: E731
             caption_images.write_captions(captioner, images, make_batches, output, options, config)
             if options.results:
@@ -111,6 +114,7 @@ def export(options, config):
     """Write the captioner in the format that the options name, or serve its page."""
     # A bfloat16 graph runs on few machines, and an export goes to any.
     anywhere = dataclasses.replace(config, extract_precision="float32")
+    # As functions: both take seconds to load, and what is wrong with the options is told before.
     load_captioner, make_network = run_folder.load_captioner, run_folder.run_network
     formats.export(lambda: load_captioner(config), lambda: make_network(anywhere), options, config)
 

@@ -13,6 +13,7 @@ The comment behind a field is its text in `--help`.
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -70,18 +71,18 @@ def _make_parser(description, settings_class, add_options, renamed):
     if add_options:
         add_options(parser)
     group = parser.add_argument_group(f"settings (defaults from {_source_file(settings_class)})")
-    annotations, comments = _setting_types(settings_class), _setting_comments(settings_class)
+    setting_types, comments = _setting_types(settings_class), _setting_comments(settings_class)
     for field in dataclasses.fields(settings_class):
         names = [option for option, name in renamed.items() if name == field.name]
         names += [field.name] if field.name not in renamed else []
         if not names:  # another setting has its name here
             continue
         # --sample alone is --sample yes.
-        is_switch = set(_read_annotation(annotations[field.name]).choices) == {"yes", "no"}
+        is_switch = set(setting_types[field.name].choices) == {"yes", "no"}
         group.add_argument(
             *(f"--{name}" for name in names),
             dest=field.name,
-            metavar=_describe_type(annotations[field.name]),
+            metavar=_describe_type(setting_types[field.name]),
             **({"nargs": "?", "const": "yes"} if is_switch else {}),
             default=argparse.SUPPRESS,
             help=f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%"),
@@ -104,9 +105,11 @@ def _setting_comments(settings_class):
     return dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(settings_class), flags=re.MULTILINE))
 
 
+@functools.cache
 def _setting_types(settings_class):
-    """Dict of setting name -> annotation."""
-    return typing.get_type_hints(settings_class, include_extras=True)
+    """Dict of setting name -> SettingType."""
+    annotations = typing.get_type_hints(settings_class, include_extras=True)
+    return {name: _read_annotation(annotation) for name, annotation in annotations.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +148,8 @@ def _read_annotation(annotation):
     return SettingType(annotation)
 
 
-def _describe_type(annotation):
-    """A field's annotation in the words of `--help`, such as `int 1..64 or None`."""
-    setting = _read_annotation(annotation)
+def _describe_type(setting):
+    """A SettingType in the words of `--help`, such as `int 1..64 or None`."""
     text = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.kind.__name__
     if setting.low is not None or setting.high is not None:
         low, high = ("" if bound is None else bound for bound in (setting.low, setting.high))
@@ -157,14 +159,13 @@ def _describe_type(annotation):
 
 def _parse_value(settings_class, name, text):
     """The value that a text from the command line stands for; UserError where it is none of the setting's."""
-    annotation = _setting_types(settings_class)[name]
-    setting = _read_annotation(annotation)
+    setting = _setting_types(settings_class)[name]
     if setting.optional and text.lower() == "none":
         return None
     try:
         return check_value(settings_class, name, setting.kind(text))
     except ValueError:
-        raise UserError(f"--{name} takes {_describe_type(annotation)}, not {text!r}") from None
+        raise UserError(f"--{name} takes {_describe_type(setting)}, not {text!r}") from None
 
 
 def check_value(settings_class, name, value, remedy=""):
@@ -176,13 +177,13 @@ def check_value(settings_class, name, value, remedy=""):
     Raises:
       UserError: the settings have no such name, or the value has the wrong type or is out of range.
     """
-    annotations = _setting_types(settings_class)
-    if name not in annotations:
+    setting_types = _setting_types(settings_class)
+    if name not in setting_types:
         remedy = f"rename or remove it where it is set, which may be {_source_file(settings_class)}"
-        raise UserError(f"{name!r} is not a setting{_suggest(str(name), annotations)}: {remedy}")
-    setting = _read_annotation(annotations[name])
+        raise UserError(f"{name!r} is not a setting{_suggest(str(name), setting_types)}: {remedy}")
+    setting = setting_types[name]
     if not (_fits(setting, value) or (setting.optional and value is None)):
-        raise UserError(f"--{name} takes {_describe_type(annotations[name])}, not {value!r}{remedy}")
+        raise UserError(f"--{name} takes {_describe_type(setting)}, not {value!r}{remedy}")
     return value
 
 

@@ -15,7 +15,7 @@ from captioning.data.captioned_images import image_path, match_names
 from captioning.data.prepared_data import load_prepared, read_prepared_settings
 from captioning.features.cnn import CNNS
 from captioning.features.feature_files import parallel_map, read_feature, reading_features
-from captioning.features.manifest import MADE_ELSEWHERE, read_live_manifest, read_manifest, scan_features
+from captioning.features.manifest import MADE_ELSEWHERE, keep_live, read_manifest, scan_features
 from captioning.features.network import network_identity
 from support.errors import FileError
 
@@ -76,7 +76,7 @@ def _check_features(images, features_dir, network):
       FileError: a feature is missing, damaged or changed, or is another network's.
     """
     files = scan_features(features_dir)
-    manifest = read_live_manifest(features_dir, files)
+    manifest = keep_live(features_dir, files, read_manifest(features_dir, files))
     problems = collections.defaultdict(list)
     for image in images:
         stem = feature_stem(image)

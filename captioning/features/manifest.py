@@ -203,10 +203,6 @@ def open_journal(folder, network):
             path.unlink(missing_ok=True)
 
 
-def read_live_manifest(folder, files):
-    return keep_live(folder, files, read_manifest(folder, files))
-
-
 def keep_live(folder, files, manifest):
     """The Manifest with only those lines whose feature files are unchanged, with their present times.
 

@@ -12,9 +12,9 @@ from captioning.features.manifest import (
     _MANIFEST,
     Entry,
     Manifest,
+    keep_live,
     merge_journals,
     open_journal,
-    read_live_manifest,
     read_manifest,
     scan_features,
     write_manifest,
@@ -24,6 +24,12 @@ from support.errors import UserError
 from support.file_states import FileState, read_state
 
 IMAGE = FileState(10, 20, 30)
+
+
+def live_manifest(folder):
+    """The Manifest of the features that are unchanged."""
+    files = scan_features(folder)
+    return keep_live(folder, files, read_manifest(folder, files))
 
 
 def add_feature(folder, stem, journal, content=b"numbers"):
@@ -91,7 +97,7 @@ def test_a_line_without_its_feature_does_no_harm(tmp_path):
         old = add_feature(tmp_path, "a", journal)
         journal.add({"a": Entry(FileState(7, 8, 9), FileState(1, 1, 1))})  # made again
         journal.add({"b": Entry(FileState(7, 8, 9), IMAGE)})
-    assert read_live_manifest(tmp_path, scan_features(tmp_path)).entries == {"a": old}
+    assert live_manifest(tmp_path).entries == {"a": old}
     merge_journals(tmp_path)
     assert read(tmp_path).entries == {"a": old}
 
@@ -166,7 +172,7 @@ def test_changed_features_are_not_live_and_copied_ones_are(tmp_path):
     os.utime(tmp_path / "b.npy", ns=(1, 1))
     (tmp_path / "c.npy").write_bytes(b"NUMBERS")
     (tmp_path / "d.npy").write_bytes(b"num")
-    live = read_live_manifest(tmp_path, scan_features(tmp_path))
+    live = live_manifest(tmp_path)
     copied = entries["b"]._replace(feature=entries["b"].feature._replace(mtime_ns=1))
     assert live.entries == {"a": entries["a"], "b": copied}
 
