@@ -120,10 +120,7 @@ def export(options, config):
 
 
 def split_images(split, config):
-    """The images of a split that data_utils.py prepared, with their cached features.
-
-    Returns:
-      list of ImageToCaption
+    """The images of a split that data_utils.py prepared, with their cached features: list of ImageToCaption.
 
     Raises:
       UserError: there is no such split, or the data are not those that the run fits.

@@ -84,9 +84,6 @@ def adopt_settings(given, saved, names, source):
       names: the settings to take from `saved`.
       source: str, the folder they come from, for the message.
 
-    Returns:
-      Config
-
     Raises:
       UserError: a saved value is no such setting's.
     """

@@ -50,11 +50,7 @@ def log_frequency_bias(encoded_captions, vocab_size):
     As in Karpathy's NeuralTalk (github.com/karpathy/neuraltalk). Half of each share is the same for every word, 1 / V:
     where rare words start at nearly 0, the training captions are sooner learned by heart.
 
-    Args:
-      encoded_captions: list of lists of token ids, <start> first.
-
-    Returns:
-      float (V,)
+    list of lists of token ids, <start> first; int V -> float (V,)
     """
     targets = np.concatenate([caption[1:] for caption in encoded_captions])
     shares = np.bincount(targets, minlength=vocab_size) / len(targets)  # (V,)

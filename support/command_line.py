@@ -169,10 +169,7 @@ def _parse_value(settings_class, name, text):
 
 
 def check_value(settings_class, name, value, remedy=""):
-    """Check one value of a setting. `remedy` ends the message about a wrong one.
-
-    Returns:
-      `value`
+    """Check one value of a setting, and return it. `remedy` ends the message about a wrong one.
 
     Raises:
       UserError: the settings have no such name, or the value has the wrong type or is out of range.
@@ -203,11 +200,7 @@ def make_settings(settings_class, *layers):
     """One instance of the settings from the class's defaults and from dicts laid over them.
 
     Args:
-      settings_class: dataclass of the settings.
       *layers: dicts of setting name -> value; a later one wins over an earlier one.
-
-    Returns:
-      instance of `settings_class`
 
     Raises:
       UserError: a name that is no setting, or a value of the wrong type or out of range, defaults included.

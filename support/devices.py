@@ -69,9 +69,9 @@ def compute_capability(gpu):
     return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
 
 
-def _time_product(dtype, size=1024):
+def _time_product(dtype):
     """Seconds that a product of two square matrices takes, the shortest of some tries."""
-    x, times = tf.ones((size, size), dtype), []
+    x, times = tf.ones((1024, 1024), dtype), []
     for _ in range(6):
         start = time.perf_counter()
         tf.matmul(x, x)

@@ -194,10 +194,7 @@ def _fetch(url, path, size, sha256, timeout, progress, limit, contact):
 
 
 def _open_url(url, path, start, timeout, contact):
-    """Ask for the bytes of `url` from `start` on.
-
-    Returns:
-      requests.Response with status 200 or 206, to be used in a `with` statement
+    """Ask for the bytes of `url` from `start` on. Returns requests.Response of status 200 or 206, to be closed.
 
     Raises:
       DownloadError: the address is wrong or the server refuses it.

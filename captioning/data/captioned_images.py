@@ -266,7 +266,6 @@ def add_captions(images, captions, max_words, rejected):
       images: list of CaptionedImage.
       captions: list of (image id, caption, number of its line or None).
       max_words: int, length of the longest caption to train on, in words.
-      rejected: RejectedRecords.
 
     Returns:
       list of CaptionedImage, by ascending image id. Some may have no caption.

@@ -30,7 +30,6 @@ def read_coco_captions(path, max_words, scored=False):
     are captions longer than `max_words`, which remain references. One line for each kind of record left out is printed.
 
     Args:
-      path: path of the JSON file.
       max_words: int, length of the longest caption to train on, in words.
       scored: bool, whether the images are to be scored and not trained on. They then need no caption to train on.
 
@@ -160,7 +159,6 @@ def read_instances(path, image_ids):
     """Read the boxes of objects in COCO's instances_*.json.
 
     Args:
-      path: path of the JSON file.
       image_ids: set of the ids of the images to read.
 
     Returns:

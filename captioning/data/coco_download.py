@@ -26,13 +26,10 @@ def captions_path(config):
 
 
 def find_annotations(config, shard=None):
-    """Find the caption file of COCO's split, and download it if it is missing.
+    """Find the caption file of COCO's split, and download it if it is missing. Returns its pathlib.Path.
 
     Args:
       shard: (number, count) of a shard, or None.
-
-    Returns:
-      pathlib.Path
 
     Raises:
       UserError: the file is missing and COCO has none for this split, or the download failed.
@@ -51,16 +48,12 @@ def find_annotations(config, shard=None):
 
 
 def _fetch_archive(name, folder, wanted=None, shard=None):
-    """Download one of _COCO_ARCHIVES and unpack it.
+    """Download one of _COCO_ARCHIVES and unpack it. Returns the archive's pathlib.Path.
 
     Args:
-      name: str, key of _COCO_ARCHIVES.
       folder: path of the folder to unpack into. The archive stays there too.
       wanted: function of a member's name, whether to unpack it. None stands for all.
       shard: (number, count) of a shard, or None. A shard downloads to a file of its own, which it deletes afterwards.
-
-    Returns:
-      pathlib.Path of the archive
     """
     size, sha256 = _COCO_ARCHIVES[name]
     archive = pathlib.Path(folder, name)

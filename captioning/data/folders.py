@@ -52,11 +52,7 @@ def _raise(error):
 def _read_sidecars(folder, files, max_words):
     """Read the captions of images that have a .txt file of the same name beside them, one caption a line.
 
-    Args:
-      files: list of the files below the images' folder, as `_list_files` returns them.
-
-    Returns:
-      as `read_folder`
+    Arguments and result are as in `read_folder`. `files` is what `_list_files` returned.
 
     Raises:
       UserError: no image has such a file.

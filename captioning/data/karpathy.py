@@ -38,7 +38,6 @@ def read_karpathy(path, folder, max_words):
     like the others.
 
     Args:
-      path: path of the JSON file.
       folder: path of the images' folder. For COCO it holds train2014 and val2014.
       max_words: int, length of the longest caption to train on, in words.
 

@@ -135,10 +135,7 @@ def _read_settings_file(data_dir):
 
 
 def load_prepared(config):
-    """Read what script 1 prepared, and check it. `load_data` in features/cache.py checks the features too.
-
-    Returns:
-      Prepared
+    """The Prepared that script 1 left, checked. `load_data` in features/cache.py checks the features too.
 
     Raises:
       FileError: nothing is prepared, or a file is missing or damaged.

@@ -22,7 +22,6 @@ def read_splits(config, shard=None):
     """Read the captions, draw some of them, and split the images.
 
     Args:
-      config: Config.
       shard: (number, count), or None. A shard deletes nothing that others may use, and downloads to a file of its own.
 
     Returns:

@@ -71,7 +71,6 @@ def read_table(source, columns, max_words, first_id=1):
     Rows that cannot be used are left out. One line for each kind of them is printed.
 
     Args:
-      source: Source
       columns: (name of the column of images, name of the column of captions), "" for the usual names.
       max_words: int, length of the longest caption to train on, in words.
       first_id: int, the id of the first image; the others are numbered from there.
@@ -312,12 +311,15 @@ def _read_text_rows(path, text, columns, rejected):
         delimiters = _DELIMITERS
     first = lines[start] if start < len(lines) else ""
     delimiter, places, width, has_header = _find_layout(path, first, delimiters, columns)
-    for number, cells, raw in _split_records(lines, start + has_header, delimiter, width, places[1]):
-        if len(cells) <= max(places[0], places[1]):
+    image, caption, split = places
+    for number, cells, raw in _split_records(lines, start + has_header, delimiter, width, caption):
+        if len(cells) <= max(image, caption):
             rejected.add("a row with too few columns", raw, number)
             continue
-        split = None if places[2] is None else cells[places[2]] if places[2] < len(cells) else ""
-        yield Row(number, cells[places[0]], cells[places[1]], split, raw)
+        named = None
+        if split is not None:
+            named = cells[split] if split < len(cells) else ""
+        yield Row(number, cells[image], cells[caption], named, raw)
 
 
 def _find_layout(path, first, delimiters, columns):

@@ -101,7 +101,6 @@ def draw_demo(folder, count, seed, replace=True):
     train2014/COCO_train2014_<image id>.jpg. Several hosts may draw into one folder at the same time.
 
     Args:
-      folder: path of the data set's folder.
       count: int, the number of scenes.
       seed: int. The same seed draws the same scenes.
       replace: bool, whether scenes of another count or seed are deleted first.
@@ -273,13 +272,7 @@ def _draw_noise(rng, width, height, cell_width, cell_height):
 
 
 def _draw_object(rng, thing, image):
-    """Draw an object and its shadow into an image.
-
-    Args:
-      rng: np.random.Generator.
-      thing: SceneObject.
-      image: float32 (height, width, 3), changed in place.
-    """
+    """Draw a SceneObject and its shadow into an image, float32 (height, width, 3), which is changed in place."""
     x, y, size, _ = thing.box
     left, top = max(x - 4, 0), max(y - 4, 0)
     patch = image[top : y + size + 12, left : x + size + 12]  # the shadow needs 4 and 12 pixels around the box

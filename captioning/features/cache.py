@@ -68,10 +68,6 @@ def cached_network(features_dir):
 def _check_features(images, features_dir, network):
     """Check that the features of prepared images are there, unchanged, and of the network that they were prepared with.
 
-    Args:
-      images: list of CaptionedImage.
-      network: str, identity of the network, or MADE_ELSEWHERE.
-
     Raises:
       FileError: a feature is missing, damaged or changed, or is another network's.
     """
@@ -79,10 +75,9 @@ def _check_features(images, features_dir, network):
     manifest = keep_live(features_dir, files, read_manifest(features_dir, files))
     problems = collections.defaultdict(list)
     for image in images:
-        stem = feature_stem(image)
-        if stem not in files:
+        if feature_stem(image) not in files:
             problems["missing from the feature cache"].append(feature_path(image, features_dir))
-        elif stem not in manifest.entries:
+        elif feature_stem(image) not in manifest.entries:
             problems["damaged, or changed since it was prepared"].append(feature_path(image, features_dir))
     for problem, paths in problems.items():
         others = f", and {len(paths) - 1} others are too" if len(paths) > 1 else ""
@@ -96,7 +91,6 @@ def load_data(config, to_caption=False):
     """What script 1 prepared, with its features: Prepared.
 
     Args:
-      config: Config
       to_caption: bool, `max_words` tells where decoding stops, and need not be what the data were prepared with.
 
     Raises:

@@ -1,7 +1,6 @@
 """From image files to cached features: running the network, and writing what it computes."""
 
 import collections
-import contextlib
 import functools
 import itertools
 
@@ -48,30 +47,26 @@ def cache_features(images, calibration, config, shared=False, cut=None):
         return {}
     cnn, folder, skipped, image_states = CNNS[config.cnn], features_folder(config), {}, {}
     statistics = random_statistics(folder)
-    names = {image_path(image, config): image.name for image in images}
-    targets = {image_path(image, config): feature_path(image, folder) for image in images}
+    by_path = {image_path(image, config): image for image in images}
 
     def load_and_note(path):
         image_states[path] = read_state(path)  # before the pixels: a change in between shows in the next run
         return load_image(path, cnn.image_size, cut)
 
     network = feature_network(config, statistics, calibration)
-    forecast = Forecast("the features", len(targets), "images")
-    with open_journal(folder, network_identity(config, statistics)) as journal:
-        with (
-            extraction_graphs(config),
-            tqdm(total=len(targets), desc="extracting features", unit=" images") as bar,
-        ):
-            for paths, features, failed in extract_features(
-                network, cnn, list(targets), config.extract_batch, load_and_note
-            ):
-                states = [image_states.pop(path) for path in paths]
-                write_features([targets[path] for path in paths], features, config.feature_dtype, journal, states)
-                for path, reason in failed:
-                    bar.write(reason)
-                    skipped[names[path]] = reason
-                bar.update(len(paths) + len(failed))
-                forecast.add(len(paths) + len(failed))
+    batches = extract_features(network, cnn, list(by_path), config.extract_batch, load_and_note)
+    forecast = Forecast("the features", len(by_path), "images")
+    bar = tqdm(total=len(by_path), desc="extracting features", unit=" images")
+    with open_journal(folder, network_identity(config, statistics)) as journal, extraction_graphs(config), bar:
+        for paths, features, failed in batches:
+            targets = [feature_path(by_path[path], folder) for path in paths]
+            states = [image_states.pop(path) for path in paths]
+            write_features(targets, features, config.feature_dtype, journal, states)
+            for path, reason in failed:
+                bar.write(reason)
+                skipped[by_path[path].name] = reason
+            bar.update(len(paths) + len(failed))
+            forecast.add(len(paths) + len(failed))
     if not shared:
         merge_journals(folder)
     return skipped
@@ -83,8 +78,7 @@ def extract_features(network, cnn, paths, batch_size, load=None):
     Batches go to all GPUs in turn. Without a GPU they go to the CPU.
 
     Args:
-      network: function, as `feature_network` returns it.
-      cnn: CNN, which network it is.
+      network: function, as `feature_network` returns it, of the CNN `cnn`.
       paths: list of image files.
       batch_size: int, B.
       load: function of a path that returns the pixels which the CNN takes, or raises ValueError; usually `load_image`.
@@ -94,7 +88,7 @@ def extract_features(network, cnn, paths, batch_size, load=None):
     """
     load = load or functools.partial(load_image, side=cnn.image_size)
     gpus = [device.name for device in tf.config.list_logical_devices("GPU")]
-    devices = itertools.cycle(gpus or [None])
+    devices = itertools.cycle(gpus or [None])  # None: where TensorFlow chooses
     workers = max(_EXTRACT_WORKERS * len(gpus), usable_cores()) if gpus else _EXTRACT_WORKERS
     with cancelling_pool(workers) as pool:
         running = collections.deque()
@@ -107,8 +101,8 @@ def extract_features(network, cnn, paths, batch_size, load=None):
             yield running.popleft().result()
 
 
-def _extract_batch(network, cnn, paths, load, device=None):
-    """Read a batch and compute it on a device, or where TensorFlow chooses. Returns what `extract_features` yields."""
+def _extract_batch(network, cnn, paths, load, device):
+    """Read a batch and compute it on a device. Returns what `extract_features` yields."""
     readable, pixels, failed = [], [], []
     for path in paths:
         try:
@@ -118,5 +112,5 @@ def _extract_batch(network, cnn, paths, load, device=None):
             failed.append((path, str(error)))
     if not readable:
         return [], np.zeros((0, *cnn.feature_shape), np.float32), failed
-    with tf.device(device) if device else contextlib.nullcontext():
+    with tf.device(device):
         return readable, network(tf.constant(np.stack(pixels))).numpy(), failed  # (B, P, F)

@@ -59,10 +59,7 @@ def read_feature(path, shape, dtype):
     Args:
       path: string ().
       shape: (P, F), which its CNN tells.
-      dtype: number type of the result.
-
-    Returns:
-      (P, F)
+      dtype: number type of the result, which is (P, F).
     """
     data = tf.io.read_file(path)
     header = _npy_header_length(data)

@@ -95,11 +95,8 @@ def _rewrite_graph(graph, precision):
     """Do beforehand what TensorFlow does to a graph when it first runs, but for the last step, see `_graph_function`.
 
     Args:
-      graph: GraphDef without variables.
+      graph: GraphDef without variables, as what is returned.
       precision: "bfloat16" or "float32", what convolutions compute in.
-
-    Returns:
-      GraphDef
     """
     options = tf.compat.v1.ConfigProto()
     rewriting = options.graph_options.rewrite_options

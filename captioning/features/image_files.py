@@ -24,7 +24,6 @@ def load_image(path, side, cut=None):
     """Read any image file that Pillow can read, and squeeze it to a square.
 
     Args:
-      path: path of the file.
       side: int, pixels of each side of the square.
       cut: list that `path` is added to where it is a JPEG file that lacks its end, and is used all the same; or None.
 

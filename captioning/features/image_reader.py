@@ -175,7 +175,7 @@ def _check_rows(image):
 
 
 def _to_8_bits(image, sbit):
-    """Scale a grey image of 16-bit, 32-bit or floating-point numbers to 8 bits.
+    """Scale a grey image of 16-bit, 32-bit or floating-point numbers to 8 bits, Pillow's mode L.
 
     The range is the one that the file declares: a TIFF file by SMinSampleValue and SMaxSampleValue, MinSampleValue and
     MaxSampleValue, or BitsPerSample between 8 and 16; a PNG file by sBIT, where that holds the largest value. Else it
@@ -186,9 +186,6 @@ def _to_8_bits(image, sbit):
     Args:
       image: Pillow image of a mode I or F, decoded.
       sbit: int, the bits of a PNG file's numbers that count, or None.
-
-    Returns:
-      Pillow image of mode L
     """
     values = np.asarray(image)  # (height, width)
     tags = image.tag_v2 if image.format == "TIFF" else {}

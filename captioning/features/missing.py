@@ -37,7 +37,6 @@ def find_missing(images, config, shared=False):
     A feature of which the manifest has no line, as after a power cut, is extracted again: nothing tells what made it.
 
     Args:
-      images: list of CaptionedImage.
       shared: bool, whether other processes may be writing features to the same folder.
 
     Returns:
@@ -86,14 +85,11 @@ def find_missing(images, config, shared=False):
 
 
 def _check_made_elsewhere(images, manifest, files, config):
-    """Check features that another program made. New and changed ones are read.
+    """Check features that another program made; new and changed ones are read. Returns a Manifest with a line for each.
 
     Args:
       manifest: Manifest of the features that are known and unchanged.
       files: dict of stem to os.stat_result, the feature files.
-
-    Returns:
-      Manifest with a line for each image
 
     Raises:
       UserError: a feature is missing or damaged.

@@ -23,16 +23,13 @@ from support.files import file_digest
 
 
 def network_identity(config, statistics=None):
-    """Name the network in one line, so that other weights have another name. Looks at no feature and no image.
+    """The name of the network, a line that is another for other weights. Looks at no feature and no image.
 
     Args:
       config: Config. `cnn` names the network; `inception_weights` is "imagenet", "random" or the path of a weights
         file. The file that "imagenet" stands for is named as "imagenet" is, wherever it lies.
       statistics: path of the batch-norm statistics of random weights, which are a part of these, or None to name the
         seed alone. Other weights do not need it.
-
-    Returns:
-      str
 
     Raises:
       UserError: the weights file or the statistics are missing.
@@ -195,7 +192,6 @@ def load_cnn(cnn, weights, precision):
     """Build Keras's model of a CNN, up to its grid.
 
     Args:
-      cnn: CNN
       weights: "imagenet", "random" or the path of a weights file.
       precision: "float32", "bfloat16" or "float16". The last two are for GPUs. On a CPU the model itself is float32.
 

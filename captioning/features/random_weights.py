@@ -46,7 +46,6 @@ def calibrate(network, cnn, image_paths):
 
     Args:
       network: Keras model. Its own statistics change.
-      cnn: CNN, which network it is.
       image_paths: list of image files. Those that cannot be read are left out: they are reported elsewhere.
 
     Returns:
@@ -82,8 +81,6 @@ def set_statistics(network, path, identity):
     """Set the batch-norm statistics to what `write_statistics` wrote.
 
     Args:
-      network: Keras model.
-      path: path of the file.
       identity: str, `network_identity`, without statistics, of the network that they must belong to.
 
     Raises:

@@ -26,7 +26,6 @@ def write_captions(captioner, images, make_batches, output, options, config, ski
     What an earlier call finished is not done again, and its other images stay, unless `options.anew`.
 
     Args:
-      captioner: Captioner
       images: list of ImageToCaption.
       make_batches: function of a list of ImageToCaption -> iterator of (list of B ImageToCaption, features (B, P, F)).
       output: pathlib.Path of the folder.
@@ -128,7 +127,6 @@ def _write_attention_pages(images, records_path, output, config):
       images: list of ImageToCaption. Those whose attention is not kept are left out.
       records_path: pathlib.Path of captions.jsonl.
       output: pathlib.Path of the folder.
-      config: Config
 
     Returns:
       pathlib.Path of the first page, or None

@@ -98,7 +98,6 @@ def make_record(prediction, state, figure="", figure_map="", keep_attention=True
     """The CaptionRecord of a GeneratedCaption.
 
     Args:
-      prediction: GeneratedCaption
       state: the `file_state` of the image before it was read, so that a change since then shows in the next run.
       figure, figure_map: str, as in CaptionRecord.
       keep_attention: bool
@@ -144,7 +143,6 @@ def restore_prediction(record, image=None):
     """The GeneratedCaption of a record that kept its attention.
 
     Args:
-      record: CaptionRecord
       image: ImageToCaption or None. Its path and references count instead of the record's, as files may move.
     """
     about = {

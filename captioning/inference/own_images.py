@@ -140,15 +140,11 @@ def describe_skipped(skipped):
 
 
 def _walk_folder(folder, output, skipped):
-    """The image files in a folder, at any depth, and in linked folders, in order of their names.
+    """The image files in a folder, at any depth, and in linked folders, in order of their names: list of pathlib.Path.
 
     Args:
-      folder: pathlib.Path
       output: pathlib.Path, resolved; this folder is not entered.
       skipped: Counter of the kinds of files that are no images; it is added to.
-
-    Returns:
-      list of pathlib.Path
     """
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in _IMAGE_FORMATS}
     found = []
