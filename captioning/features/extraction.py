@@ -49,16 +49,18 @@ def cache_features(images, calibration, config, shared=False, cut=None):
     statistics = random_statistics(folder)
     by_path = {image_path(image, config): image for image in images}
 
-    def load_and_note(path):
+    def load(path):
         image_states[path] = read_state(path)  # before the pixels: a change in between shows in the next run
         return load_image(path, cnn.image_size, cut)
 
     network = feature_network(config, statistics, calibration)
-    batches = extract_features(network, cnn, list(by_path), config.extract_batch, load_and_note)
     forecast = Forecast("the features", len(by_path), "images")
-    bar = tqdm(total=len(by_path), desc="extracting features", unit=" images")
-    with open_journal(folder, network_identity(config, statistics)) as journal, extraction_graphs(config), bar:
-        for paths, features, failed in batches:
+    with (
+        open_journal(folder, network_identity(config, statistics)) as journal,
+        extraction_graphs(config),
+        tqdm(total=len(by_path), desc="extracting features", unit=" images") as bar,
+    ):
+        for paths, features, failed in extract_features(network, cnn, list(by_path), config.extract_batch, load):
             targets = [feature_path(by_path[path], folder) for path in paths]
             states = [image_states.pop(path) for path in paths]
             write_features(targets, features, config.feature_dtype, journal, states)
