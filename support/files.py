@@ -112,7 +112,7 @@ def replacing(path):
 
 
 def walk_folder(folder, onerror=None):
-    """What os.walk yields, and linked folders too. Each folder comes once, by its own place before those of links.
+    """os.walk that enters linked folders too. Each folder comes once: by its own place, or else by its first link.
 
     Args, yields: as of os.walk. Names that the caller takes out of a list of folders are not entered.
     """

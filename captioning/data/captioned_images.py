@@ -20,8 +20,8 @@ from support.errors import UserError
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and the names of temporary files are longer
 _LONGEST_CAPTION = 10_000  # letters; a longer one is no caption but a damaged file
 # What people call the splits, and what they are called here. Karpathy's restval is used for training.
-SPLITS = {"train": "train", "training": "train", "restval": "train"}
-SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation") | {"test": "test", "testing": "test"}
+_SPLITS = {"train": "train", "training": "train", "restval": "train"}
+_SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation") | {"test": "test", "testing": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +169,11 @@ def _comparable_stem(image):
 def get_fields(record, *names):
     """The record's values of these names. None stands for a missing one, and for all if the record is not a dict."""
     return [record.get(name) if isinstance(record, dict) else None for name in names]
+
+
+def find_split(value):
+    """The split that a word of a file, or a folder's name, stands for. Any JSON value -> str, or None for no split."""
+    return _SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def is_text(value):

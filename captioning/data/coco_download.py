@@ -18,7 +18,7 @@ _COCO_ARCHIVES = {  # size in bytes and SHA-256, as TensorFlow Datasets lists th
 }
 _BYTES_PER_IMAGE = 163_000  # on average, in each of these archives
 _DISPENSABLE = 0.1  # share of the images that a data set can do without, whatever the server answers
-SPLITS = ("train2014", "val2014", "train2017", "val2017")  # those with captions
+COCO_SPLITS = ("train2014", "val2014", "train2017", "val2017")  # those with captions
 
 
 def captions_path(config):
@@ -37,9 +37,9 @@ def find_annotations(config, shard=None):
     split = config.coco_split
     path = captions_path(config)
     if not path.is_file():
-        if split not in SPLITS:
+        if split not in COCO_SPLITS:
             raise UserError(
-                f"{path} is missing, and COCO has no captions for --coco_split {split}, only for {', '.join(SPLITS)}: "
+                f"{path} is missing, and COCO has no captions for --coco_split {split}, only for {', '.join(COCO_SPLITS)}: "
                 "give one of these, or set --coco_dir and --coco_split to where the captions are"
             )
         name = f"annotations_trainval{split[-4:]}.zip"
@@ -97,15 +97,15 @@ def _fetch_images_by_archive(missing, config):
     skipped, wanted = {}, {}  # wanted: dict of split to the set of its members' names
     for image in missing:
         split = _coco_split(image, config)
-        if config.dataset in ("karpathy", "table") and split not in SPLITS:  # Flickr's
+        if config.dataset in ("karpathy", "table") and split not in COCO_SPLITS:  # Flickr's
             skipped[image.name] = _no_address(image, config)
         else:
             member = image_path(image, config).relative_to(_root_folder(config))
             wanted.setdefault(split, set()).add(member.as_posix())
     for split, names in wanted.items():
-        if split not in SPLITS:
+        if split not in COCO_SPLITS:
             raise UserError(
-                f"{len(names)} images of {split} are missing, and there are archives only of {', '.join(SPLITS)}: "
+                f"{len(names)} images of {split} are missing, and there are archives only of {', '.join(COCO_SPLITS)}: "
                 "give --image_source each"
             )
         _check_room(f"{split}.zip", _root_folder(config), len(names))

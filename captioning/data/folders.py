@@ -6,7 +6,7 @@ train, validation and test, if there are such, are the splits (huggingface.co/do
 
 import pathlib
 
-from captioning.data.captioned_images import SPLITS, RejectedRecords
+from captioning.data.captioned_images import RejectedRecords, find_split
 from captioning.data.tables import IMAGE_ENDINGS, Row, Source, make_splits, read_table, read_text
 from support.errors import UserError
 from support.files import walk_folder
@@ -23,7 +23,7 @@ def read_folder(folder, columns, max_words):
     splits, first_id = {}, 1
     by_parent = {str(pathlib.PurePosixPath(name).parent).removeprefix("."): name for name in reversed(tables)}
     for parent, name in sorted(by_parent.items()):  # of two in one folder the .csv
-        split = SPLITS.get(parent.split("/")[0].lower())
+        split = find_split(parent.split("/")[0])
         found = read_table(Source(pathlib.Path(folder, name), split, parent), columns, max_words, first_id)
         for split, images in found.items():
             splits.setdefault(split, []).extend(images)

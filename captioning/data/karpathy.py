@@ -11,13 +11,13 @@ import unicodedata
 import urllib.parse
 
 from captioning.data.captioned_images import (
-    SPLITS,
     CaptionedImage,
     RejectedRecords,
     add_captions,
     clean_folder,
     clean_id,
     find_caption_problem,
+    find_split,
     get_fields,
     split_file_name,
 )
@@ -137,8 +137,7 @@ def _place_record(record):
 
 def _split_of_record(record):
     """The split that a record names, or None. Any JSON value -> str or None."""
-    (split,) = get_fields(record, "split")
-    return SPLITS.get(split.strip().lower()) if isinstance(split, str) else None
+    return find_split(*get_fields(record, "split"))
 
 
 def _sentence_text(sentence):

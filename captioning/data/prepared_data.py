@@ -144,23 +144,18 @@ def load_prepared(config):
     folder = pathlib.Path(config.data_dir)
     saved = _read_settings_file(folder)
     for name in DATA_SETTINGS:
-        _check_setting(folder, name, saved[name], config)
+        before, now = saved[name], getattr(config, name)
+        if not is_same_setting(name, before, now):
+            raise UserError(
+                f"{folder} was prepared with --{name} {quote(before)}, not {quote(now)}: "
+                f"give --{name} {quote(before)}, or {prepare_command(config.dataset)} with the new value"
+            )
     vocabulary = read_vocabulary(folder / "vocabulary.json")
     names = ("train", "validation", *(["test"] if "test" in str(saved["splits"]) else []))
     splits = {name: _read_images(folder / f"{name}.json", len(vocabulary)) for name in names}
     splits.setdefault("test", [])
     mean, std = _read_feature_statistics(folder / "feature_statistics.npz")
     return Prepared(**splits, vocabulary=vocabulary, feature_mean=mean, feature_std=std, network=saved["network"])
-
-
-def _check_setting(folder, name, saved, config):
-    """Raise UserError if the data were prepared with another value of a setting."""
-    value = getattr(config, name)
-    if not is_same_setting(name, saved, value):
-        raise UserError(
-            f"{folder} was prepared with --{name} {quote(saved)}, not {quote(value)}: "
-            f"give --{name} {quote(saved)}, or {prepare_command(config.dataset)} with the new value"
-        )
 
 
 def _read_images(path, vocab_size):

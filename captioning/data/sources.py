@@ -5,7 +5,7 @@ import pathlib
 
 from captioning.data.captioned_images import images_folder, name_features, names_on_disk
 from captioning.data.coco import REMEDY, read_coco_captions, split_of_file
-from captioning.data.coco_download import SPLITS, captions_path, find_annotations
+from captioning.data.coco_download import COCO_SPLITS, captions_path, find_annotations
 from captioning.data.folders import read_folder
 from captioning.data.karpathy import read_karpathy
 from captioning.data.prepared_data import retract_prepared
@@ -60,11 +60,11 @@ def _read_coco(config, shard):
             continue
         theirs = split_of_file(path)
         own = dataclasses.replace(config, coco_split=theirs)
-        if theirs in SPLITS and pathlib.Path(path) == captions_path(own):
+        if theirs in COCO_SPLITS and pathlib.Path(path) == captions_path(own):
             find_annotations(own, shard)  # which downloads it if it is missing
         with mended_by(f"name another by --{split}_captions"):
             images = read_coco_captions(path, config.max_words, scored=True)
-        if theirs != config.coco_split and (theirs in SPLITS or images_folder(own).is_dir()):
+        if theirs != config.coco_split and (theirs in COCO_SPLITS or images_folder(own).is_dir()):
             images = [dataclasses.replace(image, coco_split=theirs) for image in images]
         splits[split] = images
     return splits

@@ -15,11 +15,11 @@ import unicodedata
 from typing import NamedTuple
 
 from captioning.data.captioned_images import (
-    SPLITS,
     CaptionedImage,
     RejectedRecords,
     add_captions,
     find_caption_problem,
+    find_split,
     split_file_name,
 )
 from captioning.data.coco import captions_of
@@ -130,7 +130,7 @@ def _collect_images(rows, source, rejected, first_id):
     images, split_of, captions = {}, {}, {}
     for row in rows:
         folder, file_name = split_file_name(_clean_image_name(row.image))
-        split = source.split or _find_split(row.split)
+        split = source.split or find_split(row.split)
         if folder is None:
             rejected.add(file_name, row.shown, row.line)
             continue
@@ -160,13 +160,9 @@ def _clean_image_name(value):
     return re.sub(r"(\.\w+)#[0-9]+$", r"\1", value.strip()) if isinstance(value, str) else value
 
 
-def _find_split(value):
-    return SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
-
-
 def _splits_by_folder(images):
     """Splits by the names of the first folders, if all are names of splits; else all images are to train on."""
-    by_folder = {image.image_id: SPLITS.get(image.folder.split("/")[0].lower()) for image in images}
+    by_folder = {image.image_id: find_split(image.folder.split("/")[0]) for image in images}
     return by_folder if all(by_folder.values()) else dict.fromkeys(by_folder, "train")
 
 
@@ -376,7 +372,7 @@ def _split_records(lines, start, delimiter, width, caption):
 
 
 def _join_quoted(lines, number, delimiter):
-    """A record in whose quotes lines end. Returns (its text, how many lines it has), one where no quote is open."""
+    """The record that begins at a line, and goes on in the next ones inside of quotes. Returns (its text, its lines)."""
     first = lines[number]
     if '"' not in first or not _read_csv(first, delimiter)[1]:
         return first, 1

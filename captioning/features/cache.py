@@ -91,7 +91,8 @@ def load_data(config, to_caption=False):
     """What script 1 prepared, with its features: Prepared.
 
     Args:
-      to_caption: bool, `max_words` tells where decoding stops, and need not be what the data were prepared with.
+      to_caption: bool, whether the images are only captioned. `max_words` then tells where decoding stops, and need not
+        be what the data were prepared with.
 
     Raises:
       UserError: as `load_prepared` and `_check_features` do.
@@ -104,7 +105,7 @@ def load_data(config, to_caption=False):
 def _as_prepared(config, to_caption):
     """The Config with the settings that the data were prepared with, where its own may be others. See `load_data`.
 
-    A file of weights may have moved, and `imagenet` is one by another name.
+    A file of weights may have moved, and the one that `imagenet` stands for may be named by its path.
     """
     saved = read_prepared_settings(config.data_dir)
     if to_caption:

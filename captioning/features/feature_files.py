@@ -52,7 +52,7 @@ def write_features(paths, features, dtype, journal=None, images=None):
 def read_feature(path, shape, dtype):
     """Read one cached feature inside a TensorFlow graph, whichever of the two number types it has on disk.
 
-    Whoever trains or captions names the same type, `config.feature_dtype`: what is trained on is captioned with.
+    Training and captioning both name `config.feature_dtype`, so that a model gets the same numbers in both.
 
     A file that cannot be one ends the pipeline with an error. `reading_features` turns that into one line.
 

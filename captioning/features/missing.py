@@ -184,7 +184,7 @@ def _update_manifest(manifest, usable, identity, features_dir):
     Args:
       manifest: Manifest of the features that are known and unchanged.
       usable: set of the stems whose image has not changed either.
-      identity: str, `network_identity`, of random weights that without their calibration, which is still to come.
+      identity: str, `network_identity`; for random weights without their calibration, which is still to come.
     """
     if not usable:
         # The features first: whatever is left if this is interrupted, the next run comes here again.

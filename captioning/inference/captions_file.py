@@ -1,8 +1,8 @@
 """captions.jsonl: one line for each captioned image, written as its batch is done, so that a stopped run goes on.
 
 The file holds the captions of one checkpoint with one set of settings, from any number of calls. made_by.json beside it
-names both, and a call with others is refused. So lines of other images stay. A line tells by size and time whether
-its image has changed since; its new line then takes the place of the old one, which stays until then.
+names both, and a call with others is refused. So lines of other images stay. A line holds the size and time of its
+image's file. An image with others is captioned again, and its new line then takes the place of the old one.
 """
 
 import contextlib

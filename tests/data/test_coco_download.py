@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from captioning.data.captioned_images import CaptionedImage, image_path
-from captioning.data.coco_download import _COCO_ARCHIVES, SPLITS, _fetch_archive, fetch_images, find_annotations
+from captioning.data.coco_download import _COCO_ARCHIVES, COCO_SPLITS, _fetch_archive, fetch_images, find_annotations
 from captioning.settings import make_config
 from support.errors import UserError
 from support.files import locked
@@ -47,7 +47,7 @@ def files_below(folder):
 
 
 def test_every_split_with_captions_has_an_archive_of_each_kind():
-    for split in SPLITS:
+    for split in COCO_SPLITS:
         assert {f"{split}.zip", f"annotations_trainval{split[-4:]}.zip"} <= _COCO_ARCHIVES.keys()
     assert all(size > 2e8 and len(sha256) == 64 for size, sha256 in _COCO_ARCHIVES.values())
 
@@ -55,7 +55,7 @@ def test_every_split_with_captions_has_an_archive_of_each_kind():
 # --- Captions
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", COCO_SPLITS)
 def test_captions_of_every_split_are_downloaded_where_they_are_missing(config, server, split):
     year = split[-4:]
     names = [f"{kind}_{half}{year}" for kind in ("captions", "instances") for half in ("train", "val")]
@@ -150,7 +150,7 @@ def test_nothing_is_asked_where_nothing_is_missing(config, karpathy):
     assert not pathlib.Path(config.coco_dir).exists()
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", COCO_SPLITS)
 def test_the_archive_of_every_split_is_the_other_way(config, server, split):
     config = dataclasses.replace(config, coco_split=split, image_source="zip")
     publish(server, f"zips/{split}.zip", {f"{split}/{name}": b"image" for name in ("a.jpg", "b.jpg", "c.jpg")})
