@@ -372,7 +372,7 @@ def _split_records(lines, start, delimiter, width, caption):
 
 
 def _join_quoted(lines, number, delimiter):
-    """The record that begins at a line, and goes on in the next ones inside of quotes. Returns (its text, its lines)."""
+    """The record that begins at a line, and goes on in the next ones inside quotes. Returns (text, number of lines)."""
     first = lines[number]
     if '"' not in first or not _read_csv(first, delimiter)[1]:
         return first, 1
