@@ -302,7 +302,7 @@ def _read_pieces(response):
         raise AttemptFailed(_describe(error)) from None
 
 
-def unpack(archive, folder, wanted=None, progress=True):
+def unpack(archive, folder, wanted=None):
     """Unzip `archive` into `folder`. Members that are there already with the right size stay as they are.
 
     Args:
@@ -328,7 +328,7 @@ def unpack(archive, folder, wanted=None, progress=True):
             folder.mkdir(parents=True, exist_ok=True)
             if total > shutil.disk_usage(folder).free:
                 raise UserError(f"{archive} unpacks to {total / 1e6:,.0f} MB ({files.free_space(folder)})")
-            with tqdm(total=total, unit="B", unit_scale=True, desc=archive.name, disable=not progress) as bar:
+            with tqdm(total=total, unit="B", unit_scale=True, desc=archive.name) as bar:
                 for member in members:
                     _extract(source, member, folder / member.filename, bar)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, UnicodeError) as error:

@@ -337,15 +337,11 @@ def _find_layout(path, first, delimiters, columns):
         places = _find_columns(names, columns)
         if None not in places[:2]:
             return delimiter, places, len(names), True
-        if not any(columns) and len(names) > 1 and _looks_like_image(names[0]):
+        if not any(columns) and len(names) > 1 and _clean_image_name(names[0]).lower().endswith(IMAGE_ENDINGS):
             numbered = len(names) > 2 and names[1].isdecimal()  # as in Flickr30k: name.jpg| 0| caption
             return delimiter, [0, 1 + numbered, None], 2 + numbered, False
         widest = max(widest, names, key=len)
     return _check_columns(path, widest, columns)
-
-
-def _looks_like_image(cell):
-    return _clean_image_name(cell).lower().endswith(IMAGE_ENDINGS)
 
 
 def _split_records(lines, start, delimiter, width, caption):

@@ -811,7 +811,7 @@ def files_below(folder):
 
 def test_members_are_unpacked_as_they_are(tmp_path):
     archive = make_zip(tmp_path / "a.zip", {"train/": b"", "train/1.jpg": DATA, "train/sub/2.jpg": OTHER, "n": b""})
-    downloads.unpack(archive, tmp_path / "out", progress=False)
+    downloads.unpack(archive, tmp_path / "out")
     assert files_below(tmp_path / "out") == ["n", "train/1.jpg", "train/sub/2.jpg"]
     assert (tmp_path / "out" / "train" / "1.jpg").read_bytes() == DATA
     assert (tmp_path / "out" / "train" / "sub" / "2.jpg").read_bytes() == OTHER
@@ -819,18 +819,18 @@ def test_members_are_unpacked_as_they_are(tmp_path):
 
 def test_only_wanted_members_are_unpacked(tmp_path):
     archive = make_zip(tmp_path / "a.zip", {"annotations/a.json": b"a", "annotations/b.json": b"b"})
-    downloads.unpack(archive, tmp_path / "out", wanted=lambda name: name.endswith("/b.json"), progress=False)
+    downloads.unpack(archive, tmp_path / "out", wanted=lambda name: name.endswith("/b.json"))
     assert files_below(tmp_path / "out") == ["annotations/b.json"]
 
 
 def test_second_unpacking_writes_what_is_missing_only(tmp_path):
     archive = make_zip(tmp_path / "a.zip", {"kept": DATA, "short": DATA, "gone": DATA})
     out = tmp_path / "out"
-    downloads.unpack(archive, out, progress=False)
+    downloads.unpack(archive, out)
     before = (out / "kept").stat()
     (out / "short").write_bytes(DATA[:10])
     (out / "gone").unlink()
-    downloads.unpack(archive, out, progress=False)
+    downloads.unpack(archive, out)
     assert ((out / "kept").stat().st_ino, (out / "kept").stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert (out / "short").read_bytes() == (out / "gone").read_bytes() == DATA
 
@@ -841,7 +841,7 @@ def test_second_unpacking_writes_what_is_missing_only(tmp_path):
 def test_member_outside_the_folder_refuses_the_archive(tmp_path, name):
     archive = make_zip(tmp_path / "a.zip", {"good": b"good", name: b"evil"})
     with pytest.raises(UserError, match="leaves the folder") as caught:
-        downloads.unpack(archive, tmp_path / "deep" / "out", progress=False)
+        downloads.unpack(archive, tmp_path / "deep" / "out")
     assert str(archive) in str(caught.value) and repr(name) in str(caught.value)
     assert files_below(tmp_path) == ["a.zip"]
 
@@ -852,7 +852,7 @@ def test_link_refuses_the_archive(tmp_path, kind):
     link.external_attr = (kind | 0o777) << 16
     archive = make_zip(tmp_path / "a.zip", {"good": b"good", link: b"/etc"})
     with pytest.raises(UserError, match="'link' is a link"):
-        downloads.unpack(archive, tmp_path / "out", progress=False)
+        downloads.unpack(archive, tmp_path / "out")
     assert files_below(tmp_path) == ["a.zip"]
 
 
@@ -861,17 +861,17 @@ def test_archive_larger_than_the_free_disk_is_refused(tmp_path, monkeypatch):
     room = types.SimpleNamespace(free=len(DATA) - 1)
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: room)
     with pytest.raises(UserError, match="MB free"):
-        downloads.unpack(archive, tmp_path / "out", progress=False)
+        downloads.unpack(archive, tmp_path / "out")
     assert files_below(tmp_path) == ["a.zip"]
     room.free = len(DATA)
-    downloads.unpack(archive, tmp_path / "out", progress=False)
+    downloads.unpack(archive, tmp_path / "out")
 
 
 def test_truncated_archive_says_delete_it(tmp_path):
     archive = make_zip(tmp_path / "a.zip", {"a": DATA})
     archive.write_bytes(archive.read_bytes()[:-1000])
     with pytest.raises(UserError, match="a.zip is damaged .*delete it and run the same command again"):
-        downloads.unpack(archive, tmp_path / "out", progress=False)
+        downloads.unpack(archive, tmp_path / "out")
     assert files_below(tmp_path) == ["a.zip"]
 
 
@@ -881,7 +881,7 @@ def test_damaged_member_is_not_written(tmp_path):
     content[-len(OTHER) // 2] ^= 1
     archive.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        downloads.unpack(archive, tmp_path / "out", progress=False)
+        downloads.unpack(archive, tmp_path / "out")
     assert files_below(tmp_path / "out") == ["a"]
 
 
@@ -893,7 +893,7 @@ def test_encrypted_or_misnamed_member_says_delete_it(tmp_path, flags):
     struct.pack_into("<H", content, content.rindex(b"PK\x01\x02") + 8, flags)
     archive.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        downloads.unpack(archive, tmp_path / "out", progress=False)
+        downloads.unpack(archive, tmp_path / "out")
     assert files_below(tmp_path) == ["a.zip"]
 
 
@@ -904,10 +904,10 @@ def test_member_of_another_size_than_declared_is_not_written(tmp_path, declared)
     struct.pack_into("<I", content, content.rindex(b"PK\x01\x02") + 24, declared)
     archive.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        downloads.unpack(archive, tmp_path / "out", progress=False)
+        downloads.unpack(archive, tmp_path / "out")
     assert files_below(tmp_path) == ["a.zip"]
 
 
 def test_missing_archive_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match="a.zip"):
-        downloads.unpack(tmp_path / "a.zip", tmp_path / "out", progress=False)
+        downloads.unpack(tmp_path / "a.zip", tmp_path / "out")
