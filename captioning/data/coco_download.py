@@ -38,9 +38,10 @@ def find_annotations(config, shard=None):
     path = captions_path(config)
     if not path.is_file():
         if split not in COCO_SPLITS:
+            known = ", ".join(COCO_SPLITS)
             raise UserError(
-                f"{path} is missing, and COCO has no captions for --coco_split {split}, only for "
-                f"{', '.join(COCO_SPLITS)}: give one of these, or set --coco_dir and --coco_split to where captions are"
+                f"{path} is missing, and COCO has no captions for --coco_split {split}, only for {known}: "
+                "give one of these, or set --coco_dir and --coco_split to where the captions are"
             )
         name = f"annotations_trainval{split[-4:]}.zip"
         _fetch_archive(name, config.coco_dir, wanted=lambda name: name.endswith(".json"), shard=shard)
