@@ -35,12 +35,7 @@ _PATHS = tuple(  # settings in which ~ is the home folder; shells see to it only
 
 
 def read_settings(argv, description, add_options=None):
-    """The settings of script 1: command line over preset over config.py.
-
-    Args:
-      argv: list of str, the command line without the script's name.
-      description: str, the first lines of `--help`.
-      add_options: function that adds the script's own options to the parser that it is given.
+    """The settings of script 1: command line over preset over config.py. Arguments are those of `parse_command_line`.
 
     Returns:
       (Config, argparse.Namespace of the script's own options)

@@ -31,14 +31,9 @@ def build_vocabulary(captions, vocab_size):
 
 
 def encode_captions(captions, vocabulary):
-    """Turn each caption into token ids.
+    """Turn each caption into token ids: <start>, the words, <end>. A word outside the vocabulary is <unk>.
 
-    Args:
-      captions: list of N str.
-      vocabulary: list of V str, as `build_vocabulary` returns it.
-
-    Returns:
-      list of N lists of int: <start>, the words, <end>. A word outside the vocabulary is <unk>.
+    list of N str, list of V str as `build_vocabulary` returns it -> list of N lists of int
     """
     ids = {word: i for i, word in enumerate(vocabulary)}
     return [[START, *(ids.get(word, UNK) for word in split_words(caption)), END] for caption in captions]

@@ -140,11 +140,7 @@ def name_features(splits):
     An image whose stem no other has keeps it, so that features made elsewhere are found. Stems that differ in upper and
     lower case alone are the same, as they are on some file systems. The others get a digest of folder and file name.
 
-    Args:
-      splits: dict of split to list of CaptionedImage.
-
-    Returns:
-      the same with `feature_stem` set where it must be
+    dict of split to list of CaptionedImage -> the same with `feature_stem` set where it must be
     """
     owners = collections.defaultdict(set)
     for image in itertools.chain(*splits.values()):

@@ -65,8 +65,7 @@ def captions_of(data, path, max_words, scored=False):
 def read_image_list(path):
     """The images that a file in COCO's layout lists, with captions or without, such as image_info_test2014.json.
 
-    Returns:
-      list of CaptionedImage without captions, by ascending image id
+    path -> list of CaptionedImage without captions, by ascending image id
 
     Raises:
       FileError: the file cannot be read, or lists no image that can be used.

@@ -58,8 +58,7 @@ def network_identity(config, statistics=None):
 def feature_network(config, statistics=None, calibration_paths=None, expected_identity=None):
     """The network that computes features, for several threads. Arguments and errors are those of `feature_graph`.
 
-    Returns:
-      function of uint8 (B, side, side, 3) -> float32 (B, P, F)
+    Returns a function of uint8 (B, side, side, 3) -> float32 (B, P, F).
     """
     return compiled_once(feature_graph(config, statistics, calibration_paths, expected_identity))
 

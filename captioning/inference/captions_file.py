@@ -18,7 +18,7 @@ import numpy as np
 from captioning.captioner import sampling_settings
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.inference.own_images import is_address
-from support.errors import UserError, mended_by, printable
+from support.errors import FileError, UserError, printable
 from support.file_states import find_stat
 from support.files import read_json, reason_and_remedy, replacing, write_json
 
@@ -100,7 +100,7 @@ def make_record(prediction, state, figure="", figure_map="", keep_attention=True
     Args:
       state: the `file_state` of the image before it was read, so that a change since then shows in the next run.
       figure, figure_map: str, as in CaptionRecord.
-      keep_attention: bool
+      keep_attention: bool, whether the record keeps the words, their probabilities and the maps.
     """
     file = os.path.abspath(prediction.path)
     size, modified = state
@@ -234,11 +234,10 @@ def begin_captions(path, maker, anew=False):
         return
     choices = "name another folder behind --output, or give --anew, which deletes the captions that are there"
     try:
-        with mended_by(choices):
-            before = _BEFORE | read_json(note, dict)
-            before = {name: value for name, value in before.items() if name not in _FORMER_SETTINGS}
-    except UserError as error:
-        raise UserError(f"it is not known what made the captions in {path}: {error}") from None
+        before = _BEFORE | read_json(note, dict)
+    except FileError as error:
+        raise UserError(f"it is not known what made the captions in {path}: {error}: {choices}") from None
+    before = {name: value for name, value in before.items() if name not in _FORMER_SETTINGS}
     if differing := [name for name in {**maker, **before} if before.get(name) != maker.get(name)]:
         of_both = [name for name in differing if name in before and name in maker]  # temperature is none of greedy's
         changes = ", ".join(f"{name} {before.get(name)}, not {maker.get(name)}" for name in of_both or differing)
