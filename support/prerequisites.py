@@ -36,8 +36,9 @@ def check_prerequisites(packages=True):
     if problem is None and missing:
         names = ", ".join(missing) + (" is" if len(missing) == 1 else " are")
         environment = r".venv\Scripts\python" if os.name == "nt" else ".venv/bin/python"
+        python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
         problem = (
-            f"{names} not installed for {sys.executable}: run {_quoted(sys.executable)} -m pip install "
+            f"{names} not installed for {sys.executable}: run {python} -m pip install "
             f"-r requirements.txt, or start the script with an environment's own Python, such as {environment}"
         )
     if problem:
@@ -62,10 +63,6 @@ def _version_problem(newer_is_wrong):
         f"Python {this} is too {'old' if found < _OLDEST else 'new'}, as TensorFlow 2.21 runs on {oldest} to {newest}: "
         f"install one of these and make the environment with it, by {command} -m venv .venv"
     )
-
-
-def _quoted(path):
-    return f'"{path}"' if " " in path else path
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def make_splits(rows, source, max_words, rejected, first_id=1):
     """The images of rows by split. Arguments and result are as in `read_table`."""
     images, split_of, captions = _collect_images(rows, source, rejected, first_id)
     if not source.split and images and all(split is None for split in split_of.values()):
-        split_of = _splits_by_folder(images)
+        by_folder = {image.image_id: find_split(image.folder.split("/")[0]) for image in images}
+        # Where a first folder is not named after a split, all images are to train on.
+        split_of = by_folder if all(by_folder.values()) else dict.fromkeys(by_folder, "train")
     splits = {split: [] for split in ("train", "validation", "test") if split in split_of.values()}
     for image in add_captions(images, captions, max_words, rejected):
         split = split_of[image.image_id]
@@ -158,12 +160,6 @@ def _collect_images(rows, source, rejected, first_id):
 def _clean_image_name(value):
     """A cell's image without the number of the caption that Flickr8k puts behind it: name.jpg#0."""
     return re.sub(r"(\.\w+)#[0-9]+$", r"\1", value.strip()) if isinstance(value, str) else value
-
-
-def _splits_by_folder(images):
-    """Splits by the names of the first folders, if all are names of splits; else all images are to train on."""
-    by_folder = {image.image_id: find_split(image.folder.split("/")[0]) for image in images}
-    return by_folder if all(by_folder.values()) else dict.fromkeys(by_folder, "train")
 
 
 def _list_captions(value):

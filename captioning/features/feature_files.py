@@ -144,7 +144,7 @@ def check_feature_file(path, shape, dtype="float32"):
 
 
 def _load_npy(data):
-    """The array of a .npy file's bytes, row by row and with nothing behind it; None where they are not that."""
+    """The array of a .npy file's bytes. None where these are damaged, in Fortran's order, or have more behind them."""
     while True:
         file = io.BytesIO(data)
         try:

@@ -23,7 +23,7 @@ from support.files import file_digest
 
 
 def network_identity(config, statistics=None):
-    """The name of the network, a line that is another for other weights. Looks at no feature and no image.
+    """The name of the network, one line. Other weights have another name. Looks at no feature and no image.
 
     Args:
       config: Config. `cnn` names the network; `inception_weights` is "imagenet", "random" or the path of a weights

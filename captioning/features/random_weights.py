@@ -15,7 +15,6 @@ STATISTICS_REMEDY = (
     "without this file the same network cannot be made again, so copy it from the folder of the features, "
     "or delete the features and run python data_utils.py to make them anew"
 )
-_WITH_KERNELS = keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense
 
 
 def _all_layers(network):
@@ -35,7 +34,7 @@ def set_random_weights(network, seed):
     """Draw He-normal kernels from a seed (He et al., arXiv 1502.01852). All else is as Keras begins with it."""
     rng = np.random.default_rng(seed)
     for layer in _all_layers(network):
-        if isinstance(layer, _WITH_KERNELS):
+        if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D | keras.layers.Dense):
             is_depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
             fan_in = np.prod(layer.kernel.shape[: 2 if is_depthwise else -1])
             layer.kernel.assign(rng.standard_normal(layer.kernel.shape, np.float32) * np.sqrt(2.0 / fan_in))
