@@ -40,7 +40,7 @@ def main(argv):
         skipped, cut = make_features(missing, splits, len(images), config)
         # An image that cannot be had must not stop all others; skipped.json names it.
         splits = prepared_data.leave_out(splits, skipped, config.max_words)
-        # The model centres and scales features by these, so that those of any CNN suit the same learning rate.
+        # The model subtracts this mean and divides by this deviation, so that nothing depends on the features' scale.
         measured = cache.measure_features(splits["train"], features_dir)
         prepared_data.save_prepared(splits, skipped, *measured, cache.cached_network(features_dir), config, cut)
 
@@ -65,7 +65,7 @@ def make_features(missing, splits, total, config, shared=False):
     Returns:
       (dict of an image's name to why it has no features, int JPEG files that lack their end and are used all the same)
     """
-    # What cannot be downloaded is noted here, and what cannot be decoded further down, both with their reasons.
+    # First what cannot be had is noted with its reason, and then what cannot be read.
     skipped = fetch_images(missing, config, shared, total)
     readable = [image for image in missing if image.name not in skipped]
     cut = []
