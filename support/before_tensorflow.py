@@ -27,7 +27,6 @@ except ImportError as error:  # it is installed, and not whole, or a library of 
     remedy = "run pip install --force-reinstall -r requirements.txt"
     if os.name == "nt":
         remedy = f"install Microsoft's Visual C++ redistributable, and if that does not help {remedy}"
-    print(
-        f"error: {UserError(f'TensorFlow cannot be loaded ({error.__context__ or error}): {remedy}')}", file=sys.stderr
-    )
+    problem = UserError(f"TensorFlow cannot be loaded ({error.__context__ or error}): {remedy}")
+    print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)

@@ -304,10 +304,7 @@ def _coverage(noun, across, down, size, edge=1):
     Returns:
       (rows, columns), 1 inside and 0 outside.
     """
-    if noun == "ball":
-        distance = np.hypot(across, down)
-    else:
-        distance = np.maximum(np.abs(across), np.abs(down))
+    distance = np.hypot(across, down) if noun == "ball" else np.maximum(np.abs(across), np.abs(down))
     return np.clip((size / 2 - distance) / edge + 0.5, 0, 1)
 
 

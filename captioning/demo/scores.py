@@ -128,8 +128,8 @@ def _match_objects(described, true):
         true_attributes = sum(_is_true(kind, value, match) for attributes, match in pairs for kind, value in attributes)
         return right, true_attributes, sum(match is not None for match in matches)
 
-    candidates = []
     # Each true object takes the place of a described one. Places beyond the last described one mean: not described.
+    candidates = []
     for places in itertools.permutations(range(max(len(described), len(true))), len(true)):
         matches = dict(zip(places, true, strict=True))
         candidates.append(
