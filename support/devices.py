@@ -61,7 +61,9 @@ def has_fast_bfloat16():
 
 @functools.cache
 def _multiplies_bfloat16_faster():
-    return _time_product(tf.bfloat16) < 0.8 * _time_product(tf.float32)
+    pairs = [(_time_product(tf.bfloat16), _time_product(tf.float32)) for _ in range(6)]
+    bfloat16, float32 = map(min, zip(*pairs, strict=True))
+    return bfloat16 < 0.8 * float32
 
 
 def compute_capability(gpu):
@@ -70,13 +72,11 @@ def compute_capability(gpu):
 
 
 def _time_product(dtype):
-    """Seconds that a product of two square matrices takes, the shortest of some tries."""
-    x, times = tf.ones((1024, 1024), dtype), []
-    for _ in range(6):
-        start = time.perf_counter()
-        tf.matmul(x, x)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """Seconds of the processor that a product of two square matrices takes, whatever else the machine does."""
+    x = tf.ones((1024, 1024), dtype)
+    start = time.process_time()
+    tf.matmul(x, x)
+    return time.process_time() - start
 
 
 def usable_cores():

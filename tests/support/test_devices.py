@@ -1,6 +1,7 @@
 import os
 import pathlib
 import shutil
+import time
 
 import pytest
 import tensorflow as tf
@@ -102,6 +103,13 @@ def test_a_gpu_is_idle_if_the_machine_has_one_that_nobody_hid(monkeypatch, folde
     assert _has_idle_gpu() == idle
 
 
+@pytest.fixture
+def measured_anew(monkeypatch):
+    """What this process knows of its CPU stays as it is: other tests compute by it."""
+    monkeypatch.setattr(devices, "_multiplies_bfloat16_faster", devices._multiplies_bfloat16_faster.__wrapped__)
+
+
+@pytest.mark.usefixtures("measured_anew")
 @pytest.mark.parametrize(
     ("gpus", "flags", "seconds", "fast"),
     [
@@ -118,9 +126,25 @@ def test_bfloat16_is_fast_where_the_device_multiplies_it_faster(monkeypatch, gpu
     monkeypatch.setattr(devices, "_time_product", lambda dtype: seconds if dtype == tf.bfloat16 else 1.0)
     pretend_gpus(monkeypatch, *gpus)
     pretend_files(monkeypatch, proc_cpuinfo=flags if flags is None else f"processor : 0\nflags : {flags}\n")
-    devices._multiplies_bfloat16_faster.cache_clear()
     assert has_fast_bfloat16() == fast
-    devices._multiplies_bfloat16_faster.cache_clear()
+
+
+@pytest.mark.usefixtures("measured_anew")
+@pytest.mark.parametrize(("slow", "fast"), [(tf.float32, True), (tf.bfloat16, False)])
+def test_what_other_programs_take_of_the_cpu_does_not_count(monkeypatch, slow, fast):
+    """Products of the quicker type are kept waiting."""
+
+    def multiply(x, _):
+        if x.dtype != slow:
+            time.sleep(0.03)
+        end = time.process_time() + (0.008 if x.dtype == slow else 0.002)
+        while time.process_time() < end:
+            pass
+
+    pretend_gpus(monkeypatch)
+    pretend_files(monkeypatch, proc_cpuinfo="flags : avx512_bf16")
+    monkeypatch.setattr(tf, "matmul", multiply)
+    assert has_fast_bfloat16() == fast
 
 
 @pytest.mark.parametrize(
