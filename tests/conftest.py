@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import strategies  # noqa: F401  before a test draws examples: the same ones in every run
 from browser import emulate, start_chromium
 from support.process import release_memory
+
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in the scripts, also where a test imports TensorFlow first
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}
 THINGS = ("dog", "cat", "boat")
@@ -141,6 +144,16 @@ def trained(tmp_path_factory):
     data_utils.main(options(root))
     train_image_caption_model.main([*options(root), "--epochs", "2"])
     return root
+
+
+def let_time_pass(folder):
+    """Wait until what is written has a later time than what there is: many systems count in hundredths of a second."""
+    clock = folder / ".clock"
+    clock.touch()
+    begun = clock.stat().st_mtime_ns
+    while clock.stat().st_mtime_ns == begun:
+        clock.touch()
+    clock.unlink()
 
 
 @contextlib.contextmanager

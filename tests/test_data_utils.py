@@ -19,7 +19,7 @@ from captioning.features.manifest import MADE_ELSEWHERE
 from captioning.features.network import extraction_graphs, feature_network, network_identity
 from captioning.settings import naming_commands, read_settings
 from captioning.vocabulary import END, START, UNK
-from conftest import IMAGES, full_disk, options, write_coco
+from conftest import IMAGES, full_disk, let_time_pass, options, write_coco
 from support.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,6 +60,7 @@ def own(coco, stub):
     shutil.rmtree(coco / "data")
     prepare(coco, *STUBBED)
     stub.clear()
+    let_time_pass(coco)
     return coco
 
 

@@ -9,7 +9,6 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-import strategies  # noqa: F401  draws the same examples in every run
 from captioning.data.captioned_images import CaptionedImage
 from captioning.features import feature_files
 from captioning.features.cache import _check_features, cached_network, feature_path, features_folder, random_statistics
@@ -22,7 +21,7 @@ from captioning.features.feature_files import (
 )
 from captioning.features.manifest import open_journal, read_manifest, scan_features
 from captioning.settings import make_config
-from conftest import full_disk
+from conftest import full_disk, let_time_pass
 from support.errors import UserError
 from support.file_states import FileState, read_state
 
@@ -291,6 +290,7 @@ def test_prepared_features_are_checked_without_reading_them(config, monkeypatch)
     ],
 )
 def test_features_that_are_missing_or_changed_are_one_line(config, damage, problem):
+    let_time_pass(features_folder(config))
     damage(feature_path(IMAGES[1], features_folder(config)))
     with pytest.raises(UserError, match=rf"{feature_path(IMAGES[1], features_folder(config))} {problem}$"):
         _check_features(IMAGES, features_folder(config), "a network")

@@ -22,6 +22,7 @@ from captioning.features.manifest import _MANIFEST, MADE_ELSEWHERE, read_manifes
 from captioning.features.missing import find_missing
 from captioning.features.network import network_identity
 from captioning.settings import make_config
+from conftest import let_time_pass
 from support.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -45,6 +46,8 @@ def images(config):
 def draw(image, config, brightness):
     path = image_path(image, config)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        let_time_pass(path.parent)
     Image.new("L", (8, 8), brightness).save(path)
 
 
@@ -165,6 +168,7 @@ def test_an_image_that_changes_while_it_is_read_is_extracted_again(config, image
 def test_damaged_and_missing_features_are_made_again_and_no_other(config, images, network, monkeypatch):
     run(images, config)
     paths = [feature_path(image, features_folder(config)) for image in images]
+    let_time_pass(paths[0].parent)
     paths[0].write_bytes(b"")
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
     paths[2].write_bytes(paths[2].read_bytes().replace(b"(64, 2048)", b"(32, 4096)"))
@@ -362,6 +366,7 @@ def test_the_cache_is_claimed_before_the_first_feature(config, images, network, 
 def test_whole_features_that_this_program_did_not_write_are_refused(config, images, network):
     run(images, config)
     path = feature_path(images[4], features_folder(config))
+    let_time_pass(path.parent)
     np.save(path, np.ones((64, 2048), np.float16))
     with pytest.raises(UserError, match=rf"{path} is not the feature file that python data_utils.py wrote there"):
         find_missing(images, config)

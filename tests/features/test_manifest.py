@@ -19,6 +19,7 @@ from captioning.features.manifest import (
     scan_features,
     write_manifest,
 )
+from conftest import let_time_pass
 from strategies import JSON, check_one_line
 from support.errors import UserError
 from support.file_states import FileState, read_state
@@ -104,6 +105,7 @@ def test_a_line_without_its_feature_does_no_harm(tmp_path):
 
 def test_of_two_lines_the_one_that_fits_the_file_counts(tmp_path):
     for content in (b"old", b"new"):
+        let_time_pass(tmp_path)
         with open_journal(tmp_path, "a network") as journal:
             entry = add_feature(tmp_path, "a", journal, content)
     assert read(tmp_path).entries == {"a": entry}
@@ -169,6 +171,7 @@ def test_a_journal_without_its_first_line_is_left_out_where_others_name_the_netw
 def test_changed_features_are_not_live_and_copied_ones_are(tmp_path):
     with open_journal(tmp_path, "a network") as journal:
         entries = {stem: add_feature(tmp_path, stem, journal) for stem in "abcd"}
+    let_time_pass(tmp_path)
     os.utime(tmp_path / "b.npy", ns=(1, 1))
     (tmp_path / "c.npy").write_bytes(b"NUMBERS")
     (tmp_path / "d.npy").write_bytes(b"num")

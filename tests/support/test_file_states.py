@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from conftest import let_time_pass
 from support.file_states import find_stat, has_size_and_time, read_state, renew_states
 
 
@@ -65,6 +66,7 @@ def test_each_of_many_files_gets_its_own_answer(tmp_path):
     for path in paths:
         path.write_text(path.name)
     states = [read_state(path) for path in paths]
+    let_time_pass(tmp_path)
     for path in paths[10:]:
         os.utime(path, ns=(1, 1))
     for path in paths[20:30]:
