@@ -25,7 +25,7 @@ def start_chromium(profile):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    chromium.set_script_timeout(30)
+    chromium.set_script_timeout(120)
     return chromium
 
 
@@ -40,7 +40,7 @@ def find(browser, selector, number=0):
     return browser.find_elements("css selector", selector)[number]
 
 
-def wait_for(browser, condition, seconds=60):
+def wait_for(browser, condition, seconds=180):
     """Wait until a JavaScript expression is true, and return its value."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:

@@ -23,7 +23,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     monkeypatch.setenv("TOUR_OPTIONS", f"--demo_images 16 --epochs 2 --batch_size 32 --max_words 30 {places}")
     notebook = nbformat.read(TOUR, as_version=4)
     # Where somebody starts Jupyter in the notebook's own folder.
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": TOUR.parent}}).execute()
+    nbclient.NotebookClient(notebook, timeout=1500, resources={"metadata": {"path": TOUR.parent}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     texts = "".join(output.get("text", "") for output in outputs)
     assert "vocabulary: " in texts and "the same as BahdanauAttention" in texts and "epoch 2: " in texts

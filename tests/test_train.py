@@ -655,7 +655,7 @@ def test_an_interrupted_process_saves_and_exits_with_130(trained, tmp_path):
             while "epoch 2/" not in process.stderr.readline(50):
                 assert process.poll() is None
             process.send_signal(signal.SIGINT)
-            out, errors = process.communicate(timeout=60)
+            out, errors = process.communicate(timeout=300)
         finally:
             process.kill()
     assert process.returncode == 130

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import time
 import weakref
 
 import matplotlib
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from browser import emulate, find, hover, press, requested, settle, touch
+from browser import emulate, find, hover, press, requested, settle, touch, wait_for
 from captioning.attention import page as attention_page
 from captioning.attention.maps import upsample
 from captioning.attention.page import PageCaption, PageImage, write_pages
@@ -472,6 +471,7 @@ new MutationObserver((changes) => {
 @pytest.mark.slow
 @pytest.mark.parametrize("motion, fastest", [("no-preference", 300), ("reduce", 900)])
 def test_play_runs_through_the_words(browser, page, motion, fastest):
+    """No faster than so many milliseconds a word: on a busy machine a word may come late, and the next one in time."""
     emulate(browser, reduced_motion=motion)
     open_page(browser, page)
     frame, button = find(browser, ".frame"), find(browser, ".play")
@@ -479,21 +479,17 @@ def test_play_runs_through_the_words(browser, page, motion, fastest):
     browser.execute_script(RECORD)
     button.click()
     assert button.get_attribute("aria-pressed") == "true"
-    limit = time.monotonic() + 30
-    while button.get_attribute("aria-pressed") == "true" and time.monotonic() < limit:
-        settle(browser, 100)
+    wait_for(browser, "document.querySelector('.play').getAttribute('aria-pressed') === 'false'")
     settle(browser)
     played = browser.execute_script("return window.played")
     assert [word for word, _ in played] == DOG
-    assert all(np.diff([when for _, when in played]) > fastest)
+    assert (played[-1][1] - played[0][1]) / (len(DOG) - 1) > fastest
     assert active_words(browser) == []
     np.testing.assert_array_equal(pixels(frame), bare)
 
-    button.click()
-    settle(browser, 100)
-    button.click()  # stops, and the word stays lit
-    assert active_words(browser) == ["a"]
-    settle(browser)
+    browser.execute_script("arguments[0].click(); arguments[0].click()", button)  # stops before the next word is due
+    settle(browser, fastest + 350)
+    assert active_words(browser) == ["a"]  # which stays lit
     assert_lit(browser, frame, bare, make_caption(DOG).attention_weights[0])
     button.click()
     hover(browser, find(browser, ".word", 4))  # a reader who points takes over
@@ -828,7 +824,7 @@ def test_a_page_of_a_hundred_photographs(browser, tmp_path):
     assert 5_000_000 < path.stat().st_size < 15_000_000
     open_page(browser, path)
     loaded = "const [it] = performance.getEntriesByType('navigation'); return it.loadEventEnd"
-    assert browser.execute_script(loaded) < 10_000  # milliseconds; about 1,000, unless the machine is busy
+    assert browser.execute_script(loaded) < 30_000  # milliseconds; about 1,000, unless the machine is busy
     broken = "return [...document.images].filter((image) => !image.naturalWidth).length"
     assert (len(browser.find_elements("css selector", "article")), browser.execute_script(broken)) == (100, 0)
     hover(browser, find(browser, ".word", 1))

@@ -226,7 +226,7 @@ def test_a_read_only_package_folder(fake_java, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("meteor", "patience"),
-    [("exit 1", 60), ("while read -r line; do echo oops; done", 60), ("exec sleep 1000", 2)],
+    [("exit 1", 60), ("while read -r line; do echo oops; done", 60), ("exec sleep 1000", 5)],
     ids=["fails", "talks nonsense", "hangs"],
 )
 def test_a_meteor_that(meteor, patience, fake_java, capsys):

@@ -335,18 +335,20 @@ def test_fast_features_are_float32s_up_to_rounding():
 
 
 def test_nobody_enters_a_graph_before_its_first_call_has_ended():
-    entered, go_on = [], threading.Event()
+    entered, first, go_on = [], threading.Event(), threading.Event()
 
     def graph(pixels):
         entered.append(pixels)
         if len(entered) == 1:
-            assert go_on.wait(10)
+            first.set()
+            assert go_on.wait(60)
         return pixels
 
     network = networks.compiled_once(graph)
     threads = [threading.Thread(target=network, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
+    assert first.wait(60)
     time.sleep(0.2)
     assert len(entered) == 1
     go_on.set()
@@ -356,7 +358,7 @@ def test_nobody_enters_a_graph_before_its_first_call_has_ended():
 
 
 def test_calls_after_the_first_do_not_wait_for_each_other():
-    together = threading.Barrier(3, timeout=10)
+    together = threading.Barrier(3, timeout=60)
     network = networks.compiled_once(lambda pixels: pixels and together.wait())
     network(0)
     threads = [threading.Thread(target=network, args=(1,)) for _ in range(3)]
