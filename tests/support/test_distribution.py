@@ -1,5 +1,6 @@
 """Several replicas must be one: on logical CPU devices, and as worker processes on this machine."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -88,12 +89,19 @@ def start(*command, **variables):
     )
 
 
+def free_ports(count):
+    """Ports that nobody listens to, below those that systems give to connections: none is taken before it is used."""
+    ports, port = [], 20_000 + os.getpid() % 10_000
+    while len(ports) < count:
+        port += 1
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+    return ports
+
+
 def start_workers(*argvs):
     """One process for each list of options."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in argvs]
-    cluster = {"worker": [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]}
-    for each in sockets:
-        each.close()
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(len(argvs))]}
     processes = []
     for index, argv in enumerate(argvs):
         task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
@@ -105,7 +113,7 @@ def start_workers(*argvs):
 def finish(processes, status=0):
     """(standard output, standard error) of each process, which must end with `status`."""
     try:
-        results = [process.communicate(timeout=240) for process in processes]
+        results = [process.communicate(timeout=900) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -208,7 +216,7 @@ def test_a_killed_worker_ends_the_other_with_one_line(alone, tmp_path):
         while "epoch 2" not in chief.stderr.readline(200):
             assert chief.poll() is None
         worker.kill()
-        _, shown = chief.communicate(timeout=120)
+        _, shown = chief.communicate(timeout=600)
     finally:
         for process in (chief, worker):
             process.kill()

@@ -243,9 +243,9 @@ def test_modules_left_out_are_missing_inside_the_block_and_there_behind_it(monke
 def test_memory_that_nothing_needs_goes_back_to_the_system():
     """200 MB of small blocks below one that stays, in a circle."""
     ended = run(
-        "import pathlib\n"
+        "import pathlib, resource\n"
         "from support.process import release_memory\n"
-        "taken = lambda: 4096 * int(pathlib.Path('/proc/self/statm').read_text().split()[1])\n"
+        "taken = lambda: resource.getpagesize() * int(pathlib.Path('/proc/self/statm').read_text().split()[1])\n"
         "circle = [bytes(1000) for _ in range(200_000)]\n"
         "circle.append(circle)\n"
         "above = bytes(1000)\n"

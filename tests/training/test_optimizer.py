@@ -24,7 +24,7 @@ def test_adam_in_one_pass_is_keras_own():
             optimizer.apply([tf.constant(whole, tf.float32), rows], weights)
         ends.append([variable.numpy() for variable in (*weights, *optimizer.variables)])
     for ours, theirs in zip(ends[1], ends[0], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert all(np.abs(end - 1).max() > 0.01 for end in ends[0][:2])  # they have moved
 
 
