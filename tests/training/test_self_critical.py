@@ -244,7 +244,7 @@ ORDER = np.array([5, 0, 3, 1, 2, 4])
 # --- The phase ----------------------------------------------------------------------------------------------------
 
 QUICK = ["--images_per_step", "8", "--self_critical_rate", "0.01", "--schedule", "constant"]
-QUICK += ["--dropout", "0", "--doubly_stochastic", "0"]
+QUICK += ["--dropout", "0", "--doubly_stochastic", "0", "--precision", "float32"]  # other rounding draws other captions
 EPOCHS = 10
 PHASE = ["--self_critical_epochs", str(EPOCHS)]
 
@@ -270,7 +270,7 @@ def taught(trained, tmp_path_factory):
 
 def test_the_captions_that_are_sampled_get_better(taught):
     sampled = [float(row["sampled_cider"]) for row in rows(taught)[2:]]
-    assert np.mean(sampled[-3:]) > 1.2 * np.mean(sampled[:3]) > 0
+    assert np.mean(sampled[-5:]) > 1.2 * np.mean(sampled[:2]) > 0
 
 
 def test_the_cider_of_samples_is_on_the_scale_of_validation(trained, monkeypatch):
@@ -410,9 +410,9 @@ def test_a_run_without_its_best_checkpoint_does_not_begin_the_phase(trained, tmp
 def test_references_are_learned_beside_the_samples(trained, tmp_path):
     losses = {}
     for weight in "0", "5":
-        continue_run(trained, tmp_path / weight, "--self_critical_epochs", "4", "--reference_weight", weight)
-        losses[weight] = float(rows(tmp_path / weight)[-1]["validation_loss"])
-    assert losses["5"] < losses["0"] - 0.1, losses
+        continue_run(trained, tmp_path / weight, *PHASE, "--reference_weight", weight)
+        losses[weight] = np.mean([float(row["validation_loss"]) for row in rows(tmp_path / weight)[-5:]])
+    assert losses["5"] < losses["0"] - 0.05, losses  # it is 0.18 less
 
 
 def test_the_best_weights_are_what_the_guard_brings_back(taught, trained):
