@@ -4,6 +4,7 @@ import dataclasses
 import os
 import zlib
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -16,7 +17,7 @@ from captioning.decoder.rules import DecodedCaptions, has_ended
 from captioning.features.cache import cached_batches
 from captioning.vocabulary import END, PAD, encode_captions
 from captioning.words import split_words
-from model import CNN_Encoder, RNN_Decoder, greedy_decode
+from model import greedy_decode
 from support.errors import UserError
 
 _USUAL_WORDS = 20  # most captions have fewer
@@ -42,8 +43,8 @@ class Captioner:
       network: str, identity of the network that made the features; "" where nobody asks for it.
     """
 
-    encoder: CNN_Encoder
-    decoder: RNN_Decoder
+    encoder: keras.Model
+    decoder: keras.Model
     vocabulary: list[str]
     checkpoint: str
     identity: str = ""
