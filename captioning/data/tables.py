@@ -249,7 +249,7 @@ def _find_records(data, columns):
     """The list of records of {file name: captions}, or of an object around a list; other JSON values as they are."""
     if not isinstance(data, dict) or not data or None not in _find_columns(data, columns)[:2]:
         return data
-    if all(map(_looks_like_image, data)):
+    if all(name.lower().endswith(IMAGE_ENDINGS) for name in data):
         names = columns[0] or _IMAGE_COLUMNS[0], columns[1] or _CAPTION_COLUMNS[0]
         return [dict(zip(names, item, strict=True)) for item in data.items()]
     lists = [
