@@ -29,6 +29,12 @@ from support.errors import UserError, printable
 from support.files import locked, remove_leftovers
 from support.process import run_script
 
+_UNUSED = {  # options that have no place beside another
+    "--image": ("split",),
+    "--evaluate": ("attention", "anew"),
+    **dict.fromkeys(("--export", "--serve"), ("split", "output", "attention", "anew")),
+}
+
 
 def add_options(parser):
     parser.add_argument(
@@ -39,7 +45,7 @@ def add_options(parser):
         "one in each line, and a JSON file may list images as COCO's image_info files do",
     )
     parser.add_argument("--evaluate", action="store_true", help="score the captions of the whole split")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
+    parser.add_argument("--split", choices=("validation", "test"), help="(default: validation)")
     formats.add_options(parser)
     for name, kind, text in (
         ("--output", "DIR", "where captions and figures go (default: <run_dir>/captions)"),
@@ -49,7 +55,6 @@ def add_options(parser):
     parser.add_argument(
         "--attention",
         choices=("drawn", "all"),
-        default="drawn",
         help="the images whose attention weights captions.jsonl keeps: those with a figure, or all (default: drawn)",
     )
     parser.add_argument(
@@ -87,11 +92,11 @@ def caption(options, config):
         if options.image:
             caption_own(output, options, config)
             return
-        captioner = run_folder.load_captioner(config)
+        captioner, split = run_folder.load_captioner(config), options.split or "validation"
         if options.evaluate:
-            evaluate.evaluate(captioner, split_images(options.split, config), options.split, output, config)
+            evaluate.evaluate(captioner, split_images(split, config), split, output, config)
         else:
-            images = choose_images(split_images(options.split, config), config)
+            images = choose_images(split_images(split, config), config)
             # Features are read a batch at a time, and only of those images that have no caption yet.
             make_batches = lambda wanted: cache.cached_batches(wanted, config)  # noqa: E731
             caption_images.write_captions(captioner, images, make_batches, output, options, config)
@@ -105,6 +110,9 @@ def check_options(options):
     asked += ["--serve"] * (options.serve is not None)  # the port may be 0
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} do not go together: run the script once for each")
+    for name in _UNUSED.get(asked[0], ()) if asked else ():
+        if getattr(options, name):
+            raise UserError(f"--{name} does not go with {asked[0]}: leave it out")
     if options.results and asked and not options.image:
         raise UserError("--results does not go with --evaluate, which writes such files itself, nor with an export")
     formats.check_options(options)

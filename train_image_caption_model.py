@@ -16,11 +16,14 @@ import tensorflow as tf
 
 from captioning import settings
 from captioning.data import prepared_data
+from captioning.decoder.basic_layers import in_training
 from captioning.decoder.word_detector import detection_loss
 from captioning.features.cache import features_folder, load_data
+from captioning.features.cnn import CNNS
 from captioning.features.feature_files import reading_features
 from captioning.training import batches, checkpoints, epochs, optimizer, run_folder, saving
 from captioning.training import self_critical, start_from, workers
+from captioning.training.model_check import check_model
 from captioning.training.samples import Samples, choose_samples, save_and_show
 from captioning.training.state import LOWER_RATE, EpochRow, TrainingState, announce_end, announce_start
 from captioning.training.tensorboard import tensorboard_log
@@ -106,15 +109,15 @@ def open_run(prepared, config, start=None):
         run_folder.check_run_fits(folder, config, prepared)
     else:
         run_folder.check_new_run(folder, config.data_dir)
-    if distribution.is_chief():
-        remove_leftovers(folder)
-        run_folder.begin_run(prepared, config)
     precision = config.precision
     if precision == "auto":
         precision = "mixed_bfloat16" if devices.has_fast_bfloat16() else "float32"
     state = build_state(prepared, precision, config)
     # `last` and not `best`: only there are the optimizer, and how far the training had come.
     restored = checkpoints.restore_newest(state, [folder / "last"])
+    if distribution.is_chief():
+        remove_leftovers(folder)
+        run_folder.begin_run(prepared, config)
     if start and not restored:
         start_from.take_weights(state, start, prepared.vocabulary, config)
     if precision == "mixed_float16":  # after restoring: a checkpoint of another precision has no loss scale
@@ -129,9 +132,12 @@ def build_state(prepared, precision, config):
     """A TrainingState whose weights are drawn from the seed."""
     normalisation = prepared.feature_mean, prepared.feature_std
     encoder, decoder = build_captioner(config, len(prepared.vocabulary), *normalisation, precision)
+    if not tf.distribute.has_strategy():  # only inside of a replica is there a gradient of its weights
+        check_model(encoder, decoder, CNNS[config.cnn].feature_shape, len(prepared.vocabulary))
     # Without this, much of the first epoch is spent on learning which words are frequent.
     train = [caption for image in prepared.train for caption in image.encoded_captions]
-    decoder.output_layer.bias.assign(log_frequency_bias(train, len(prepared.vocabulary)))
+    if (bias := getattr(getattr(decoder, "output_layer", None), "bias", None)) is not None:  # an edit may have none
+        bias.assign(log_frequency_bias(train, len(prepared.vocabulary)))
     # The detector's weights are the last: captions must be the same with it and without.
     apart = len(decoder.detector.trainable_variables)
     adam = optimizer.SummedAdam(config.learning_rate, apart=apart, global_clipnorm=config.clip_norm)
@@ -232,8 +238,8 @@ def train_replica(state, features, captions, config):
     word_share, caption_share = batches.shares_of_batch(captions)
     with tf.GradientTape() as tape:
         seed = state.dropout_seed(config.seed)
-        encoded_features = state.encoder(features, dropout_seed=seed)  # (B, P, D)
-        logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, seed)
+        encoded_features = state.encoder(features, dropout_seed=seed, training=True)  # (B, P, D)
+        logits, attention_weights = in_training(state.decoder.teacher_forcing, captions, encoded_features, seed)
         loss = caption_loss(captions, logits) * word_share
         terms = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
         # The detector learns beside the captioner: its gradient reaches its own weights only.

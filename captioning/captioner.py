@@ -4,18 +4,20 @@ import dataclasses
 import os
 import zlib
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from captioning.attention.evidence import explain_captions
 from captioning.decoder.beam_search import beam_search, best_beams
+from captioning.decoder.edited_model import following_model
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.decoder.nucleus_sampling import sample_decode
 from captioning.decoder.rules import DecodedCaptions, has_ended
 from captioning.features.cache import cached_batches
 from captioning.vocabulary import END, PAD, encode_captions
 from captioning.words import split_words
-from model import CNN_Encoder, RNN_Decoder, greedy_decode
+from model import greedy_decode
 from support.errors import UserError
 
 _USUAL_WORDS = 20  # most captions have fewer
@@ -25,6 +27,8 @@ _greedy_graph = tf.function(greedy_decode, reduce_retracing=True)
 _beam_graph = tf.function(beam_search, reduce_retracing=True)
 _several_graph = tf.function(best_beams, reduce_retracing=True)
 _sample_graph = tf.function(sample_decode, reduce_retracing=True)
+_greedy = following_model("greedy_decode")
+_beams = following_model("beam search", "or caption with --beam_width 1 (--evaluate needs beams)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Captioner:
       network: str, identity of the network that made the features; "" where nobody asks for it.
     """
 
-    encoder: CNN_Encoder
-    decoder: RNN_Decoder
+    encoder: keras.Model
+    decoder: keras.Model
     vocabulary: list[str]
     checkpoint: str
     identity: str = ""
@@ -93,8 +97,9 @@ def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(
     greedy, beams = graphs
     most = config.max_words if max_words is None else max_words
     if config.beam_width == 1:
-        return greedy(encoder, decoder, features, most, config.repeat_block)
-    return beams(encoder, decoder, features, most, config.beam_width, config.length_penalty, config.repeat_block)
+        return _greedy(greedy)(encoder, decoder, features, most, config.repeat_block)
+    how = config.beam_width, config.length_penalty, config.repeat_block
+    return _beams(beams)(encoder, decoder, features, most, *how)
 
 
 def caption_batch(captioner, images, features, config, with_evidence=False):
@@ -132,6 +137,7 @@ def caption_batch(captioner, images, features, config, with_evidence=False):
     return [dataclasses.replace(first, others=others) for first, *others in captions]
 
 
+@following_model("evidence", "or caption without it by --figures 0 (--evaluate needs it)")
 def _add_evidence(captioner, predictions, features, words):
     """Predictions with attention weights, evidence and feature norms, from making the model say the words.
 
@@ -199,6 +205,7 @@ def _likeliest_rows(captioner, features, config):
     return decoded
 
 
+@_beams
 def _best_rows(captioner, features, config):
     """The captions of each image by its best beams. float (B, P, F) -> list of B lists as `_unstack` gives them."""
     how = tf.constant(config.max_words), config.beam_width, config.length_penalty, config.repeat_block
@@ -207,6 +214,7 @@ def _best_rows(captioner, features, config):
     return [[row for row in _unstack(of_image) if row.words.any()] for of_image in _unstack(found)]
 
 
+@following_model("--sample", "or caption without it")
 def _sample_rows(captioner, images, features, config):
     """Captions of each image that are drawn, in the order of the draws, none twice.
 

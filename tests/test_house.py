@@ -109,6 +109,14 @@ def test_the_five_files_and_nothing_else_are_at_the_root():
     assert {f"{name}.py" for name in ROOT_LINES} <= names
 
 
+def test_users_may_rename_the_classes_of_model_py():
+    """Its functions are what the rest of the project calls."""
+    for name in MODULES:
+        froms = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.module == "model"]
+        taken = {alias.name for node in froms for alias in node.names}
+        assert all(each == each.lower() for each in taken), f"{name} imports {taken}"
+
+
 def place(name):
     """(line, room) of a module in ORDER. The package captioning itself holds nothing."""
     found = [

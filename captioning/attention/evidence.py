@@ -42,22 +42,22 @@ def explain_captions(encoder, decoder, features, words):
     feature_norms = tf.norm(features, axis=2)  # (B, P)
     previous = tf.concat((tf.fill((tf.shape(words)[0], 1), START), words[:, :-1]), 1)  # (B, L)
     maps = word_maps(decoder.detector, words, encoded_features) * feature_norms[:, tf.newaxis]  # (B, L, P)
-    word_gates = decoder.word_gates(decoder.embedding(tf.transpose(previous)))  # (L, B, 3U)
 
     def one_word(state, inputs):
-        (hidden, *_), (gates, word, word_map) = state, inputs
+        (hidden, *_), (before, word, word_map) = state, inputs
         with tf.GradientTape() as tape:
             tape.watch(encoded_features)  # and not the keys: attention stays as it is
-            hidden, attention_weights = decoder.step(gates, hidden, encoded_features, keys)  # (B, U), (B, P, 1)
-            log_probs = -softmax_cross_entropy(ban_words(decoder.output_layer(hidden)), word)  # (B,)
+            logits, hidden, attention_weights = decoder(before[:, tf.newaxis], encoded_features, hidden, keys)
+            log_probs = -softmax_cross_entropy(ban_words(logits), word)  # (B,)
         weights = attention_weights[:, :, 0]  # (B, P)
-        # The gradient by v_p is a_p g. Taken by v_p, it follows any step that model.py has.
-        gradient = tape.gradient(log_probs, encoded_features)  # (B, P, D)
+        # The gradient by v_p is a_p g. Taken by v_p, it follows any step that model.py has. It is 0 where no word
+        # depends on the image.
+        gradient = tape.gradient(log_probs, encoded_features, unconnected_gradients="zero")  # (B, P, D)
         gains = tf.math.divide_no_nan(tf.reduce_sum(encoded_features * gradient, axis=2), weights)  # (B, P)
         logs = tf.math.log(weights + 1e-30) + gains + tf.math.log(word_map + 1e-30)  # (B, P)
         return hidden, weights, tf.nn.softmax(logs)
 
     first = decoder.initial_hidden(encoded_features), feature_norms, feature_norms  # the last two only tell the shape
-    inputs = word_gates, tf.transpose(words), tf.transpose(maps, (1, 0, 2))  # (L, B, ...)
+    inputs = tf.transpose(previous), tf.transpose(words), tf.transpose(maps, (1, 0, 2))  # (L, B, ...)
     _, weights, evidence = tf.scan(one_word, inputs, first)  # (L, B, ...)
     return tf.transpose(weights, (1, 0, 2)), tf.transpose(evidence, (1, 0, 2)), feature_norms

@@ -18,6 +18,7 @@ from captioning.words import split_words
 from support.errors import UserError
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and the names of temporary files are longer
+_MISSING = ("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>")  # what programs write for a missing text
 _LONGEST_CAPTION = 10_000  # letters; a longer one is no caption but a damaged file
 # What people call the splits, and what they are called here. Karpathy's restval is used for training.
 _SPLITS = {"train": "train", "training": "train", "restval": "train"}
@@ -252,6 +253,8 @@ def find_caption_problem(caption):
     """Say why a caption cannot be used, whatever its words. Any JSON value -> str or None."""
     if not is_text(caption):
         return "a caption that is not text"
+    if caption.strip() in _MISSING:
+        return "a caption that is missing (nan, null or None)"
     if len(caption) > _LONGEST_CAPTION:
         return f"a caption of more than {_LONGEST_CAPTION:,} letters"
     return None

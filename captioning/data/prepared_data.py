@@ -66,7 +66,11 @@ def leave_out(splits, skipped, max_words):
     splits = {name: [image for image in images if image.name not in skipped] for name, images in splits.items()}
     for name, images in splits.items():
         if not images:
-            raise UserError(f"no readable {name} images are left ({len(skipped)} skipped): check the image folder")
+            such = next(iter(skipped.values()), "")
+            raise UserError(
+                f"no readable {name} images are left ({len(skipped)} skipped, such as: {such}): see that --images, or "
+                "--coco_dir and --coco_split, name the folder with the images"
+            )
     check_validation(splits["validation"], max_words)
     return splits
 

@@ -15,7 +15,13 @@ from captioning.demo.scenes import draw_demo
 from support.errors import UserError, mended_by
 from support.files import locked
 
-_FILE_SETTINGS = ("captions", "validation_captions", "test_captions", "image_column", "caption_column")
+_TABLE_SETTINGS = ("captions", "validation_captions", "test_captions", "image_column", "caption_column", "images")
+_FILE_SETTINGS = {  # of each kind of data set, those that name its files
+    "coco": ("validation_captions", "test_captions"),
+    "demo": (),
+    "karpathy": ("images", "karpathy_json"),
+    "table": _TABLE_SETTINGS,
+}
 
 
 def read_splits(config, shard=None):
@@ -41,12 +47,12 @@ def read_splits(config, shard=None):
 
 
 def _check_files_named(config):
-    """UserError where the settings name captions files that this kind of data set has no use for."""
-    used = {"coco": ("validation_captions", "test_captions"), "table": _FILE_SETTINGS}.get(config.dataset, ())
-    for name in _FILE_SETTINGS:
-        if getattr(config, name) and name not in used:
+    """UserError where the settings name files that this kind of data set has no use for."""
+    for name in (*_TABLE_SETTINGS, "karpathy_json"):
+        if getattr(config, name) and name not in _FILE_SETTINGS[config.dataset]:
+            fitting = "table" if name in _TABLE_SETTINGS else "karpathy"
             raise UserError(
-                f"--{name} does not go with --dataset {config.dataset}: leave it out, or give --dataset table"
+                f"--{name} does not go with --dataset {config.dataset}: leave it out, or give --dataset {fitting}"
             )
 
 

@@ -41,11 +41,16 @@ def _split_by_image(images, val_fraction, seed):
       (list of training images, list of validation images)
 
     Raises:
-      UserError: no image would be left for training.
+      UserError: no image would be left for training or for validation.
     """
     if val_fraction == 0:
         raise UserError(
             "--val_fraction 0 leaves no image to validate on: raise it, or name captions by --validation_captions"
+        )
+    if len(images) < 2:
+        raise UserError(
+            f"{len(images)} images cannot be split into training and validation: give captions of more images, or, "
+            "if only a few are drawn, raise --num_examples"
         )
     if math.ceil(val_fraction * len(images)) >= len(images):
         raise UserError(

@@ -29,6 +29,14 @@ _DELIMITERS = ("\t", "|", ";", ",")  # the rarest in captions first
 _IMAGE_COLUMNS = "image image_name file_name filename filepath path image_path image_file file img".split()
 _CAPTION_COLUMNS = "caption captions text comment raw sentence sentences description prompt".split()
 IMAGE_ENDINGS = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .heif .avif .jp2 .jpe .jfif .mpo".split())
+_BINARY = (
+    b"PK\3\4",
+    b"\xd0\xcf\x11\xe0",
+    b"PAR1",
+    b"ARROW1",
+    b"\x1f\x8b",
+    b"%PDF",
+)  # what Excel, Parquet, ... begin with
 _MOST_LINES = 100  # of a caption in quotes; after as many lines a quote counts as a letter of the caption
 _LONGEST_LIST = 1_000_000  # letters of a list in a cell
 
@@ -90,7 +98,7 @@ def read_table(source, columns, max_words, first_id=1):
             split = source.split or "train"
             with mended_by("give a table, or COCO's captions_*.json"):
                 return {split: captions_of(data, source.path, max_words, split != "train")}
-        rows = _read_json_rows(source.path, text, data, columns, rejected)
+        rows = _read_json_rows(source.path, text, _find_records(data, columns), columns, rejected)
     else:
         rows = _read_text_rows(source.path, text, columns, rejected)
     return make_splits(rows, source, max_words, rejected, first_id)
@@ -115,9 +123,9 @@ def make_splits(rows, source, max_words, rejected, first_id=1):
     if empty or not splits:
         of_split = f" of the split {empty[0]}" if empty else ""
         reason = rejected.main_reason() or " (it has no rows)"
-        raise UserError(
-            f"{source.path} has no usable captions{of_split}{reason}: see that it names images and captions"
-        )
+        is_long = f": a caption longer than {max_words} words" in reason
+        remedy = "raise --max_words" if is_long else "see that it names images and captions"
+        raise UserError(f"{source.path} has no usable captions{of_split}{reason}: {remedy}")
     rejected.report()
     return splits
 
@@ -237,6 +245,19 @@ def _parse_json(text):
         return None
 
 
+def _find_records(data, columns):
+    """The list of records of {file name: captions}, or of an object around a list; other JSON values as they are."""
+    if not isinstance(data, dict) or not data or None not in _find_columns(data, columns)[:2]:
+        return data
+    if all(name.lower().endswith(IMAGE_ENDINGS) for name in data):
+        names = columns[0] or _IMAGE_COLUMNS[0], columns[1] or _CAPTION_COLUMNS[0]
+        return [dict(zip(names, item, strict=True)) for item in data.items()]
+    lists = [
+        value for value in data.values() if isinstance(value, list) and any(isinstance(each, dict) for each in value)
+    ]
+    return lists[0] if len(lists) == 1 else data
+
+
 def _read_json_rows(path, text, data, columns, rejected):
     """Yield the Rows of JSON Lines, or of a list of objects.
 
@@ -274,6 +295,10 @@ def read_text(path):
         data = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from None
+    if data.startswith(_BINARY):
+        raise UserError(
+            f"{path} is no text, but a workbook, an archive or the like: save it as CSV, in Excel as 'CSV UTF-8'"
+        )
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     convert = "save it as UTF-8, in Excel as 'CSV UTF-8', or convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
     if b"\0" in data[:2]:

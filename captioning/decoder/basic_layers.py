@@ -27,6 +27,18 @@ class MixedPrecisionDense(keras.layers.Dense):
         return tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs
 
 
+class _TrainingCall(keras.layers.Layer):
+    """Keras tells the layers that are called in another's call what that was told of `training`."""
+
+    def call(self, function=None, args=None):
+        return function(*args)
+
+
+def in_training(function, *args):
+    """Call a function whose Keras layers, such as Dropout, are to behave as in training. Returns what it returns."""
+    return _TrainingCall(name="training", autocast=False)(function=function, args=args, training=True)
+
+
 @tf.custom_gradient
 def softmax_cross_entropy(logits, words):
     """Cross-entropy of each word, in nats.

@@ -42,10 +42,10 @@ def best_beams(encoder, decoder, features, max_words, beam_width, length_penalty
       DecodedCaptions of (B, N, L), (B, N, L) and (B, N, L, P), L being the longest beam's length
     """
     encoded_features = encoder(features)  # (B, P, D)
-    keys = decoder.attention.key_layer(encoded_features)  # (B, P, U)
-    hidden = decoder.initial_hidden(encoded_features)  # (B, U)
-    repeated = (tf.repeat(x, beam_width, 0) for x in (encoded_features, keys, hidden))
-    encoded_features, keys, hidden = repeated  # (BK, P, D), (BK, P, U), (BK, U)
+    keys, hidden = decoder.attention.key_layer(encoded_features), decoder.initial_hidden(encoded_features)
+    # The hidden state is a tensor, or what tensors model.py makes it of.
+    state = tf.nest.map_structure(lambda x: tf.repeat(x, beam_width, 0), (encoded_features, keys, hidden))
+    encoded_features, keys, hidden = state  # (BK, P, D), (BK, P, U), (BK, U)
 
     def one_word(scores, hidden, words, log_probs, attention_weights):
         said = tf.reshape(words, (-1, tf.shape(words)[2]))  # (BK, t + 1)
@@ -54,9 +54,8 @@ def best_beams(encoder, decoder, features, max_words, beam_width, length_penalty
         word_log_probs = tf.reshape(word_log_probs, (-1, beam_width, logits.shape[-1]))  # (B, K, V)
         scores, beam, word, word_log_probs = _best_continuations(scores, word_log_probs, has_ended(words))  # (B, K)
         weights = tf.reshape(weights, (-1, beam_width, 1, weights.shape[1]))  # (B, K, 1, P)
-        hidden = tf.reshape(hidden, (-1, beam_width, hidden.shape[-1]))  # (B, K, U)
         follow = lambda x: tf.gather(x, beam, batch_dims=1)  # noqa: E731
-        hidden = tf.reshape(follow(hidden), (-1, hidden.shape[-1]))  # (BK, U)
+        hidden = tf.nest.map_structure(lambda x: _follow_rows(x, beam), hidden)  # (BK, U)
         words = tf.concat((follow(words), word[:, :, tf.newaxis]), 2)  # (B, K, t + 2)
         log_probs = tf.concat((follow(log_probs), word_log_probs[:, :, tf.newaxis]), 2)  # (B, K, t + 1)
         attention_weights = follow(tf.concat((attention_weights, weights), 2))  # (B, K, t + 1, P)
@@ -70,12 +69,13 @@ def best_beams(encoder, decoder, features, max_words, beam_width, length_penalty
         tf.zeros((batch, beam_width, 0)),
         tf.zeros((batch, beam_width, 0, locations)),
     )
-    growing = (None, beam_width), (None, hidden.shape[-1]), *[(None, beam_width, None)] * 2
+    rows = tf.nest.map_structure(lambda x: tf.TensorShape((None, *x.shape[1:])), hidden)
+    growing = [tf.TensorShape((None, beam_width, *sizes)) for sizes in ((), (None,), (None,), (None, locations))]
     scores, _, words, log_probs, attention_weights = tf.while_loop(
         lambda scores, hidden, words, *_: ~tf.reduce_all(has_ended(words)),
         one_word,
         state,
-        shape_invariants=tuple(map(tf.TensorShape, (*growing, (None, beam_width, None, locations)))),
+        shape_invariants=(growing[0], rows, *growing[1:]),
         maximum_iterations=max_words,
     )
     best, is_caption = _rank_beams(scores, words, length_penalty, count)  # (B, N) each
@@ -83,6 +83,12 @@ def best_beams(encoder, decoder, features, max_words, beam_width, length_penalty
         tf.gather(x, best, batch_dims=1) for x in (words[:, :, 1:], log_probs, attention_weights)
     )  # (B, N, L), (B, N, L), (B, N, L, P)
     return DecodedCaptions(tf.where(is_caption[:, :, tf.newaxis], words, PAD), log_probs, attention_weights)
+
+
+def _follow_rows(x, beam):
+    """The rows of the beams that are continued, whatever their shape. (BK, ...), int (B, K) -> (BK, ...)."""
+    x = tf.reshape(x, (-1, beam.shape[1], *x.shape[1:]))  # (B, K, ...)
+    return tf.reshape(tf.gather(x, beam, batch_dims=1), (-1, *x.shape[2:]))  # (BK, ...)
 
 
 def _best_continuations(scores, word_log_probs, ended):

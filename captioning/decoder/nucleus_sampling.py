@@ -30,7 +30,8 @@ def sample_decode(encoder, decoder, features, chances, temperature=1.0, top_p=1.
     B, S, P = tf.shape(features)[0], tf.shape(chances)[1], features.shape[1]
     encoded_features = encoder(features)  # (B, P, D)
     state = encoded_features, decoder.attention.key_layer(encoded_features), decoder.initial_hidden(encoded_features)
-    encoded_features, keys, hidden = (tf.repeat(x, S, 0) for x in state)  # (BS, P, D), (BS, P, U), (BS, U)
+    state = tf.nest.map_structure(lambda x: tf.repeat(x, S, 0), state)
+    encoded_features, keys, hidden = state  # (BS, P, D), (BS, P, U), (BS, U)
     chances = tf.reshape(chances, (B * S, -1))  # (BS, M)
 
     def one_word(words, log_probs, attention_weights, hidden):
@@ -45,7 +46,8 @@ def sample_decode(encoder, decoder, features, chances, temperature=1.0, top_p=1.
         return words, log_probs, tf.concat((attention_weights, tf.transpose(weights, (0, 2, 1))), 1), hidden
 
     state = tf.fill((B * S, 1), START), tf.zeros((B * S, 0)), tf.zeros((B * S, 0, P)), hidden
-    shapes = tuple(map(tf.TensorShape, ((None, None), (None, None), (None, None, P), (None, hidden.shape[1]))))
+    shapes = tuple(map(tf.TensorShape, ((None, None), (None, None), (None, None, P))))
+    shapes += (tf.nest.map_structure(lambda x: tf.TensorShape((None, *x.shape[1:])), hidden),)
     running = lambda words, *_: ~tf.reduce_all(has_ended(words))  # noqa: E731
     words, *found, _ = tf.while_loop(running, one_word, state, shapes, maximum_iterations=tf.shape(chances)[1])
     apart = lambda x: tf.reshape(x, tf.concat(((B, S), tf.shape(x)[1:]), 0))  # noqa: E731

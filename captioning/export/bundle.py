@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from captioning.captioner import sampling_settings
 from captioning.data.captioned_images import image_path
+from captioning.decoder.edited_model import following_model
 from captioning.decoder.rules import ban_words, next_word_log_probs
 from captioning.export.onnx_models import write_onnx
 from captioning.export.saved_model import new_folder
@@ -64,7 +65,7 @@ def export_bundle(captioner, network, kind, weights, config, folder):
         not installed, or there are no training images to calibrate int8 weights on.
     """
     check_size(captioner)
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, following_model(f"--format {kind}", "or take --format savedmodel"):
         functions = bundle_functions(captioner, network, CNNS[config.cnn])
         if kind == "onnx":
             write_onnx(functions, weights, temporary)
@@ -135,6 +136,11 @@ def bundle_functions(captioner, network, cnn):
     encoder, decoder = captioner.encoder, captioner.decoder
     encoded_features = encoder(tf.zeros((1, *cnn.feature_shape)))  # (1, P, D)
     keys, hidden = decoder.attention.key_layer(encoded_features), decoder.initial_hidden(encoded_features)
+    if not tf.is_tensor(hidden) or hidden.shape.rank != 2:
+        raise UserError(
+            "a bundle and the web page take one tensor (B, n) as the decoder's state, and that of model.py is none: "
+            "join its parts there by tf.concat, or take --format savedmodel"
+        )
     pixels = tf.TensorSpec((1, cnn.image_size, cnn.image_size, 3), tf.uint8, "pixels")
     word, said = (tf.TensorSpec((1, 1), tf.int32, name) for name in ("words", "said"))
     words = tf.TensorSpec((None, 1), tf.int32, "words")
@@ -195,8 +201,9 @@ def _word_evidence(decoder, words, said, hidden, encoded_features, keys, feature
             backwards.watch(moved)
             logits, next_hidden, weights = decoder(words, moved, hidden, keys)
             log_probs = tf.gather(tf.nn.log_softmax(ban_words(logits)), said[0, 0], axis=1)  # (P,)
-        gradients = backwards.gradient(log_probs, moved, ones)  # (P, P, D)
-    gains = forwards.gradient(gradients, ones, directions)[tf.newaxis]  # (1, P)
+        gradients = backwards.gradient(log_probs, moved, ones, unconnected_gradients="zero")  # (P, P, D)
+    # 0 where an edit of model.py leaves no word that depends on the image.
+    gains = forwards.gradient(gradients, ones, directions, unconnected_gradients="zero")[tf.newaxis]  # (1, P)
     weights = weights[:1, :, 0]  # (1, P)
     logs = tf.math.log(weights + 1e-30) + gains + tf.math.log(sightings * feature_norms + 1e-30)  # (1, P)
     return {"next_hidden": next_hidden[:1], "attention_weights": weights, "evidence": tf.nn.softmax(logs)}

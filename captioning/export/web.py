@@ -15,7 +15,9 @@ import pathlib
 import shutil
 import string
 
+import model
 from captioning.attention.page import PAGE_FILES
+from captioning.decoder.edited_model import following_model
 from captioning.export.bundle import bundle_functions, check_size, describe
 from captioning.export.onnx_models import write_onnx
 from captioning.export.saved_model import new_folder
@@ -68,7 +70,7 @@ def export_page(captioner, network, weights, config, folder, runtime=None):
     """
     check_size(captioner)
     check_runtime(runtime)
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, following_model("the web page", "or take --format savedmodel"):
         write_onnx(bundle_functions(captioner, network, CNNS[config.cnn]), weights, temporary)
         write_json(temporary / "vocabulary.json", captioner.vocabulary)
         files = {name: _describe_file(temporary / f"{name}.onnx") for name in _MODELS}
@@ -105,6 +107,7 @@ def keep_page(captioner, make_network, weights, config, folder, runtime=None):
 def _describe_page(captioner, weights, config, runtime):
     """What captioner.json holds, but for the large files."""
     own_files = [*sorted(PAGE_FILES.iterdir()), *sorted(_WEB_FILES.iterdir())]
+    own_files.append(pathlib.Path(model.__file__))  # what a user edits changes the models
     code = _content_policy(not runtime).encode() + b"".join(path.read_bytes() for path in own_files)
     about = describe(captioner, "web", weights, config)
     return about | {"runtime": RUNTIME_VERSION, "page": hashlib.sha256(code).hexdigest()}

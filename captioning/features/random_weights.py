@@ -58,7 +58,7 @@ def calibrate(network, cnn, image_paths):
         with contextlib.suppress(ValueError):
             pixels.append(load_image(path, cnn.image_size))
     if not pixels:
-        raise UserError("no training image can be read, and random weights need some: check the image folder")
+        raise UserError("no training image can be read, and random weights need some: see --coco_dir or --images")
     norms = _batch_norms(network)
     for norm in norms:
         norm.momentum = 0.0

@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from captioning.decoder.edited_model import following_model
 from captioning.decoder.nucleus_sampling import draw_words
 from captioning.decoder.rules import ban_words, has_ended
 from captioning.vocabulary import PAD, START
@@ -14,6 +15,7 @@ _LONGEST_SAMPLE = 20  # words; hardly any caption is longer, and one that has no
 # --- Sampling ---------------------------------------------------------------------------------------------------
 
 
+@following_model("self-critical training", "or give --self_critical_epochs 0")
 def sample_captions(state, features, positions, config):
     """Sample captions word by word.
 
@@ -49,7 +51,8 @@ def _sample_replica(state, features, config):
     keys = decoder.attention.key_layer(encoded_features)  # (b, P, U)
     hidden = decoder.initial_hidden(encoded_features)  # (b, U)
     repeat = lambda x: tf.tile(x, (config.samples_per_image, *[1] * (x.shape.rank - 1)))  # noqa: E731
-    encoded_features, keys, hidden = map(repeat, (encoded_features, keys, hidden))  # (b S, P, D), (b S, P, U), (b S, U)
+    given = tf.nest.map_structure(repeat, (encoded_features, keys, hidden))
+    encoded_features, keys, hidden = given  # (b S, P, D), (b S, P, U), (b S, U)
     chances = _draw_chances(tf.shape(features)[0], state.optimizer.iterations, config)  # (T-1, b S)
 
     def one_word(words, hidden):
@@ -64,8 +67,8 @@ def _sample_replica(state, features, config):
     words, _ = tf.while_loop(
         lambda words, _: ~tf.reduce_all(has_ended(words)),
         one_word,
-        (tf.fill((tf.shape(hidden)[0], 1), START), hidden),
-        shape_invariants=(tf.TensorShape((None, None)), hidden.shape),
+        (tf.fill((tf.shape(keys)[0], 1), START), hidden),
+        shape_invariants=(tf.TensorShape((None, None)), tf.nest.map_structure(lambda x: x.shape, hidden)),
         maximum_iterations=longest_sample(config.max_words),
     )
     return words

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from captioning.captioner import Captioner, caption_batch, greedy_settings
-from captioning.decoder.basic_layers import softmax_cross_entropy
+from captioning.decoder.basic_layers import in_training, softmax_cross_entropy
 from captioning.decoder.rules import ban_words
 from captioning.evaluation.metrics import quick_score
 from captioning.features.cache import cached_batches, dataset_images, feature_path, features_folder
@@ -187,9 +187,9 @@ def _policy_replica(state, features, captions, advantages, config):
     copies = tf.shape(captions)[0] // tf.shape(features)[0]  # S + 1
     with tf.GradientTape() as tape:
         seed = state.dropout_seed(config.seed)
-        encoded_features = state.encoder(features, dropout_seed=seed)  # (B, P, D)
+        encoded_features = state.encoder(features, dropout_seed=seed, training=True)  # (B, P, D)
         encoded_features = tf.tile(encoded_features, (copies, 1, 1))  # (B (S + 1), P, D)
-        logits, attention_weights = state.decoder.teacher_forcing(captions, encoded_features, seed)
+        logits, attention_weights = in_training(state.decoder.teacher_forcing, captions, encoded_features, seed)
         loss = _policy_gradient_loss(captions, logits, advantages) * word_share
         term = config.doubly_stochastic * attention_loss(captions, attention_weights) * caption_share
         total = state.scaled_optimizer.scale_loss(loss + term)

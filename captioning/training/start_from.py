@@ -11,6 +11,7 @@ import pathlib
 import numpy as np
 
 from captioning.data.prepared_data import encode_images
+from captioning.decoder.edited_model import following_model
 from captioning.settings import DATA_SETTINGS, MODEL_SETTINGS, adopt_settings, is_same_setting, other_run, quote
 from captioning.training.checkpoints import list_checkpoints, save_checkpoint
 from captioning.training.run_folder import check_model_settings, check_network, read_captioner
@@ -126,6 +127,7 @@ def choose_words(prepared, start, config):
     return dataclasses.replace(prepared, vocabulary=vocabulary, **splits)
 
 
+@following_model("--start_from", "or begin without it")
 def take_weights(state, start, vocabulary, config):
     """Give a training all weights of a trained captioner, and say what was taken.
 

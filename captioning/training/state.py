@@ -81,7 +81,10 @@ class TrainingState(tf.train.Checkpoint):
 
     @property
     def trainable_variables(self):
-        return self.encoder.trainable_variables + self.decoder.trainable_variables
+        """The weights, those of the detector last wherever model.py makes it: the optimizer clips them apart."""
+        apart = self.decoder.detector.trainable_variables
+        weights = self.encoder.trainable_variables + self.decoder.trainable_variables
+        return [weight for weight in weights if not any(weight is each for each in apart)] + apart
 
     def dropout_seed(self, seed):
         """The seed of this step's dropout masks, int (2,). A run that is continued draws the same."""

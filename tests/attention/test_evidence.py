@@ -62,6 +62,28 @@ def test_evidence_is_weights_times_what_each_location_says_and_shows_of_the_word
 
 
 @pytest.mark.parametrize("bundled", [False, True])
+def test_words_that_do_not_depend_on_the_image_have_evidence_of_weights_and_detector(features, bundled):
+    """As where a student hard-codes the context vector."""
+    captioner = tiny_captioner(CONFIG, features)
+    encoder, decoder = captioner.encoder, captioner.decoder
+    gru = decoder.gru
+    decoder.gru = lambda words, context_vector, hidden: gru(words, tf.zeros_like(context_vector), hidden)
+    encoded = encoder(features[:1])
+    keys, hidden = decoder.attention.key_layer(encoded), tf.zeros((1, 32))
+    decoder.initial_hidden = lambda encoded_features: tf.zeros((len(encoded_features), 32))
+    norms = np.linalg.norm(features[:1], axis=2)
+    if bundled:
+        state = tf.constant([[START]]), WORDS[:1, :1], hidden, encoded, keys, norms
+        found = _word_evidence(decoder, *state)
+        weights, evidence = found["attention_weights"][0], found["evidence"][0]
+    else:
+        explain = explain_captions.python_function
+        weights, evidence = (each[0, 0] for each in explain(encoder, decoder, features[:1], WORDS[:1, :2])[:2])
+    expected = weights * decoder.detector(encoded, WORDS[0, :1])[0, :, 0] * norms[0]
+    np.testing.assert_allclose(evidence, expected / tf.reduce_sum(expected), rtol=0.02)
+
+
+@pytest.mark.parametrize("bundled", [False, True])
 def test_evidence_is_of_probabilities_of_what_can_be_said(captioner, features, bundled):
     """However likely <unk> is, which is never said."""
     encoder, decoder = captioner.encoder, captioner.decoder

@@ -125,7 +125,9 @@ def test_skipped_images_are_left_out_and_named(copied):
     prepared = load_data(copied)
     assert len(prepared.train) == len(images) - 1 and len(prepared.validation) == 2
     assert json.loads(pathlib.Path(copied.data_dir, "skipped.json").read_text()) == {images[0].file_name: "a reason"}
-    with pytest.raises(UserError, match=r"no readable validation images are left \(1 skipped\): check the image"):
+    with pytest.raises(
+        UserError, match=r"no readable validation images are left \(1 skipped, such as: .+\): see that --images"
+    ):
         save({"train": images, "validation": images[:1]}, {images[0].file_name: "a reason"}, copied)
 
 

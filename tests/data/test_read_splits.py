@@ -89,6 +89,8 @@ def test_images_that_are_trained_on_and_scored_are_told(tmp_path, capsys):
             ["--dataset", "karpathy", "--test_captions", "own.csv"],
             "--test_captions does not go with --dataset karpathy",
         ),
+        (["--dataset", "coco"], "--images does not go with --dataset coco: leave it out, or give --dataset table"),
+        (["--karpathy_json", "x.json"], "--karpathy_json does not go with --dataset table: .* --dataset karpathy"),
         (["--dataset", "demo", "--image_column", "x"], "--image_column does not go with --dataset demo"),
     ],
 )

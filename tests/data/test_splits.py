@@ -53,10 +53,15 @@ def test_the_split_is_by_image_and_fixed_by_the_seed(images):
     assert image_ids(_split_by_image(images, 0.2, seed=1)[1]) != image_ids(validation)
 
 
-@pytest.mark.parametrize(("count", "val_fraction"), [(0, 0.2), (1, 0.2), (2, 0.9), (9, 0.9)])
+@pytest.mark.parametrize(("count", "val_fraction"), [(2, 0.9), (9, 0.9)])
 def test_a_split_that_leaves_nothing_to_train_on_is_one_line(images, count, val_fraction):
     with pytest.raises(UserError, match=f"{count} images cannot be split .*: raise --num_examples or lower --val"):
         _split_by_image(images[:count], val_fraction, seed=42)
+
+
+def test_one_image_cannot_be_split_whatever_the_share(images):
+    with pytest.raises(UserError, match="1 images cannot be split .*: give captions of more images, or, if only a few"):
+        _split_by_image(images[:1], 0.2, seed=42)
 
 
 def test_the_smallest_splits(images):

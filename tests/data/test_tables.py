@@ -84,6 +84,36 @@ def test_json_lines_and_lists(tmp_path, capsys, text):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_objects_of_captions_by_image_and_around_a_list(tmp_path, capsys, indent):
+    by_image = {"1.jpg": ["a dog, it runs", "a cat"], "2.jpg": "a bird"}
+    around = {"info": {"year": 2014}, "data": [{"image": name, "caption": each} for name, each in by_image.items()]}
+    for data in (by_image, around):
+        assert captions(read(tmp_path, json.dumps(data, indent=indent))) == EXPECTED
+    assert captions(read(tmp_path, json.dumps(by_image), ("foto", "titel"))) == EXPECTED
+    with pytest.raises(UserError, match="has the columns 'info', 'x': "):
+        read(tmp_path, json.dumps({"info": {}, "x": [1, 2]}))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_programs_write_for_a_missing_caption_is_no_caption(tmp_path, capsys):
+    missing = ["nan", "NaN", "null", "None", "<NA>"]
+    text = "image,caption\n1.jpg,nan bread\n" + "".join(f"{n}.jpg,{word}\n" for n, word in enumerate(missing, 2))
+    assert captions(read(tmp_path, text)) == {"1.jpg": ["nan bread"]}
+    assert ": 5 left out: a caption that is missing (nan, null or None), such as line 3: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head", [b"PK\3\4", b"PAR1", b"\x1f\x8b", b"\xd0\xcf\x11\xe0"])
+def test_a_workbook_is_told_as_such(tmp_path, head):
+    with pytest.raises(UserError, match="is no text, but a workbook, an archive or the like: save it as CSV"):
+        read(tmp_path, head + b"\x14\0\6\xd8")
+
+
+def test_captions_that_are_all_too_long_are_mended_by_max_words(tmp_path):
+    with pytest.raises(UserError, match="2 left out: a caption longer than 2 words.*: raise --max_words$"):
+        read(tmp_path, "image,caption\n1.jpg,a b c\n2.jpg,a b c\n", max_words=2)
+
+
 def test_a_file_in_cocos_layout_is_read_as_such(tmp_path):
     images = [{"id": f"x{n}", "file_name": f"a/{n}.jpg"} for n in (1, 2)]
     notes = [{"image_id": f"x{n}", "caption": "a dog"} for n in (1, 2)]

@@ -97,6 +97,20 @@ def test_results_do_not_go_with_what_writes_no_captions(trained):
             inference.main(["--run_dir", str(trained / "run"), "--results", "r.json", *option])
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--image", "x.jpg", "--split", "test"], "--split does not go with --image: leave it out"),
+        (["--evaluate", "--anew"], "--anew does not go with --evaluate"),
+        (["--export", "x", "--output", "y"], "--output does not go with --export"),
+        (["--serve", "0", "--attention", "all"], "--attention does not go with --serve"),
+    ],
+)
+def test_options_that_would_do_nothing_are_told(argv, line):
+    with pytest.raises(UserError, match=line):
+        inference.main(argv)
+
+
 def test_the_image_info_of_the_field_inputs_is_captioned(trained, tmp_path):
     if not FIELD_INPUTS.is_dir():
         pytest.skip("../shared is not there")
