@@ -86,7 +86,7 @@ def evaluate(captioner, images, split, output, config):
         output,
         f"Best, middle and worst captions of the {split} split",
         _score_pages(runs, images),
-        tables=[_score_table(rows)],
+        table=_score_table(rows),
         file_name=f"evaluation_{name}.html",
         intro=f"{_introduce_page(runs)} Scored: {how}. {few}".rstrip(),
     )
