@@ -8,22 +8,20 @@ import numpy as np
 import tensorflow as tf
 
 from captioning.attention.evidence import explain_captions
-from captioning.decoder.beam_search import beam_search, best_beams
+from captioning.decoder.beam_search import beam_search
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.decoder.nucleus_sampling import sample_decode
-from captioning.decoder.rules import DecodedCaptions, has_ended
+from captioning.decoder.rules import DecodedCaptions
 from captioning.features.cache import cached_batches
 from captioning.vocabulary import END, PAD, encode_captions
 from captioning.words import split_words
 from model import CNN_Encoder, RNN_Decoder, greedy_decode
 from support.errors import UserError
 
-_USUAL_WORDS = 20  # most captions have fewer
 _DRAWS = 5  # captions drawn at most for each one wanted, as none is to come twice
 
 _greedy_graph = tf.function(greedy_decode, reduce_retracing=True)
 _beam_graph = tf.function(beam_search, reduce_retracing=True)
-_several_graph = tf.function(best_beams, reduce_retracing=True)
 _sample_graph = tf.function(sample_decode, reduce_retracing=True)
 
 
@@ -78,25 +76,6 @@ def decoding_settings(given, config):
     return dataclasses.replace(config, beam_width=count)
 
 
-def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(greedy_decode, beam_search)):
-    """Greedy decoding or beam search, as the settings say.
-
-    Args:
-      features: float (B, P, F)
-      config: Config; its max_words, beam_width, length_penalty and repeat_block.
-      max_words: int, maybe as a tensor, instead of the config's.
-      graphs: the two functions, or what compiles them.
-
-    Returns:
-      DecodedCaptions
-    """
-    greedy, beams = graphs
-    most = config.max_words if max_words is None else max_words
-    if config.beam_width == 1:
-        return greedy(encoder, decoder, features, most, config.repeat_block)
-    return beams(encoder, decoder, features, most, config.beam_width, config.length_penalty, config.repeat_block)
-
-
 def caption_batch(captioner, images, features, config, with_evidence=False):
     """Caption images from their features.
 
@@ -114,10 +93,11 @@ def caption_batch(captioner, images, features, config, with_evidence=False):
     features = tf.convert_to_tensor(features)
     if config.sample == "yes":
         rows = _sample_rows(captioner, images, features, config)
-    elif config.captions_per_image > 1:
+    elif config.beam_width > 1:
         rows = _best_rows(captioner, features, config)
     else:
-        rows = [[row] for row in _likeliest_rows(captioner, features, config)]
+        how = config.max_words, config.repeat_block
+        rows = [[row] for row in _unstack(_greedy_graph(captioner.encoder, captioner.decoder, features, *how))]
     captions = [
         [_generated_caption(image, row, captioner.vocabulary) for row in of_image]
         for image, of_image in zip(images, rows, strict=True)
@@ -180,30 +160,10 @@ def explain_references(captioner, images, config):
     return predictions
 
 
-def _likeliest_rows(captioner, features, config):
-    """The caption of each image, greedy or of the best beam. float (B, P, F) -> list of B as `_unstack` gives them."""
-
-    def decode(features, most):
-        graphs = _greedy_graph, _beam_graph
-        most = tf.constant(most)  # a tensor, as another number would be another graph
-        return _unstack(decode_captions(captioner.encoder, captioner.decoder, features, config, most, graphs))
-
-    # Greedily, few captions are long, and the others need not wait for them. With beams a longer one may yet win.
-    most = min(_USUAL_WORDS, config.max_words) if config.beam_width == 1 else config.max_words
-    decoded = decode(features, most)
-    unfinished = [i for i, row in enumerate(decoded) if not has_ended(row.words)]
-    if unfinished and most < config.max_words:
-        longer = decode(tf.gather(features, unfinished), config.max_words)
-        for i, row in zip(unfinished, longer, strict=True):
-            decoded[i] = row
-    return decoded
-
-
 def _best_rows(captioner, features, config):
     """The captions of each image by its best beams. float (B, P, F) -> list of B lists as `_unstack` gives them."""
-    how = tf.constant(config.max_words), config.beam_width, config.length_penalty, config.repeat_block
-    count = config.captions_per_image
-    found = _several_graph(captioner.encoder, captioner.decoder, features, *how, count=count)  # (B, N, ...)
+    how = config.max_words, config.beam_width, config.length_penalty, config.repeat_block, config.captions_per_image
+    found = _beam_graph(captioner.encoder, captioner.decoder, features, *how)  # (B, N, ...)
     return [[row for row in _unstack(of_image) if row.words.any()] for of_image in _unstack(found)]
 
 

@@ -11,19 +11,7 @@ from captioning.vocabulary import PAD, START
 _NO_BEAM = -1e6  # log-probability of a beam that does not run yet; no caption's is so low
 
 
-def beam_search(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0):
-    """The likeliest caption of those that `beam_width` beams keep in view, the first of `best_beams`.
-
-    Args: as for `best_beams`.
-
-    Returns:
-      DecodedCaptions
-    """
-    found = best_beams(encoder, decoder, features, max_words, beam_width, length_penalty, repeat_block, count=1)
-    return DecodedCaptions(*(x[:, 0] for x in found))  # (B, L), (B, L), (B, L, P)
-
-
-def best_beams(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0, *, count):
+def beam_search(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0, count=1):
     """The likeliest captions of those that `beam_width` beams keep in view, as one graph over the batch.
 
     A beam that says <end> keeps its place to the last. The others go on until they end or have `max_words` words. Of
@@ -118,7 +106,7 @@ def _rank_beams(scores, words, length_penalty, count):
     Args:
       scores: float (B, K), log-probability of each beam.
       words: int (B, K, L + 1), from <start> on.
-      length_penalty, count: as `best_beams` takes them.
+      length_penalty, count: as `beam_search` takes them.
 
     Returns:
       best: int (B, N)

@@ -13,11 +13,13 @@ import shutil
 
 import tensorflow as tf
 
-from captioning.captioner import decode_captions
+from captioning.decoder.beam_search import beam_search
+from captioning.decoder.rules import DecodedCaptions
 from captioning.export.graph_images import OK, read_images
 from captioning.features.cnn import CNNS
 from captioning.vocabulary import END, PAD
 from captioning.words import is_character
+from model import greedy_decode
 from support.errors import UserError
 from support.files import TEMPORARY, free_space, is_pattern, locked
 
@@ -76,6 +78,15 @@ def _check_free(target):
     """UserError where an export would lie on top of something; an empty folder is nothing."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} is there already: name another folder behind --export, or delete it")
+
+
+def decode_captions(encoder, decoder, features, config):
+    """The likeliest caption of each image, greedy or of the best beam. float (B, P, F), Config -> DecodedCaptions."""
+    if config.beam_width == 1:
+        return greedy_decode(encoder, decoder, features, config.max_words, config.repeat_block)
+    how = config.max_words, config.beam_width, config.length_penalty, config.repeat_block
+    found = beam_search(encoder, decoder, features, *how)
+    return DecodedCaptions(*(x[:, 0] for x in found))  # (B, L), (B, L), (B, L, P)
 
 
 def _write_saved_model(captioner, network, config, folder):
