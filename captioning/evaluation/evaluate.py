@@ -78,6 +78,8 @@ def evaluate(captioner, images, split, output, config):
     metrics = {run: evaluated.metrics for run, evaluated in runs.items()}
     texts = {run: {i: group[0] for i, group in evaluated.texts.items()} for run, evaluated in runs.items()}
     rows = _rows_of_table(metrics)
+    table = [["", *METRICS]]
+    table += [[run, *(format_score(name, scores.get(name)) for name in METRICS)] for run, scores in rows.items()]
     name = _name_files(split, config)
     how = ", ".join(f"{key} {value}" for key, value in scored.items())
     few = note_few_images(len(images))
@@ -86,9 +88,10 @@ def evaluate(captioner, images, split, output, config):
         output,
         f"Best, middle and worst captions of the {split} split",
         _score_pages(runs, images),
-        table=_score_table(rows),
+        table,
         file_name=f"evaluation_{name}.html",
-        intro=f"{_introduce_page(runs)} Scored: {how}. {few}".rstrip(),
+        intro=f"These images have the best, the middle and the worst CIDEr of all {len(images)}, greedy. "
+        f"Scored: {how}. {few}".rstrip(),
     )
     print(printable(f"scored: {how}"))
     print(format_table(rows))
@@ -116,11 +119,7 @@ def _ways_to_decode(config):
 
 
 def _caption_all(captioner, images, config):
-    """Caption all images. Of an image's further captions only the texts are kept.
-
-    Returns:
-      (list of GeneratedCaptions, dict of image id to list of str)
-    """
+    """Captions of all images, of an image's further ones only the texts, as Evaluated has `captions` and `texts`."""
     captions, texts = [], {}
     for batch in cached_batches(images, config):
         for first in caption_batch(captioner, *batch, config, with_evidence=True):
@@ -170,11 +169,7 @@ def _can_use_boxes(images, config):
 
 
 def _score_run(captions, texts, images, config, with_boxes):
-    """Score the captions of one way of decoding, that of the settings. Returns Evaluated.
-
-    Args:
-      captions, texts: as `_caption_all` returns them.
-    """
+    """Score the captions of one way of decoding, that of the settings, as `_caption_all` returns them. -> Evaluated"""
     references = {image.image_id: image.references for image in images}
     first = {i: group[0] for i, group in texts.items()}
     metrics = score_captions(first, references)
@@ -195,11 +190,7 @@ def _score_run(captions, texts, images, config, with_boxes):
 
 
 def _score_references(captioner, images, config):
-    """Where the model looks while it is made to say the reference captions.
-
-    Returns:
-      {"references": {"attention": scores}}
-    """
+    """Where the model looks while it is made to say the references, as {"references": {"attention": scores}}."""
     groundings, known = find_groundings(explain_references(captioner, images, config), config)
     return {"references": {"attention": attention_accuracy(groundings) | known}}
 
@@ -215,21 +206,6 @@ def _rows_of_table(metrics):
 
 
 # --- The page ---------------------------------------------------------------------------------------------------
-
-
-def _score_table(metrics):
-    """The scores of all runs as rows of text, the first one the column names."""
-    rows = [["", *METRICS]]
-    rows += [
-        [name, *(format_score(metric, scores.get(metric)) for metric in METRICS)] for name, scores in metrics.items()
-    ]
-    return rows
-
-
-def _introduce_page(runs):
-    """What is on the page, in a sentence."""
-    name, first = next(iter(runs.items()))
-    return f"These images have the best, the middle and the worst CIDEr of all {len(first.captions)}, {name}."
 
 
 def _score_pages(runs, images):
@@ -270,9 +246,8 @@ def _print_diversity(run, evaluated, scores):
 def _print_scenes(metrics):
     """A line for each run of the demo: how far its captions are true."""
     for run, values in metrics.items():
-        known = ((name, value) for name, value in values.get("scenes", {}).items() if value is not None)
-        if text := ", ".join(f"{name} {value:.3g}" for name, value in known):
-            print(f"{run}, scenes: {text}")
+        if scenes := values.get("scenes"):
+            print(f"{run}, scenes: " + ", ".join(f"{name} {value:.3g}" for name, value in scenes.items()))
 
 
 def _print_attention(name, scores):

@@ -41,7 +41,7 @@ class CiderReward:
           images: list of B int, positions in the references.
           captions: list of B lists of S captions, each a list of token ids with <end> and maybe <pad>.
           with_end: bool, whether <end> is a word, as a reward needs. Without it the mean over all images is the
-            CIDEr of captioning.evaluation.metrics.quick_score.
+            CIDEr of captioning.evaluation.metrics.cider_by_image.
 
         Returns:
           list of B lists of S float, each from 0 to 10

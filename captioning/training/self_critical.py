@@ -18,7 +18,7 @@ import tensorflow as tf
 from captioning.captioner import Captioner, caption_batch, greedy_settings
 from captioning.decoder.basic_layers import softmax_cross_entropy
 from captioning.decoder.rules import ban_words
-from captioning.evaluation.metrics import quick_score
+from captioning.evaluation.metrics import cider_by_image
 from captioning.features.cache import cached_batches, dataset_images, feature_path, features_folder
 from captioning.training.batches import image_batches, shares_of_batch
 from captioning.training.cider_reward import CiderReward
@@ -305,4 +305,5 @@ def _validation_cider(state, images, vocabulary, config, stop_if_asked=lambda: N
         stop_if_asked()
         captions += caption_batch(captioner, batch, features, greedy)
     generated = {caption.image_id: caption.caption for caption in captions}
-    return quick_score(generated, {image.image_id: image.references for image in images})["CIDEr"]
+    ciders = cider_by_image(generated, {image.image_id: image.references for image in images})
+    return float(np.mean(list(ciders.values())))
