@@ -1,6 +1,7 @@
 """The trained captioner: restored from its run, it turns features into captions."""
 
 import dataclasses
+import itertools
 import os
 import zlib
 
@@ -98,37 +99,37 @@ def caption_batch(captioner, images, features, config, with_evidence=False):
     else:
         how = config.max_words, config.repeat_block
         rows = [[row] for row in _unstack(_greedy_graph(captioner.encoder, captioner.decoder, features, *how))]
-    captions = [
-        [_generated_caption(image, row, captioner.vocabulary) for row in of_image]
+    said = [
+        [(_generated_caption(image, row, captioner.vocabulary), row.words) for row in of_image]
         for image, of_image in zip(images, rows, strict=True)
     ]
-    for number in range(max(map(len, rows), default=0) if with_evidence else 0):
-        have = [i for i, of_image in enumerate(rows) if number < len(of_image)]
-        those = features if len(have) == len(images) else tf.gather(features, have)
-        words = [rows[i][number].words for i in have]
-        explained = _add_evidence(captioner, [captions[i][number] for i in have], those, words)
-        for i, caption in zip(have, explained, strict=True):
-            captions[i][number] = caption
+    captions = _explain(captioner, features, said) if with_evidence else [[each for each, _ in group] for group in said]
     return [dataclasses.replace(first, others=others) for first, *others in captions]
 
 
-def _add_evidence(captioner, predictions, features, words):
-    """Predictions with attention weights, evidence and feature norms, from making the model say the words.
+def _explain(captioner, features, said):
+    """Captions with attention weights, evidence and feature norms, from making the model say them.
 
     Args:
-      predictions: list of B GeneratedCaptions.
       features: float (B, P, F)
-      words: list of B arrays of word ids, with <end> and maybe <pad>.
+      said: list of B lists of (GeneratedCaption, array of its token ids with <end> and maybe <pad>).
+
+    Returns:
+      list of B lists of GeneratedCaptions
     """
-    longest = max(len(row) for row in words)
-    padded = np.stack([np.pad(row, (0, longest - len(row)), constant_values=PAD) for row in words])  # (B, L)
-    encoder, decoder = captioner.encoder, captioner.decoder
-    explained = explain_captions(encoder, decoder, features, tf.constant(padded, tf.int32))
-    found = []
-    for prediction, *maps, norms in zip(predictions, *(part.numpy() for part in explained), strict=True):
-        weights, evidence = (part[: len(prediction.words)] for part in maps)  # (words, P)
-        changes = {"attention_weights": weights, "evidence": evidence, "feature_norms": norms}
-        found.append(dataclasses.replace(prediction, **changes))
+    found = [[] for _ in said]
+    # One caption of each image at a time, as each takes the memory of its image's features.
+    for number in range(max(map(len, said), default=0)):
+        have = [i for i, group in enumerate(said) if number < len(group)]
+        captions, words = zip(*(said[i][number] for i in have), strict=True)
+        longest = max(map(len, words))
+        padded = np.stack([np.pad(row, (0, longest - len(row)), constant_values=PAD) for row in words])  # (b, L)
+        those = tf.gather(features, have)  # (b, P, F)
+        explained = explain_captions(captioner.encoder, captioner.decoder, those, tf.constant(padded, tf.int32))
+        for i, caption, *maps, norms in zip(have, captions, *(part.numpy() for part in explained), strict=True):
+            weights, evidence = (part[: len(caption.words)] for part in maps)  # (words, P)
+            changes = {"attention_weights": weights, "evidence": evidence, "feature_norms": norms}
+            found[i].append(dataclasses.replace(caption, **changes))
     return found
 
 
@@ -139,25 +140,19 @@ def explain_references(captioner, images, config):
       list of GeneratedCaptions with evidence, one for each reference; words that the model does not know are <unk>.
       They have no log_probs.
     """
-    predictions = []
+    captions = []
     for batch, features in cached_batches(images, config):
-        for number in range(max(len(image.references) for image in batch)):
-            rows = [i for i, image in enumerate(batch) if number < len(image.references)]
-            encoded = encode_captions([batch[i].references[number] for i in rows], captioner.vocabulary)
+        said = []
+        for image in batch:
+            encoded = encode_captions(image.references, captioner.vocabulary)
+            nothing = {"log_probs": np.zeros(0), "attention_weights": np.zeros(0), "image_id": image.image_id}
             blank = [
-                GeneratedCaption(
-                    path=batch[i].path,
-                    name=batch[i].name,
-                    words=split_words(batch[i].references[number]),
-                    log_probs=np.zeros(0),
-                    attention_weights=np.zeros(0),
-                    image_id=batch[i].image_id,
-                )
-                for i in rows
+                GeneratedCaption(image.path, image.name, split_words(text), **nothing) for text in image.references
             ]
-            words = [np.array(token_ids[1:], np.int32) for token_ids in encoded]  # without <start>
-            predictions += _add_evidence(captioner, blank, tf.gather(features, rows), words)
-    return predictions
+            said.append([(each, token_ids[1:]) for each, token_ids in zip(blank, encoded, strict=True)])  # no <start>
+        by_number = itertools.zip_longest(*_explain(captioner, features, said))  # the first of each image, and so on
+        captions += [caption for group in by_number for caption in group if caption]
+    return captions
 
 
 def _best_rows(captioner, features, config):
