@@ -55,9 +55,9 @@ def new_folder(folder):
     target = pathlib.Path(folder).resolve()
     try:
         name = os.fsencode(target.name).decode()
-        _check_free(target)
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):  # an empty folder is nothing
+            raise UserError(f"{target} is there already: name another folder behind --export, or delete it")
         with locked(target.parent, f"{name}.export"):
-            _check_free(target)  # another export may have ended meanwhile
             for left in target.parent.glob(f"{TEMPORARY}*-{glob.escape(name)}.export"):  # of an export that was killed
                 shutil.rmtree(left, ignore_errors=True)
             temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{name}.export")
@@ -72,12 +72,6 @@ def new_folder(folder):
     except (OSError, tf.errors.OpError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot write {folder}: {reason} ({free_space(target.parent)})") from error
-
-
-def _check_free(target):
-    """UserError where an export would lie on top of something; an empty folder is nothing."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} is there already: name another folder behind --export, or delete it")
 
 
 def decode_captions(encoder, decoder, features, config):
@@ -103,11 +97,8 @@ def _write_saved_model(captioner, network, config, folder):
     The signature `one` takes `image`, string (), and returns caption (), log_probability (), attention_weights (L, P)
     and status ().
 
-    All is computed in float32, so a caption may differ where the scripts use bfloat16.
-
-    Args:
-      captioner, network, config: as `export_captioner` takes them.
-      folder: pathlib.Path, which is there.
+    All is computed in float32, so a caption may differ where the scripts use bfloat16. Args: as of `export_captioner`,
+    but the folder is there.
     """
     words = ["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)]  # (V,)
     joined = [not word or is_character(word) for word in words]  # (V,), without a blank on either side

@@ -102,19 +102,10 @@ def _begin(state, measure_cider, run_dir):
 
 
 def _train_epoch(state, images, epoch, config, stop_if_asked=lambda: None, forecast=None):
-    """One pass over the images, or what is left of it: sample captions, compare them, and learn from that.
-
-    Args:
-      images: ImageSet
-      epoch: int, epochs finished before.
-      stop_if_asked: function called before each batch, as interrupts_held_back gives.
-      forecast: Forecast of all epochs, which is told of each batch.
+    """One pass over an ImageSet: sample captions, compare them, and learn from that. Args, Raises: as of `run_epoch`.
 
     Returns:
       EpochRow, not yet validated
-
-    Raises:
-      UserError: the loss is not finite.
     """
     progress, samples = state.progress, config.samples_per_image
     order = np.random.default_rng((config.seed, epoch)).permutation(len(images.feature_paths))
@@ -201,14 +192,13 @@ def _policy_replica(state, features, captions, advantages, config):
 
 
 def _score_samples(images, positions, captions, samples, with_end=True):
-    """CIDEr-D of sampled captions.
+    """CIDEr-D of sampled captions, `with_end` as CiderReward.score takes it.
 
     Args:
       images: ImageSet
       positions: int (R b,), of the sampled images, for the R replicas of this process; -1 is no image.
       captions: int (R b S, T), as `sample_captions` returns them.
       samples: int, S.
-      with_end: bool, as CiderReward.score takes it.
 
     Returns:
       float (R S, b): a row for each replica's first, second, ... samples; 0 where there is no image
@@ -291,13 +281,7 @@ def _policy_gradient_loss(captions, logits, advantages):
 
 
 def _validation_cider(state, images, vocabulary, config, stop_if_asked=lambda: None):
-    """CIDEr of greedy captions, on the project's own tokens.
-
-    Args:
-      state: TrainingState
-      images: list of ImageToCaption with references and cached features.
-      stop_if_asked: function called before each batch, as interrupts_held_back gives.
-    """
+    """CIDEr of greedy captions of a list of ImageToCaption, on the project's own tokens."""
     captioner = Captioner(state.encoder, state.decoder, vocabulary, "")
     greedy = greedy_settings(config)
     captions = []

@@ -621,7 +621,7 @@ def test_a_run_is_exported_and_says_what_script_3_says(trained, tmp_path, monkey
     run = ["--run_dir", str(trained / "run")]
     inference.main([*run, "--export", str(tmp_path / "bundle"), "--format", kind])
     about = json.loads((tmp_path / "bundle" / "captioner.json").read_text())
-    assert (about["format"], about["weights"]) == (kind, export_bundle.DEFAULT_WEIGHTS[kind])
+    assert (about["format"], about["weights"]) == (kind, {"litert": "float16", "onnx": "float32"}[kind])
     assert about["network"] == json.loads((trained / "run" / "network.json").read_text())
     assert about["checkpoint"].startswith("best/ckpt-") and about["checkpoint_identity"]
     inference.main([*run, "--image", str(image), "--output", str(tmp_path / "out"), "--figures", "0"])
