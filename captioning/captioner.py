@@ -165,12 +165,7 @@ def _best_rows(captioner, features, config):
 def _sample_rows(captioner, images, features, config):
     """Captions of each image that are drawn, in the order of the draws, none twice.
 
-    Args:
-      images: list of B ImageToCaption.
-      features: float (B, P, F)
-
-    Returns:
-      list of B lists as `_unstack` gives them
+    list of B ImageToCaption, float (B, P, F) -> list of B lists as `_unstack` gives them
     """
     count = config.captions_per_image
     chances = np.stack([sample_chances(image.path.name, config) for image in images])  # (B, draws, max_words)

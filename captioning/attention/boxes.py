@@ -60,29 +60,28 @@ _IRREGULAR_PLURALS = {
     "sheep": "sheep",
     "woman": "women",
 }
-_SYNONYMS = {  # words and phrases that mean one of COCO's categories
-    **dict.fromkeys(("man", "woman", "boy", "girl", "child", "kid", "baby", "lady", "guy"), "person"),
-    **dict.fromkeys(("player", "skier", "snowboarder", "surfer", "skateboarder"), "person"),
-    "bike": "bicycle",
-    "motorbike": "motorcycle",
-    **dict.fromkeys(("plane", "aeroplane"), "airplane"),
-    "taxi": "car",
-    "hydrant": "fire hydrant",
-    "stoplight": "traffic light",
-    "puppy": "dog",
-    "kitten": "cat",
-    "luggage": "suitcase",
-    "ball": "sports ball",
-    **dict.fromkeys(("racket", "racquet", "tennis racquet"), "tennis racket"),
-    "hotdog": "hot dog",
-    "doughnut": "donut",
-    "sofa": "couch",
-    "plant": "potted plant",
-    "table": "dining table",
-    **dict.fromkeys(("television", "television set"), "tv"),
-    **dict.fromkeys(("phone", "cellphone", "mobile phone", "smartphone"), "cell phone"),
-    "fridge": "refrigerator",
-    **dict.fromkeys(("hairdryer", "hair dryer"), "hair drier"),
+_SYNONYMS = {  # of COCO's categories
+    "person": "man woman boy girl child kid baby lady guy player skier snowboarder surfer skateboarder".split(),
+    "bicycle": ["bike"],
+    "motorcycle": ["motorbike"],
+    "airplane": ["plane", "aeroplane"],
+    "car": ["taxi"],
+    "fire hydrant": ["hydrant"],
+    "traffic light": ["stoplight"],
+    "dog": ["puppy"],
+    "cat": ["kitten"],
+    "suitcase": ["luggage"],
+    "sports ball": ["ball"],
+    "tennis racket": ["racket", "racquet", "tennis racquet"],
+    "hot dog": ["hotdog"],
+    "donut": ["doughnut"],
+    "couch": ["sofa"],
+    "potted plant": ["plant"],
+    "dining table": ["table"],
+    "tv": ["television", "television set"],
+    "cell phone": ["phone", "cellphone", "mobile phone", "smartphone"],
+    "refrigerator": ["fridge"],
+    "hair drier": ["hairdryer", "hair dryer"],
 }
 
 
@@ -175,7 +174,7 @@ def _coco_groundings(predictions, instances_path):
 
 def _name_phrases(names):
     """All that names a category: dict of tuple of words, in the singular or the plural, to one of the `names`."""
-    meanings = {phrase: name for phrase, name in _SYNONYMS.items() if name in names} | {name: name for name in names}
+    meanings = {phrase: name for name in names for phrase in _SYNONYMS.get(name, ())} | {name: name for name in names}
     plurals = {tuple(_plural(phrase).split()): name for phrase, name in meanings.items()}
     return plurals | {tuple(phrase.split()): name for phrase, name in meanings.items()}
 

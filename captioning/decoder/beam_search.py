@@ -81,11 +81,8 @@ def _best_continuations(scores, word_log_probs, ended):
       word_log_probs: float (B, K, V), of the next word.
       ended: bool (B, K)
 
-    Returns:
-      scores: float (B, K), of the continued beams
-      beam: int (B, K), the beam that each continues
-      word: int (B, K)
-      word_log_probs: float (B, K), of that word
+    Returns: (B, K) each
+      scores of the continued beams, the beams that they continue, the words, and the log-probabilities of these
     """
     beam_width, vocab_size = word_log_probs.shape[1:]
     flat = lambda x: tf.reshape(x, (-1, beam_width * vocab_size))  # noqa: E731

@@ -73,11 +73,7 @@ def _centre_map(locations):
 
 
 def _score_map(weights, covered):
-    """Measure one map.
-
-    Args:
-      weights: (P,)
-      covered: bool (height, width), the pixels in the boxes. A pixel belongs to a box if its middle is inside.
+    """Measure one map, (P,), by the pixels in the boxes, bool (height, width).
 
     Returns:
       (share of the map's peak that lies inside: 0 or 1, or between where several pixels share the peak; share of the
@@ -95,7 +91,7 @@ def _score_map(weights, covered):
 
 
 def _cover(size, boxes):
-    """The pixels that lie in at least one box. (width, height), list of [x, y, w, h] -> bool (height, width)."""
+    """The pixels whose middle lies in one of the boxes. (width, height), list of [x, y, w, h] -> bool (height, width)."""
     width, height = size
     down, across = np.ogrid[0.5:height, 0.5:width]  # (height, 1), (1, width): the pixels' middles
     covered = np.zeros((height, width), bool)

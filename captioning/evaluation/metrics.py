@@ -84,12 +84,10 @@ def score_best(generated, references):
 
     Returns, Raises: as for `score_captions`.
     """
-    most = max(map(len, generated.values()), default=0)
-    # The n-th captions of all images; an image with fewer has its first one again, which changes nothing.
-    by_place = [{i: group[n if n < len(group) else 0] for i, group in generated.items()} for n in range(most)]
-    paired = [_pair_by_image(texts, references) for texts in by_place] or [_pair_by_image({}, references)]
-    references = paired[0][1]
-    candidates = {i: [texts[i][0] for texts, _ in paired] for i in references}
+    _, references = _pair_by_image({i: group[0] for i, group in generated.items()}, references)
+    most = max(map(len, generated.values()))
+    # An image with fewer captions has its first one again, which changes nothing.
+    candidates = {i: generated[i] + generated[i][:1] * (most - len(generated[i])) for i in references}
     with _java_settings():
         candidates, references, tokens = _tokenize(candidates, references)
         scores = _scores_by_place(candidates, references)

@@ -226,9 +226,7 @@ def _add_references(images, positions, captions, advantages, epoch, config):
     Each epoch takes another of an image's references, in turn. Words of a reference beyond the longest sample are cut.
 
     Args:
-      images: ImageSet
-      positions: int (R b,), as in `_score_samples`.
-      captions: int (R b S, T), as `sample_captions` returns them.
+      images, positions, captions: as for `_score_samples`.
       advantages: float32 (R b S,)
       epoch: int, epochs finished before.
       config: Config, whose `reference_weight` is the advantage of a reference; at 0 nothing is added.
