@@ -91,7 +91,7 @@ def _score_map(weights, covered):
 
 
 def _cover(size, boxes):
-    """The pixels whose middle lies in one of the boxes. (width, height), list of [x, y, w, h] -> bool (height, width)."""
+    """The pixels whose middle is in one of the boxes. (width, height), list of [x, y, w, h] -> bool (height, width)."""
     width, height = size
     down, across = np.ogrid[0.5:height, 0.5:width]  # (height, 1), (1, width): the pixels' middles
     covered = np.zeros((height, width), bool)
