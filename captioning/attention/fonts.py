@@ -23,7 +23,7 @@ def _find_families(words):
     these the sans serifs, which go with matplotlib's own. Letters that no font has are printed in one line.
     """
     letters = {ord(letter) for letter in "".join(words) if unicodedata.category(letter) != "Cf"}
-    default = font_manager.findfont(font_manager.FontProperties(family=_DEFAULT_FAMILY))
+    default = font_manager.findfont(font_manager.FontProperties(family=[_DEFAULT_FAMILY]))
     missing, families = letters - FT2Font(default).get_charmap().keys(), [_DEFAULT_FAMILY]
     fonts = _read_fonts(missing) if missing else []
     while missing and fonts:
