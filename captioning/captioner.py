@@ -107,6 +107,12 @@ def caption_batch(captioner, images, features, config, with_evidence=False):
     return [dataclasses.replace(first, others=others) for first, *others in captions]
 
 
+def caption_cached(captioner, images, config, with_evidence=False):
+    """Yields what `caption_batch` returns, image by image, of ImageToCaptions with cached features."""
+    for batch, features in cached_batches(images, config):
+        yield from caption_batch(captioner, batch, features, config, with_evidence)
+
+
 def _explain(captioner, features, said):
     """Captions with attention weights, evidence and feature norms, from making the model say them.
 

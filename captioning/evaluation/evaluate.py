@@ -8,7 +8,7 @@ import numpy as np
 
 from captioning.attention.boxes import boxes_by_position, find_groundings
 from captioning.attention.page import PageCaption, PageImage, write_pages
-from captioning.captioner import caption_batch, explain_references, greedy_settings, sampling_settings
+from captioning.captioner import caption_cached, explain_references, greedy_settings, sampling_settings
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo import scores as demo_scores
 from captioning.demo.scenes import read_scenes
@@ -25,7 +25,6 @@ from captioning.evaluation.metrics import (
     score_captions,
     write_metrics,
 )
-from captioning.features.cache import cached_batches
 from captioning.settings import make_config
 from support.errors import UserError, printable
 
@@ -121,10 +120,9 @@ def _ways_to_decode(config):
 def _caption_all(captioner, images, config):
     """Captions of all images, of an image's further ones only the texts, as Evaluated has `captions` and `texts`."""
     captions, texts = [], {}
-    for batch in cached_batches(images, config):
-        for first in caption_batch(captioner, *batch, config, with_evidence=True):
-            texts[first.image_id] = [caption.caption for caption in (first, *first.others)]
-            captions.append(dataclasses.replace(first, others=()))
+    for first in caption_cached(captioner, images, config, with_evidence=True):
+        texts[first.image_id] = [caption.caption for caption in (first, *first.others)]
+        captions.append(dataclasses.replace(first, others=()))
     return captions, texts
 
 

@@ -15,11 +15,11 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from captioning.captioner import Captioner, caption_batch, greedy_settings
+from captioning.captioner import Captioner, caption_cached, greedy_settings
 from captioning.decoder.basic_layers import softmax_cross_entropy
 from captioning.decoder.rules import ban_words
 from captioning.evaluation.metrics import cider_by_image
-from captioning.features.cache import cached_batches, dataset_images, feature_path, features_folder
+from captioning.features.cache import dataset_images, feature_path, features_folder
 from captioning.training.batches import image_batches, shares_of_batch
 from captioning.training.cider_reward import CiderReward
 from captioning.training.epochs import begin_epoch, check_loss, epoch_bar
@@ -280,12 +280,9 @@ def _policy_gradient_loss(captions, logits, advantages):
 
 def _validation_cider(state, images, vocabulary, config, stop_if_asked=lambda: None):
     """CIDEr of greedy captions of a list of ImageToCaption, on the project's own tokens."""
-    captioner = Captioner(state.encoder, state.decoder, vocabulary, "")
-    greedy = greedy_settings(config)
-    captions = []
-    for batch, features in cached_batches(images, greedy):
+    captioner, generated = Captioner(state.encoder, state.decoder, vocabulary, ""), {}
+    for caption in caption_cached(captioner, images, greedy_settings(config)):
         stop_if_asked()
-        captions += caption_batch(captioner, batch, features, greedy)
-    generated = {caption.image_id: caption.caption for caption in captions}
+        generated[caption.image_id] = caption.caption
     ciders = cider_by_image(generated, {image.image_id: image.references for image in images})
     return float(np.mean(list(ciders.values())))
