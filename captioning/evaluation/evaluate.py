@@ -68,10 +68,8 @@ def evaluate(captioner, images, split, output, config):
       config: Config; the settings of decoding.
     """
     with_boxes = _can_use_boxes(images, config)
-    runs = {
-        run: _score_run(*_caption_all(captioner, images, way), images, way, with_boxes)
-        for run, way in _ways_to_decode(config).items()
-    }
+    ways = _ways_to_decode(config)
+    runs = {run: _caption_and_score(captioner, images, way, with_boxes) for run, way in ways.items()}
     taught = _score_references(captioner, images, config) if with_boxes else {}
     scored = _describe_scored(captioner, images, split, config)
     metrics = {run: evaluated.metrics for run, evaluated in runs.items()}
@@ -117,15 +115,6 @@ def _ways_to_decode(config):
     return ways | {"sample" if config.sample == "yes" else name(config.beam_width): config}
 
 
-def _caption_all(captioner, images, config):
-    """Captions of all images, of an image's further ones only the texts, as Evaluated has `captions` and `texts`."""
-    captions, texts = [], {}
-    for first in caption_cached(captioner, images, config, with_evidence=True):
-        texts[first.image_id] = [caption.caption for caption in (first, *first.others)]
-        captions.append(dataclasses.replace(first, others=()))
-    return captions, texts
-
-
 def _name_files(split, config):
     """What the names of a split's files have in common: the split, and the settings of decoding that are no defaults.
 
@@ -166,8 +155,12 @@ def _can_use_boxes(images, config):
         return False
 
 
-def _score_run(captions, texts, images, config, with_boxes):
-    """Score the captions of one way of decoding, that of the settings, as `_caption_all` returns them. -> Evaluated"""
+def _caption_and_score(captioner, images, config, with_boxes):
+    """The captions of all images as the settings say, and their scores. Returns Evaluated."""
+    captions, texts = [], {}
+    for caption in caption_cached(captioner, images, config, with_evidence=True):
+        texts[caption.image_id] = [each.caption for each in (caption, *caption.others)]
+        captions.append(dataclasses.replace(caption, others=()))  # whose maps would take much memory
     references = {image.image_id: image.references for image in images}
     first = {i: group[0] for i, group in texts.items()}
     metrics = score_captions(first, references)
@@ -177,14 +170,15 @@ def _score_run(captions, texts, images, config, with_boxes):
         metrics["captions_per_image"] = config.captions_per_image
         metrics["best"] = score_best(texts, references)
         metrics["diversity"] = dataclasses.asdict(describe_diversity(list(texts.values())))
-    groundings, known = find_groundings(captions, config) if with_boxes else (None, {})
+    groundings = []
     if config.dataset == "demo":
         scenes = read_scenes(config.coco_dir)
         theirs = [scenes[caption.image_id] for caption in captions]
         metrics["scenes"] = demo_scores.score_captions([caption.caption for caption in captions], theirs)
-    if groundings is not None:
+    if with_boxes:
+        groundings, known = find_groundings(captions, config)
         metrics["attention"] = attention_accuracy(groundings) | known
-    return Evaluated(captions, texts, groundings or [], cider_by_image(first, references), metrics)
+    return Evaluated(captions, texts, groundings, cider_by_image(first, references), metrics)
 
 
 def _score_references(captioner, images, config):
