@@ -232,14 +232,12 @@ def _page_link(first, number, text):
 
 
 def _table_html(rows):
-    """A table; columns of numbers are set flush right, and the first column names its rows."""
+    """A table, whose first row names the columns, and whose first column names the rows."""
     names, *body = [[_to_html(cell) for cell in row] for row in rows]
-    sides = ["", *(' class="number"' for _ in names[1:])]
-    head = "".join(f'<th scope="col"{side}>{cell}</th>' for cell, side in zip(names, sides, strict=True))
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in names)
     lines = [f"<thead><tr>{head}</tr></thead>\n<tbody>"]
-    for row in body:
-        cells = (f"<td{side}>{cell}</td>" for cell, side in zip(row[1:], sides[1:], strict=True))
-        lines.append(f'<tr><th scope="row">{row[0]}</th>{"".join(cells)}</tr>')
+    for name, *cells in body:
+        lines.append(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     table = "\n".join(lines)
     return f'<div class="table" role="region" aria-label="Table" tabindex="0"><table>{table}</tbody></table></div>\n'
 
