@@ -115,6 +115,7 @@ def _one_minus_erf(graph, node, name, arguments):
 
 
 def _replace_node(graph, node, name, operation, inputs):
+    """Let another operation make a node's outputs."""
     shapes, types = node.output_shapes, node.output_dtypes
     graph.remove_node(node.name)
     graph.make_node(operation, inputs, outputs=node.output, name=name, shapes=shapes, dtypes=types)
