@@ -74,9 +74,9 @@ def note_few_images(count):
 def score_best(generated, references):
     """Score the best of each image's captions, which an oracle would choose that knows the references.
 
-    For each metric, of each image the caption is taken that has the highest score of this very metric by itself. The
-    captions that are taken are then scored as `score_captions` does it. So every metric is of other captions; and BLEU,
-    which counts over all images together, could in theory be lower than that of the first captions.
+    Each metric takes the caption of each image that it scores highest by itself. It then scores these captions as
+    `score_captions` does. So every metric is of other captions. BLEU counts over all images together, so it could in
+    theory be lower than that of the first captions.
 
     Args:
       generated: dict of image id to list of captions, one or more.

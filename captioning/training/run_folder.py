@@ -113,7 +113,7 @@ def check_network(folder, data_dir, prepared):
 
 
 def check_model_settings(folder, config, remedy=None):
-    """Raise UserError where the run in `folder` has other sizes than `config`; another run mends it, or `remedy`."""
+    """Raise UserError where the run in `folder` has other sizes than `config`; `remedy` is what mends it, if given."""
     path = pathlib.Path(folder, "config.json")
     saved = read_json(path, dict)
     for name in MODEL_SETTINGS:
