@@ -102,10 +102,19 @@ def _begin(state, measure_cider, run_dir):
 
 
 def _train_epoch(state, images, epoch, config, stop_if_asked=lambda: None, forecast=None):
-    """One pass over an ImageSet: sample captions, compare them, and learn from that. Args, Raises: as of `run_epoch`.
+    """One pass over the images, or what is left of it: sample captions, compare them, and learn from that.
+
+    Args:
+      images: ImageSet
+      epoch: int, epochs finished before.
+      stop_if_asked: function called before each batch, as interrupts_held_back gives.
+      forecast: Forecast of all epochs, which is told of each batch.
 
     Returns:
       EpochRow, not yet validated
+
+    Raises:
+      UserError: the loss is not finite.
     """
     progress, samples = state.progress, config.samples_per_image
     order = np.random.default_rng((config.seed, epoch)).permutation(len(images.feature_paths))
