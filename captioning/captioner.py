@@ -1,6 +1,7 @@
 """The trained captioner: restored from its run, it turns features into captions."""
 
 import dataclasses
+import itertools
 import os
 import zlib
 
@@ -9,26 +10,22 @@ import numpy as np
 import tensorflow as tf
 
 from captioning.attention.evidence import explain_captions
-from captioning.decoder.beam_search import beam_search, best_beams
+from captioning.decoder.beam_search import beam_search
 from captioning.decoder.edited_model import following_model
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.decoder.nucleus_sampling import sample_decode
-from captioning.decoder.rules import DecodedCaptions, has_ended
+from captioning.decoder.rules import DecodedCaptions
 from captioning.features.cache import cached_batches
 from captioning.vocabulary import END, PAD, encode_captions
 from captioning.words import split_words
 from model import greedy_decode
 from support.errors import UserError
 
-_USUAL_WORDS = 20  # most captions have fewer
 _DRAWS = 5  # captions drawn at most for each one wanted, as none is to come twice
 
 _greedy_graph = tf.function(greedy_decode, reduce_retracing=True)
 _beam_graph = tf.function(beam_search, reduce_retracing=True)
-_several_graph = tf.function(best_beams, reduce_retracing=True)
 _sample_graph = tf.function(sample_decode, reduce_retracing=True)
-_greedy = following_model("greedy_decode")
-_beams = following_model("beam search", "or caption with --beam_width 1 (--evaluate needs beams)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,26 +79,6 @@ def decoding_settings(given, config):
     return dataclasses.replace(config, beam_width=count)
 
 
-def decode_captions(encoder, decoder, features, config, max_words=None, graphs=(greedy_decode, beam_search)):
-    """Greedy decoding or beam search, as the settings say.
-
-    Args:
-      features: float (B, P, F)
-      config: Config; its max_words, beam_width, length_penalty and repeat_block.
-      max_words: int, maybe as a tensor, instead of the config's.
-      graphs: the two functions, or what compiles them.
-
-    Returns:
-      DecodedCaptions
-    """
-    greedy, beams = graphs
-    most = config.max_words if max_words is None else max_words
-    if config.beam_width == 1:
-        return _greedy(greedy)(encoder, decoder, features, most, config.repeat_block)
-    how = config.beam_width, config.length_penalty, config.repeat_block
-    return _beams(beams)(encoder, decoder, features, most, *how)
-
-
 def caption_batch(captioner, images, features, config, with_evidence=False):
     """Caption images from their features.
 
@@ -119,42 +96,51 @@ def caption_batch(captioner, images, features, config, with_evidence=False):
     features = tf.convert_to_tensor(features)
     if config.sample == "yes":
         rows = _sample_rows(captioner, images, features, config)
-    elif config.captions_per_image > 1:
+    elif config.beam_width > 1:
         rows = _best_rows(captioner, features, config)
     else:
-        rows = [[row] for row in _likeliest_rows(captioner, features, config)]
-    captions = [
-        [_generated_caption(image, row, captioner.vocabulary) for row in of_image]
+        how = config.max_words, config.repeat_block
+        with following_model("greedy_decode"):
+            decoded = _greedy_graph(captioner.encoder, captioner.decoder, features, *how)
+        rows = [[row] for row in _unstack(decoded)]
+    said = [
+        [(_generated_caption(image, row, captioner.vocabulary), row.words) for row in of_image]
         for image, of_image in zip(images, rows, strict=True)
     ]
-    for number in range(max(map(len, rows), default=0) if with_evidence else 0):
-        have = [i for i, of_image in enumerate(rows) if number < len(of_image)]
-        those = features if len(have) == len(images) else tf.gather(features, have)
-        words = [rows[i][number].words for i in have]
-        explained = _add_evidence(captioner, [captions[i][number] for i in have], those, words)
-        for i, caption in zip(have, explained, strict=True):
-            captions[i][number] = caption
+    captions = _explain(captioner, features, said) if with_evidence else [[each for each, _ in group] for group in said]
     return [dataclasses.replace(first, others=others) for first, *others in captions]
 
 
+def caption_cached(captioner, images, config, with_evidence=False):
+    """Yields what `caption_batch` returns, image by image, of ImageToCaptions with cached features."""
+    for batch, features in cached_batches(images, config):
+        yield from caption_batch(captioner, batch, features, config, with_evidence)
+
+
 @following_model("evidence", "or caption without it by --figures 0 (--evaluate needs it)")
-def _add_evidence(captioner, predictions, features, words):
-    """Predictions with attention weights, evidence and feature norms, from making the model say the words.
+def _explain(captioner, features, said):
+    """Captions with attention weights, evidence and feature norms, from making the model say them.
 
     Args:
-      predictions: list of B GeneratedCaptions.
       features: float (B, P, F)
-      words: list of B arrays of word ids, with <end> and maybe <pad>.
+      said: list of B lists of (GeneratedCaption, array of its token ids with <end> and maybe <pad>).
+
+    Returns:
+      list of B lists of GeneratedCaptions
     """
-    longest = max(len(row) for row in words)
-    padded = np.stack([np.pad(row, (0, longest - len(row)), constant_values=PAD) for row in words])  # (B, L)
-    encoder, decoder = captioner.encoder, captioner.decoder
-    explained = explain_captions(encoder, decoder, features, tf.constant(padded, tf.int32))
-    found = []
-    for prediction, *maps, norms in zip(predictions, *(part.numpy() for part in explained), strict=True):
-        weights, evidence = (part[: len(prediction.words)] for part in maps)  # (words, P)
-        changes = {"attention_weights": weights, "evidence": evidence, "feature_norms": norms}
-        found.append(dataclasses.replace(prediction, **changes))
+    found = [[] for _ in said]
+    # One caption of each image at a time, as each takes the memory of its image's features.
+    for number in range(max(map(len, said), default=0)):
+        have = [i for i, group in enumerate(said) if number < len(group)]
+        captions, words = zip(*(said[i][number] for i in have), strict=True)
+        longest = max(map(len, words))
+        padded = np.stack([np.pad(row, (0, longest - len(row)), constant_values=PAD) for row in words])  # (b, L)
+        those = tf.gather(features, have)  # (b, P, F)
+        explained = explain_captions(captioner.encoder, captioner.decoder, those, tf.constant(padded, tf.int32))
+        for i, caption, *maps, norms in zip(have, captions, *(part.numpy() for part in explained), strict=True):
+            weights, evidence = (part[: len(caption.words)] for part in maps)  # (words, P)
+            changes = {"attention_weights": weights, "evidence": evidence, "feature_norms": norms}
+            found[i].append(dataclasses.replace(caption, **changes))
     return found
 
 
@@ -165,52 +151,26 @@ def explain_references(captioner, images, config):
       list of GeneratedCaptions with evidence, one for each reference; words that the model does not know are <unk>.
       They have no log_probs.
     """
-    predictions = []
+    captions = []
     for batch, features in cached_batches(images, config):
-        for number in range(max(len(image.references) for image in batch)):
-            rows = [i for i, image in enumerate(batch) if number < len(image.references)]
-            encoded = encode_captions([batch[i].references[number] for i in rows], captioner.vocabulary)
+        said = []
+        for image in batch:
+            encoded = encode_captions(image.references, captioner.vocabulary)
+            nothing = {"log_probs": np.zeros(0), "attention_weights": np.zeros(0), "image_id": image.image_id}
             blank = [
-                GeneratedCaption(
-                    path=batch[i].path,
-                    name=batch[i].name,
-                    words=split_words(batch[i].references[number]),
-                    log_probs=np.zeros(0),
-                    attention_weights=np.zeros(0),
-                    image_id=batch[i].image_id,
-                )
-                for i in rows
+                GeneratedCaption(image.path, image.name, split_words(text), **nothing) for text in image.references
             ]
-            words = [np.array(token_ids[1:], np.int32) for token_ids in encoded]  # without <start>
-            predictions += _add_evidence(captioner, blank, tf.gather(features, rows), words)
-    return predictions
+            said.append([(each, token_ids[1:]) for each, token_ids in zip(blank, encoded, strict=True)])  # no <start>
+        by_number = itertools.zip_longest(*_explain(captioner, features, said))  # the first of each image, and so on
+        captions += [caption for group in by_number for caption in group if caption]
+    return captions
 
 
-def _likeliest_rows(captioner, features, config):
-    """The caption of each image, greedy or of the best beam. float (B, P, F) -> list of B as `_unstack` gives them."""
-
-    def decode(features, most):
-        graphs = _greedy_graph, _beam_graph
-        most = tf.constant(most)  # a tensor, as another number would be another graph
-        return _unstack(decode_captions(captioner.encoder, captioner.decoder, features, config, most, graphs))
-
-    # Greedily, few captions are long, and the others need not wait for them. With beams a longer one may yet win.
-    most = min(_USUAL_WORDS, config.max_words) if config.beam_width == 1 else config.max_words
-    decoded = decode(features, most)
-    unfinished = [i for i, row in enumerate(decoded) if not has_ended(row.words)]
-    if unfinished and most < config.max_words:
-        longer = decode(tf.gather(features, unfinished), config.max_words)
-        for i, row in zip(unfinished, longer, strict=True):
-            decoded[i] = row
-    return decoded
-
-
-@_beams
+@following_model("beam search", "or caption with --beam_width 1 (--evaluate needs beams)")
 def _best_rows(captioner, features, config):
     """The captions of each image by its best beams. float (B, P, F) -> list of B lists as `_unstack` gives them."""
-    how = tf.constant(config.max_words), config.beam_width, config.length_penalty, config.repeat_block
-    count = config.captions_per_image
-    found = _several_graph(captioner.encoder, captioner.decoder, features, *how, count=count)  # (B, N, ...)
+    how = config.max_words, config.beam_width, config.length_penalty, config.repeat_block, config.captions_per_image
+    found = _beam_graph(captioner.encoder, captioner.decoder, features, *how)  # (B, N, ...)
     return [[row for row in _unstack(of_image) if row.words.any()] for of_image in _unstack(found)]
 
 
@@ -218,12 +178,7 @@ def _best_rows(captioner, features, config):
 def _sample_rows(captioner, images, features, config):
     """Captions of each image that are drawn, in the order of the draws, none twice.
 
-    Args:
-      images: list of B ImageToCaption.
-      features: float (B, P, F)
-
-    Returns:
-      list of B lists as `_unstack` gives them
+    list of B ImageToCaption, float (B, P, F) -> list of B lists as `_unstack` gives them
     """
     count = config.captions_per_image
     chances = np.stack([sample_chances(image.path.name, config) for image in images])  # (B, draws, max_words)

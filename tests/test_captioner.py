@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from captioning import captioner as captioner_module
-from captioning.captioner import caption_batch, decode_captions, decoding_settings, sample_chances
+from captioning import captioner
+from captioning.captioner import caption_batch, decoding_settings, sample_chances
 from captioning.data.captioned_images import CaptionedImage
-from captioning.decoder.beam_search import best_beams
+from captioning.decoder.beam_search import beam_search
+from captioning.decoder.rules import DecodedCaptions
+from captioning.export import saved_model
+from captioning.export.saved_model import decode_captions
 from captioning.features.cache import ImageToCaption, cached_batches, dataset_images
 from captioning.settings import make_config, naming_commands
 from captioning.training.batches import _read_features
@@ -116,21 +119,6 @@ def test_generated_captions_are_what_was_decoded(features, beam_width):
     assert len(lengths) > 2
 
 
-@pytest.mark.parametrize("most", [1, 2, 5])
-def test_long_captions_are_decoded_to_their_end(features, monkeypatch, most):
-    """A first pass of few words must change nothing of what is said in the end."""
-    config = make_config({**SIZES, "max_words": 12, "repeat_block": 0})
-    tiny = tiny_captioner(config, features, seed=5)
-    whole = caption_batch(tiny, IMAGES, features, config)
-    lengths = [len(caption.words) for caption in whole]
-    assert min(lengths) <= 5 < max(lengths)
-    monkeypatch.setattr(captioner_module, "_USUAL_WORDS", most)
-    for short_first, at_once in zip(caption_batch(tiny, IMAGES, features, config), whole, strict=True):
-        assert short_first.words == at_once.words
-        assert short_first.log_probability == pytest.approx(at_once.log_probability, rel=1e-4)
-        np.testing.assert_allclose(short_first.attention_weights, at_once.attention_weights, atol=1e-5)
-
-
 # --- Several captions ---------------------------------------------------------------------------------------------
 
 
@@ -148,7 +136,7 @@ def test_several_captions_are_the_best_beams_each_with_its_own_evidence(tiny, fe
     captions = caption_batch(tiny, IMAGES, features, config, with_evidence=True)
     one = caption_batch(tiny, IMAGES, features, dataclasses.replace(config, captions_per_image=1))
     how = 6, 5, config.length_penalty, config.repeat_block
-    words = best_beams(tiny.encoder, tiny.decoder, tf.constant(features), *how, count=3).words.numpy()
+    words = beam_search(tiny.encoder, tiny.decoder, tf.constant(features), *how, count=3).words.numpy()
     for image, caption, first, rows in zip(IMAGES, captions, one, words.tolist(), strict=True):
         expected = [[tiny.vocabulary[i] for i in row if i not in (PAD, END)] for row in rows if any(row)]
         assert [each.words for each in (caption, *caption.others)] == expected
@@ -329,16 +317,20 @@ def test_only_readable_numbers_are_checkpoints(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "best")] == ["ckpt-1"]
 
 
-def test_decoding_goes_by_the_settings():
-    called = []
-    graphs = tuple(lambda *args, name=name: called.append((name, *args)) for name in ("greedy", "beams"))
-    for width, length_penalty, repeat_block, max_words in ((1, 0.3, 3, 7), (4, 0.3, 3, 7), (2, 1.5, 0, 9)):
+def test_decoding_goes_by_the_settings(tiny, features, monkeypatch):
+    """Those of script 3, and those of a SavedModel, which says one caption of each image."""
+    called, one = [], DecodedCaptions(np.full((1, 1), END), np.zeros((1, 1)), np.zeros((1, 1, 64)))
+    several = DecodedCaptions(*(x[:, np.newaxis] for x in one))
+    for module, greedy, beams in (
+        (captioner, "_greedy_graph", "_beam_graph"),
+        (saved_model, "greedy_decode", "beam_search"),
+    ):
+        monkeypatch.setattr(module, greedy, lambda E, D, features, *how: called.append(("greedy", *how)) or one)
+        monkeypatch.setattr(module, beams, lambda E, D, features, *how: called.append(("beams", *how)) or several)
+    for width, length_penalty, repeat_block, count in ((1, 0.3, 3, 1), (4, 0.3, 3, 2), (2, 1.5, 0, 1)):
         settings = {"beam_width": width, "length_penalty": length_penalty, "repeat_block": repeat_block}
-        decode_captions("E", "D", "features", make_config({**settings, "max_words": max_words}), graphs=graphs)
-    decode_captions("E", "D", "features", make_config({"repeat_block": 1}), max_words=5, graphs=graphs)
-    assert called == [
-        ("greedy", "E", "D", "features", 7, 3),
-        ("beams", "E", "D", "features", 7, 4, 0.3, 3),
-        ("beams", "E", "D", "features", 9, 2, 1.5, 0),
-        ("greedy", "E", "D", "features", 5, 1),
-    ]
+        config = make_config({**settings, "captions_per_image": count, "max_words": 7 + width})
+        caption_batch(tiny, IMAGES[:1], features[:1], config)
+        saved_model.decode_captions(tiny.encoder, tiny.decoder, features[:1], config)
+    assert called[::2] == [("greedy", 8, 3), ("beams", 11, 4, 0.3, 3, 2), ("beams", 9, 2, 1.5, 0, 1)]
+    assert called[1::2] == [("greedy", 8, 3), ("beams", 11, 4, 0.3, 3), ("beams", 9, 2, 1.5, 0)]

@@ -21,7 +21,7 @@ def find_groundings(captions, config):
       (list of Groundings, or None where no boxes are known; dict of what else is to be reported)
 
     Raises:
-      UserError: the scenes or the instances are damaged, or those of other images.
+      UserError: the scenes or the instances are damaged, or are those of other images.
     """
     if config.dataset == "demo":
         return _demo_groundings(captions, read_scenes(config.coco_dir)), {}
@@ -60,29 +60,28 @@ _IRREGULAR_PLURALS = {
     "sheep": "sheep",
     "woman": "women",
 }
-_SYNONYMS = {  # words and phrases that mean one of COCO's categories
-    **dict.fromkeys(("man", "woman", "boy", "girl", "child", "kid", "baby", "lady", "guy"), "person"),
-    **dict.fromkeys(("player", "skier", "snowboarder", "surfer", "skateboarder"), "person"),
-    "bike": "bicycle",
-    "motorbike": "motorcycle",
-    **dict.fromkeys(("plane", "aeroplane"), "airplane"),
-    "taxi": "car",
-    "hydrant": "fire hydrant",
-    "stoplight": "traffic light",
-    "puppy": "dog",
-    "kitten": "cat",
-    "luggage": "suitcase",
-    "ball": "sports ball",
-    **dict.fromkeys(("racket", "racquet", "tennis racquet"), "tennis racket"),
-    "hotdog": "hot dog",
-    "doughnut": "donut",
-    "sofa": "couch",
-    "plant": "potted plant",
-    "table": "dining table",
-    **dict.fromkeys(("television", "television set"), "tv"),
-    **dict.fromkeys(("phone", "cellphone", "mobile phone", "smartphone"), "cell phone"),
-    "fridge": "refrigerator",
-    **dict.fromkeys(("hairdryer", "hair dryer"), "hair drier"),
+_SYNONYMS = {  # of COCO's categories
+    "person": "man woman boy girl child kid baby lady guy player skier snowboarder surfer skateboarder".split(),
+    "bicycle": ["bike"],
+    "motorcycle": ["motorbike"],
+    "airplane": ["plane", "aeroplane"],
+    "car": ["taxi"],
+    "fire hydrant": ["hydrant"],
+    "traffic light": ["stoplight"],
+    "dog": ["puppy"],
+    "cat": ["kitten"],
+    "suitcase": ["luggage"],
+    "sports ball": ["ball"],
+    "tennis racket": ["racket", "racquet", "tennis racquet"],
+    "hot dog": ["hotdog"],
+    "donut": ["doughnut"],
+    "couch": ["sofa"],
+    "potted plant": ["plant"],
+    "dining table": ["table"],
+    "tv": ["television", "television set"],
+    "cell phone": ["phone", "cellphone", "mobile phone", "smartphone"],
+    "refrigerator": ["fridge"],
+    "hair drier": ["hairdryer", "hair dryer"],
 }
 
 
@@ -124,17 +123,9 @@ def _make_grounding(generated, positions, size, boxes):
 
 
 def _demo_groundings(predictions, scenes):
-    """Find the nouns in captions of demo images, and the boxes of the objects that they mean.
+    """The nouns in captions of demo images, where they are matched to objects of the scene.
 
-    Args:
-      predictions: list of GeneratedCaption with image ids.
-      scenes: dict of image id to Scene, as `demo_scenes.read_scenes` returns it.
-
-    Returns:
-      list of Grounding, one for each noun that is matched to an object of the scene.
-
-    Raises:
-      UserError: a captioned image has no scene.
+    list of GeneratedCaptions, dict of image id to Scene -> list of Groundings. UserError where an image has no scene.
     """
     groundings = []
     for generated in predictions:
@@ -143,9 +134,9 @@ def _demo_groundings(predictions, scenes):
             raise UserError(
                 f"no scene is known for image {generated.image_id}: run python data_utils.py --dataset demo again"
             )
+        size = scene.width, scene.height
         for position, box in locate_nouns(generated.caption, scene):
-            size, positions = (scene.width, scene.height), range(position, position + 1)
-            groundings.append(_make_grounding(generated, positions, size, [box]))
+            groundings.append(_make_grounding(generated, range(position, position + 1), size, [box]))
     return groundings
 
 
@@ -153,18 +144,17 @@ def _demo_groundings(predictions, scenes):
 
 
 def _coco_groundings(predictions, instances_path):
-    """Find the words in captions of COCO images that name a category, and all boxes of that category in the image.
+    """The words in captions of COCO images that name a category, with all boxes of that category in the image.
 
-    A category may be named by several words, as in "teddy bear". Their attention weights are then averaged. Records of
-    the file that cannot be used are left out. One line for each kind of record left out is printed.
+    A category may be named by several words, as in "teddy bear". Records of the file that cannot be used are left out.
+    One line for each kind of record left out is printed.
 
     Args:
-      predictions: list of GeneratedCaption with image ids.
+      predictions: list of GeneratedCaptions with image ids.
       instances_path: path of COCO's instances_*.json for the captioned images.
 
     Returns:
-      (list of Grounding, one for each name of a category; int, how many more names there are whose category has no box
-      in the image).
+      (list of Groundings; int, how many more words name a category that has no box in the image)
 
     Raises:
       UserError: the file is missing, is not JSON or not in COCO's layout, or lists none of the captioned images.
@@ -183,15 +173,8 @@ def _coco_groundings(predictions, instances_path):
 
 
 def _name_phrases(names):
-    """List everything that names a category.
-
-    Args:
-      names: set of the categories' names.
-
-    Returns:
-      dict of tuple of words, in the singular or the plural, to the category's name.
-    """
-    meanings = {phrase: name for phrase, name in _SYNONYMS.items() if name in names} | {name: name for name in names}
+    """All that names a category: dict of tuple of words, in the singular or the plural, to one of the `names`."""
+    meanings = {phrase: name for name in names for phrase in _SYNONYMS.get(name, ())} | {name: name for name in names}
     plurals = {tuple(_plural(phrase).split()): name for phrase, name in meanings.items()}
     return plurals | {tuple(phrase.split()): name for phrase, name in meanings.items()}
 
@@ -209,14 +192,9 @@ def _plural(phrase):
 
 
 def _find_mentions(words, phrases):
-    """Find where a caption names categories. Of several phrases that begin at one word, the longest counts.
+    """Where a caption names categories: list of (start, end, name), `words[start:end]` being the phrase.
 
-    Args:
-      words: list of str, the caption.
-      phrases: dict of tuple of words to name.
-
-    Returns:
-      list of (start, end, name), `words[start:end]` being the phrase.
+    Of several phrases that begin at one word, the longest counts. phrases: as `_name_phrases` returns them.
     """
     longest = max(map(len, phrases), default=0)
     mentions, position = [], 0

@@ -32,7 +32,9 @@ def plot_attention(caption, path, attention_map="weights"):
     image = _read_panel(caption.path)
     pixels = np.asarray(image, np.float32) / 255  # (height, width, 3)
     panels = [("", pixels)]
-    name, maps = _named_maps(caption, attention_map)
+    name, maps = "attention weights", caption.attention_weights
+    if attention_map == "evidence":
+        name, maps = "evidence", caption.evidence
     for word, light in zip(caption.words, scale_light(maps), strict=True):
         smooth = upsample(light, image.size)  # (height, width)
         panels.append((word, pixels * (0.2 + 0.8 * smooth[..., np.newaxis])))
@@ -42,13 +44,6 @@ def plot_attention(caption, path, attention_map="weights"):
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # `letters_in_fonts` has said so
         figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # the usual 6 takes a fifth of a second
-
-
-def _named_maps(caption, attention_map):
-    """What a figure draws, as (its name, (words, P))."""
-    if attention_map == "evidence":
-        return "evidence", caption.evidence
-    return "attention weights", caption.attention_weights
 
 
 def _read_panel(path):

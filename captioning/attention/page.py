@@ -86,7 +86,7 @@ class PageImage:
     is_list: bool = False
 
 
-def write_pages(folder, title, images, tables=(), page_size=100, file_name="index.html", intro=""):
+def write_pages(folder, title, images, table=(), page_size=100, file_name="index.html", intro=""):
     """Write the images to one page, or to several that link each other.
 
     The pages appear together when all are written. Further pages that an earlier call left are removed.
@@ -95,7 +95,7 @@ def write_pages(folder, title, images, tables=(), page_size=100, file_name="inde
       folder: path of the folder; made where it is missing.
       title: str, the pages' heading.
       images: iterable of PageImage. No more than `page_size` of them are held in memory.
-      tables: list of tables, shown on the first page. A table is a list of rows, the first one the column names.
+      table: list of rows, the first one the column names, shown on the first page; empty for none.
       page_size: int, images per page.
       file_name: str, name of the first page. Those of the others are made from it: index_2.html, index_3.html, ...
       intro: str, a paragraph below the heading.
@@ -105,10 +105,7 @@ def write_pages(folder, title, images, tables=(), page_size=100, file_name="inde
 
     Raises:
       UserError: a page cannot be written.
-      ValueError: `page_size` is not positive.
     """
-    if page_size < 1:
-        raise ValueError(f"page_size is {page_size}, but a page needs at least one image")
     first = pathlib.Path(folder, file_name)
     images = iter(images)
     paths, temporaries = [], []
@@ -121,7 +118,7 @@ def write_pages(folder, title, images, tables=(), page_size=100, file_name="inde
                 break
             paths.append(_page_path(first, len(paths) + 1))
             temporaries.append(stack.enter_context(replacing(paths[-1])))
-            header = (title, intro, tables) if len(paths) == 1 else (f"{title}, page {len(paths)}", "", ())
+            header = (title, intro, table) if len(paths) == 1 else (f"{title}, page {len(paths)}", "", ())
             _write_page(temporaries[-1], on_page, header, page_size)
         for number, temporary in enumerate(temporaries, 1):  # only now is it known how many there are
             with temporary.open("a", encoding="utf-8", newline="\n") as file:
@@ -157,11 +154,9 @@ def is_page(path):
 
 
 def _write_page(path, images, header, page_size):
-    """Write a page without its end, see `_page_end`.
+    """Write a page without its end, see `_page_end`, so that `page_size` images fit in `_PAGE_BYTES`.
 
-    Args:
-      header: (title, introduction, tables).
-      page_size: int, the number of images that are to fit in `_PAGE_BYTES`.
+    header: (title, introduction, table).
     """
     start = _page_start(*header)
     max_bytes = (_PAGE_BYTES - _END_BYTES - len(start.encode())) // page_size  # for an image
@@ -181,16 +176,17 @@ def _page_script():
     return read_page_file("light.js") + read_page_file("page.js")
 
 
-def _page_start(title, intro, tables):
+def _page_start(title, intro, table):
     """The page's text before its first image."""
-    paragraph = f"<p>{_to_html(intro)}</p>\n" if intro else ""
+    introduction = f"<p>{_to_html(intro)}</p>\n" if intro else ""
+    introduction += _table_html(table) if table else ""
     style = read_page_file("page.css")
     return string.Template(read_page_file("page.html").split("$images")[0]).substitute(
         policy=_content_policy(style, _page_script()),
         mark=_MARK,
         title=_to_html(title),
         style=style,
-        introduction=paragraph + "".join(_table_html(rows) for rows in tables),
+        introduction=introduction,
         guide=read_page_file("guide.html"),
         controls=read_page_file("controls.html"),
     )
@@ -204,12 +200,10 @@ def _page_end(first, number, count):
 
 def _content_policy(style, script):
     """The Content Security Policy: only this very style and this very script, images only from inside the file."""
-    sources = [
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (style, script)
-    ]
+    digest = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()  # noqa: E731
     return (
-        f"default-src 'none'; style-src {sources[0]}; script-src {sources[1]}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src 'sha256-{digest(style)}'; script-src 'sha256-{digest(script)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
     )
 
 
@@ -238,14 +232,12 @@ def _page_link(first, number, text):
 
 
 def _table_html(rows):
-    """A table; columns of numbers are set flush right, and the first column names its rows."""
+    """A table, whose first row names the columns, and whose first column names the rows."""
     names, *body = [[_to_html(cell) for cell in row] for row in rows]
-    sides = ["", *(' class="number"' for _ in names[1:])]
-    head = "".join(f'<th scope="col"{side}>{cell}</th>' for cell, side in zip(names, sides, strict=True))
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in names)
     lines = [f"<thead><tr>{head}</tr></thead>\n<tbody>"]
-    for row in body:
-        cells = (f"<td{side}>{cell}</td>" for cell, side in zip(row[1:], sides[1:], strict=True))
-        lines.append(f'<tr><th scope="row">{row[0]}</th>{"".join(cells)}</tr>')
+    for name, *cells in body:
+        lines.append(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     table = "\n".join(lines)
     return f'<div class="table" role="region" aria-label="Table" tabindex="0"><table>{table}</tbody></table></div>\n'
 

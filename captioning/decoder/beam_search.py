@@ -11,19 +11,7 @@ from captioning.vocabulary import PAD, START
 _NO_BEAM = -1e6  # log-probability of a beam that does not run yet; no caption's is so low
 
 
-def beam_search(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0):
-    """The likeliest caption of those that `beam_width` beams keep in view, the first of `best_beams`.
-
-    Args: as for `best_beams`.
-
-    Returns:
-      DecodedCaptions
-    """
-    found = best_beams(encoder, decoder, features, max_words, beam_width, length_penalty, repeat_block, count=1)
-    return DecodedCaptions(*(x[:, 0] for x in found))  # (B, L), (B, L), (B, L, P)
-
-
-def best_beams(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0, *, count):
+def beam_search(encoder, decoder, features, max_words, beam_width, length_penalty=0.0, repeat_block=0, count=1):
     """The likeliest captions of those that `beam_width` beams keep in view, as one graph over the batch.
 
     A beam that says <end> keeps its place to the last. The others go on until they end or have `max_words` words. Of
@@ -99,11 +87,8 @@ def _best_continuations(scores, word_log_probs, ended):
       word_log_probs: float (B, K, V), of the next word.
       ended: bool (B, K)
 
-    Returns:
-      scores: float (B, K), of the continued beams
-      beam: int (B, K), the beam that each continues
-      word: int (B, K)
-      word_log_probs: float (B, K), of that word
+    Returns: (B, K) each
+      scores of the continued beams, the beams that they continue, the words, and the log-probabilities of these
     """
     beam_width, vocab_size = word_log_probs.shape[1:]
     flat = lambda x: tf.reshape(x, (-1, beam_width * vocab_size))  # noqa: E731
@@ -124,7 +109,7 @@ def _rank_beams(scores, words, length_penalty, count):
     Args:
       scores: float (B, K), log-probability of each beam.
       words: int (B, K, L + 1), from <start> on.
-      length_penalty, count: as `best_beams` takes them.
+      length_penalty, count: as `beam_search` takes them.
 
     Returns:
       best: int (B, N)

@@ -50,13 +50,7 @@ def _dropout_mask(shape, rate, seed):
     The mask depends on nothing but `seed`, so a resumed run draws the same one. Each replica draws the mask of the
     whole batch and takes its own rows, so the number of replicas changes nothing.
 
-    Args:
-      shape: (B, n)
-      rate: float, share of the numbers that are dropped.
-      seed: two ints, no other mask's.
-
-    Returns:
-      float (B, n)
+    (B, n), float, two ints that no other mask has -> float (B, n)
     """
     replica, (rows, size) = tf.distribute.get_replica_context(), tf.unstack(shape)
     shape = rows * replica.num_replicas_in_sync, size

@@ -58,15 +58,9 @@ def ban_words(logits):
 
 
 def _block_repeated_ngrams(log_probs, words, length):
-    """Make each word very unlikely that would repeat a sequence of `length` words.
+    """Make each next word very unlikely that would repeat a sequence of `length` words, 1 or more.
 
-    Args:
-      log_probs: float (B, V), of the next word.
-      words: int (B, T), what has been said.
-      length: int, 1 or more.
-
-    Returns:
-      float (B, V)
+    float (B, V), int (B, T) -> float (B, V)
     """
     words = tf.pad(words, ((0, 0), (length, 0)))  # (B, length + T), long enough for what follows
     count = tf.shape(words)[1] - length + 1

@@ -5,8 +5,6 @@ from PIL import Image
 
 from captioning.attention.maps import upsample
 
-# --- Accuracy -----------------------------------------------------------------------------------------------------
-
 
 def attention_accuracy(groundings):
     """Measure whether maps point at what the words name, beside the guesses that a reader must know.
@@ -25,8 +23,8 @@ def attention_accuracy(groundings):
       "_off_centre".
     """
     scores = {}
-    off_centre = [not _covers_centre(grounding) for grounding in groundings]
     covered = [_cover(grounding.size, grounding.boxes) for grounding in groundings]
+    off_centre = [not pixels[pixels.shape[0] // 2, pixels.shape[1] // 2] for pixels in covered]
     for name, maps in _maps_to_compare(groundings).items():
         rows = np.array([_score_map(*pair) for pair in zip(maps, covered, strict=True)]).reshape(-1, 2)  # (words, 2)
         scores[name] = _named_means(rows, "") | _named_means(rows[off_centre], "_off_centre")
@@ -39,26 +37,20 @@ def _named_means(rows, ending):
     return {f"inside{ending}": means[0], f"mass_inside{ending}": means[1]}
 
 
-def _covers_centre(grounding):
-    """Whether the pixel in the image's centre lies in one of the boxes."""
-    width, height = grounding.size
-    return bool(_cover(grounding.size, grounding.boxes)[height // 2, width // 2])
-
-
 def _maps_to_compare(groundings):
     """The maps that are measured: dict of name to list of (P,) arrays, one for each grounding.
 
     Evidence and feature norms are left out where they are not known.
     """
-    uniform = [
-        np.full_like(grounding.attention_weights, 1 / len(grounding.attention_weights)) for grounding in groundings
-    ]
-    maps = {"evidence": [grounding.evidence for grounding in groundings]}
-    maps["attention weights"] = [grounding.attention_weights for grounding in groundings]
-    maps["weights of another image"] = [other.attention_weights for other in _others(groundings)]
-    maps["feature norm"] = [grounding.feature_norms for grounding in groundings]
-    maps["centre"] = [_centre_map(len(weights)) for weights in uniform]
-    maps["uniform (chance)"] = uniform
+    weights = [grounding.attention_weights for grounding in groundings]
+    maps = {
+        "evidence": [grounding.evidence for grounding in groundings],
+        "attention weights": weights,
+        "weights of another image": [other.attention_weights for other in _others(groundings)],
+        "feature norm": [grounding.feature_norms for grounding in groundings],
+        "centre": [_centre_map(len(each)) for each in weights],
+        "uniform (chance)": [np.full_like(each, 1 / len(each)) for each in weights],
+    }
     return {name: values for name, values in maps.items() if not any(value is None for value in values)}
 
 
@@ -81,11 +73,7 @@ def _centre_map(locations):
 
 
 def _score_map(weights, covered):
-    """Measure one map.
-
-    Args:
-      weights: (P,)
-      covered: bool (height, width), the pixels in the boxes. A pixel belongs to a box if its middle is inside.
+    """Measure one map, (P,), by the pixels in the boxes, bool (height, width).
 
     Returns:
       (share of the map's peak that lies inside: 0 or 1, or between where several pixels share the peak; share of the
@@ -95,36 +83,15 @@ def _score_map(weights, covered):
     side = round(len(weights) ** 0.5)
     cells = Image.fromarray(covered.astype(np.float32)).resize((side, side), Image.Resampling.BOX)  # share of each cell
     mass = float(np.asarray(cells).ravel() @ weights / max(np.sum(weights), 1e-12))
-    return float(covered[_find_peak(weights, (width, height))].mean()), mass
-
-
-def _find_peak(weights, size):
-    """Mark the pixels at which attention weights, as a map over the image, are highest.
-
-    Args:
-      weights: (P,).
-      size: (width, height) of the image in pixels.
-
-    Returns:
-      bool (height, width). All pixels are marked if all weights are equal.
-    """
-    if np.ptp(weights) == 0:
-        return np.ones(size[::-1], bool)  # (height, width)
+    if np.ptp(weights) == 0:  # a uniform map peaks everywhere
+        return float(covered.mean()), mass
     # Zeros around the grid keep the peak of an outermost location in its middle.
-    light = upsample(weights, size, border="constant")  # (height, width)
-    return light == light.max()
+    light = upsample(weights, (width, height), border="constant")  # (height, width)
+    return float(covered[light == light.max()].mean()), mass
 
 
 def _cover(size, boxes):
-    """Mark the pixels that lie in at least one box.
-
-    Args:
-      size: (width, height) in pixels.
-      boxes: list of [x, y, w, h] in pixels.
-
-    Returns:
-      bool (height, width).
-    """
+    """The pixels whose middle is in one of the boxes. (width, height), list of [x, y, w, h] -> bool (height, width)."""
     width, height = size
     down, across = np.ogrid[0.5:height, 0.5:width]  # (height, 1), (1, width): the pixels' middles
     covered = np.zeros((height, width), bool)

@@ -1,4 +1,4 @@
-"""How much the captions of an image differ from each other, and how much of it they say in other words."""
+"""How much the captions of an image differ from each other."""
 
 import dataclasses
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from captioning.attention.boxes import boxes_by_position, find_groundings
 from captioning.attention.page import PageCaption, PageImage, write_pages
-from captioning.captioner import caption_batch, explain_references, greedy_settings, sampling_settings
+from captioning.captioner import caption_cached, explain_references, greedy_settings, sampling_settings
 from captioning.decoder.generated_caption import GeneratedCaption
 from captioning.demo import scores as demo_scores
 from captioning.demo.scenes import read_scenes
@@ -25,7 +25,6 @@ from captioning.evaluation.metrics import (
     score_captions,
     write_metrics,
 )
-from captioning.features.cache import cached_batches
 from captioning.settings import make_config
 from support.errors import UserError, printable
 
@@ -69,15 +68,15 @@ def evaluate(captioner, images, split, output, config):
       config: Config; the settings of decoding.
     """
     with_boxes = _can_use_boxes(images, config)
-    runs = {
-        run: _score_run(*_caption_all(captioner, images, way), images, way, with_boxes)
-        for run, way in _ways_to_decode(config).items()
-    }
+    ways = _ways_to_decode(config)
+    runs = {run: _caption_and_score(captioner, images, way, with_boxes) for run, way in ways.items()}
     taught = _score_references(captioner, images, config) if with_boxes else {}
     scored = _describe_scored(captioner, images, split, config)
     metrics = {run: evaluated.metrics for run, evaluated in runs.items()}
     texts = {run: {i: group[0] for i, group in evaluated.texts.items()} for run, evaluated in runs.items()}
     rows = _rows_of_table(metrics)
+    table = [["", *METRICS]]
+    table += [[run, *(format_score(name, scores.get(name)) for name in METRICS)] for run, scores in rows.items()]
     name = _name_files(split, config)
     how = ", ".join(f"{key} {value}" for key, value in scored.items())
     few = note_few_images(len(images))
@@ -86,9 +85,10 @@ def evaluate(captioner, images, split, output, config):
         output,
         f"Best, middle and worst captions of the {split} split",
         _score_pages(runs, images),
-        tables=[_score_table(rows)],
+        table,
         file_name=f"evaluation_{name}.html",
-        intro=f"{_introduce_page(runs)} Scored: {how}. {few}".rstrip(),
+        intro=f"These images have the best, the middle and the worst CIDEr of all {len(images)}, greedy. "
+        f"Scored: {how}. {few}".rstrip(),
     )
     print(printable(f"scored: {how}"))
     print(format_table(rows))
@@ -113,20 +113,6 @@ def _ways_to_decode(config):
     name = lambda width: "greedy" if width == 1 else f"beam {width}"  # noqa: E731
     ways = {name(width): dataclasses.replace(greedy_settings(config), beam_width=width) for width in widths}
     return ways | {"sample" if config.sample == "yes" else name(config.beam_width): config}
-
-
-def _caption_all(captioner, images, config):
-    """Caption all images. Of an image's further captions only the texts are kept.
-
-    Returns:
-      (list of GeneratedCaptions, dict of image id to list of str)
-    """
-    captions, texts = [], {}
-    for batch in cached_batches(images, config):
-        for first in caption_batch(captioner, *batch, config, with_evidence=True):
-            texts[first.image_id] = [caption.caption for caption in (first, *first.others)]
-            captions.append(dataclasses.replace(first, others=()))
-    return captions, texts
 
 
 def _name_files(split, config):
@@ -169,12 +155,12 @@ def _can_use_boxes(images, config):
         return False
 
 
-def _score_run(captions, texts, images, config, with_boxes):
-    """Score the captions of one way of decoding, that of the settings. Returns Evaluated.
-
-    Args:
-      captions, texts: as `_caption_all` returns them.
-    """
+def _caption_and_score(captioner, images, config, with_boxes):
+    """The captions of all images as the settings say, and their scores. Returns Evaluated."""
+    captions, texts = [], {}
+    for caption in caption_cached(captioner, images, config, with_evidence=True):
+        texts[caption.image_id] = [each.caption for each in (caption, *caption.others)]
+        captions.append(dataclasses.replace(caption, others=()))  # whose maps would take much memory
     references = {image.image_id: image.references for image in images}
     first = {i: group[0] for i, group in texts.items()}
     metrics = score_captions(first, references)
@@ -184,22 +170,19 @@ def _score_run(captions, texts, images, config, with_boxes):
         metrics["captions_per_image"] = config.captions_per_image
         metrics["best"] = score_best(texts, references)
         metrics["diversity"] = dataclasses.asdict(describe_diversity(list(texts.values())))
-    groundings, known = find_groundings(captions, config) if with_boxes else (None, {})
+    groundings = []
     if config.dataset == "demo":
         scenes = read_scenes(config.coco_dir)
         theirs = [scenes[caption.image_id] for caption in captions]
         metrics["scenes"] = demo_scores.score_captions([caption.caption for caption in captions], theirs)
-    if groundings is not None:
+    if with_boxes:
+        groundings, known = find_groundings(captions, config)
         metrics["attention"] = attention_accuracy(groundings) | known
-    return Evaluated(captions, texts, groundings or [], cider_by_image(first, references), metrics)
+    return Evaluated(captions, texts, groundings, cider_by_image(first, references), metrics)
 
 
 def _score_references(captioner, images, config):
-    """Where the model looks while it is made to say the reference captions.
-
-    Returns:
-      {"references": {"attention": scores}}
-    """
+    """Where the model looks while it is made to say the references, as {"references": {"attention": scores}}."""
     groundings, known = find_groundings(explain_references(captioner, images, config), config)
     return {"references": {"attention": attention_accuracy(groundings) | known}}
 
@@ -215,21 +198,6 @@ def _rows_of_table(metrics):
 
 
 # --- The page ---------------------------------------------------------------------------------------------------
-
-
-def _score_table(metrics):
-    """The scores of all runs as rows of text, the first one the column names."""
-    rows = [["", *METRICS]]
-    rows += [
-        [name, *(format_score(metric, scores.get(metric)) for metric in METRICS)] for name, scores in metrics.items()
-    ]
-    return rows
-
-
-def _introduce_page(runs):
-    """What is on the page, in a sentence."""
-    name, first = next(iter(runs.items()))
-    return f"These images have the best, the middle and the worst CIDEr of all {len(first.captions)}, {name}."
 
 
 def _score_pages(runs, images):
@@ -270,9 +238,8 @@ def _print_diversity(run, evaluated, scores):
 def _print_scenes(metrics):
     """A line for each run of the demo: how far its captions are true."""
     for run, values in metrics.items():
-        known = ((name, value) for name, value in values.get("scenes", {}).items() if value is not None)
-        if text := ", ".join(f"{name} {value:.3g}" for name, value in known):
-            print(f"{run}, scenes: {text}")
+        if scenes := values.get("scenes"):
+            print(f"{run}, scenes: " + ", ".join(f"{name} {value:.3g}" for name, value in scenes.items()))
 
 
 def _print_attention(name, scores):

@@ -24,10 +24,11 @@ from support.files import write_json
 from support.process import silenced_stderr
 
 _FEW_IMAGES = 100  # of fewer, CIDEr is too high and left to chance; see `note_few_images`
+_JAVA_SECONDS = 120  # to wait for Java to start; METEOR gets 1/20 s more for each image
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
 
-def score_captions(generated, references, patience=120):
+def score_captions(generated, references):
     """Score captions as COCO's official evaluation does.
 
     METEOR and the PTB tokeniser are for English, and need Java. If most letters of the references are outside Latin
@@ -38,7 +39,6 @@ def score_captions(generated, references, patience=120):
     Args:
       generated: dict of image id to caption, a str.
       references: dict of the same image ids to list of str, one or more.
-      patience: float, seconds to wait for Java to start. METEOR gets 1/20 s more for each image.
 
     Returns:
       dict of each of METRICS to float or None, and of "tokens" to "PTB" or "project". BLEU, METEOR and ROUGE-L range
@@ -50,8 +50,8 @@ def score_captions(generated, references, patience=120):
     """
     generated, references = _pair_by_image(generated, references)
     with _java_settings():
-        generated, references, tokens = _tokenize(generated, references, patience)
-        scores = {"METEOR": _score_meteor(generated, references, patience)[0] if tokens == "PTB" else None}
+        generated, references, tokens = _tokenize(generated, references)
+        scores = {"METEOR": _score_meteor(generated, references)[0] if tokens == "PTB" else None}
     rouge, _ = Rouge().compute_score(references, generated)
     scores |= {"tokens": tokens, "ROUGE-L": 100 * float(rouge), **_score_ngrams(generated, references)}
     return {name: scores[name] for name in (*METRICS, "tokens")}
@@ -71,38 +71,36 @@ def note_few_images(count):
     return f"CIDEr of {images} is {what}: compare it from {_FEW_IMAGES} images on"
 
 
-def score_best(generated, references, patience=120):
+def score_best(generated, references):
     """Score the best of each image's captions, which an oracle would choose that knows the references.
 
-    For each metric, of each image the caption is taken that has the highest score of this very metric by itself. The
-    captions that are taken are then scored as `score_captions` does it. So every metric is of other captions; and BLEU,
-    which counts over all images together, could in theory be lower than that of the first captions.
+    Each metric takes the caption of each image that it scores highest by itself. It then scores these captions as
+    `score_captions` does. So every metric is of other captions. BLEU counts over all images together, so it could in
+    theory be lower than that of the first captions.
 
     Args:
       generated: dict of image id to list of captions, one or more.
-      references, patience: as for `score_captions`.
+      references: as for `score_captions`.
 
     Returns, Raises: as for `score_captions`.
     """
-    most = max(map(len, generated.values()), default=0)
-    # The n-th captions of all images; an image with fewer has its first one again, which changes nothing.
-    by_place = [{i: group[n if n < len(group) else 0] for i, group in generated.items()} for n in range(most)]
-    paired = [_pair_by_image(texts, references) for texts in by_place] or [_pair_by_image({}, references)]
-    references = paired[0][1]
-    candidates = {i: [texts[i][0] for texts, _ in paired] for i in references}
+    _, references = _pair_by_image({i: group[0] for i, group in generated.items()}, references)
+    most = max(map(len, generated.values()))
+    # An image with fewer captions has its first one again, which changes nothing.
+    candidates = {i: generated[i] + generated[i][:1] * (most - len(generated[i])) for i in references}
     with _java_settings():
-        candidates, references, tokens = _tokenize(candidates, references, patience)
+        candidates, references, tokens = _tokenize(candidates, references)
         scores = _scores_by_place(candidates, references)
         pairs = {(i, n): [text] for i, group in candidates.items() for n, text in enumerate(group)}
         of_pairs = {pair: references[pair[0]] for pair in pairs}
-        meteor = _score_meteor(pairs, of_pairs, patience)[1] if tokens == "PTB" else None
+        meteor = _score_meteor(pairs, of_pairs)[1] if tokens == "PTB" else None
         scores |= {} if meteor is None else {"METEOR": np.reshape(meteor, (len(references), most)).T}  # (N, B)
         best = dict.fromkeys(METRICS) | {"tokens": tokens}
         for name, values in scores.items():
             places = np.argmax(values, axis=0)  # (B,)
             taken = {i: [candidates[i][place]] for i, place in zip(references, places, strict=True)}
             if name == "METEOR":
-                best[name] = _score_meteor(taken, references, patience)[0]
+                best[name] = _score_meteor(taken, references)[0]
             elif name == "ROUGE-L":
                 best[name] = 100 * float(np.mean(np.max(values, axis=0)))
             else:
@@ -111,40 +109,24 @@ def score_best(generated, references, patience=120):
 
 
 def _scores_by_place(candidates, references):
-    """The score of each caption by itself, but for METEOR's.
+    """The score of each caption by itself, but for METEOR's: dict of metric to float (N, B).
 
-    Args:
-      candidates: dict of B image ids to list of N str, their tokens separated by blanks.
-      references: dict of the same ids to list of such str.
-
-    Returns:
-      dict of metric to float (N, B)
+    candidates: dict of B image ids to list of N str. references: dict of the same ids to list of str. Blanks separate
+    their tokens.
     """
     scores = collections.defaultdict(list)
     for texts in zip(*candidates.values(), strict=True):
         generated = {i: [text] for i, text in zip(candidates, texts, strict=True)}
         _, bleu = Bleu(4).compute_score(references, generated, verbose=0)
-        for name, values in {f"BLEU-{n}": values for n, values in enumerate(bleu, 1)}.items():
-            scores[name].append(values)  # (B,)
+        for n, values in enumerate(bleu, 1):
+            scores[f"BLEU-{n}"].append(values)  # (B,)
         for name, scorer in (("CIDEr", Cider()), ("ROUGE-L", Rouge())):
             scores[name].append(scorer.compute_score(references, generated)[1])  # (B,)
     return {name: np.array(values) for name, values in scores.items()}
 
 
-def quick_score(generated, references):
-    """Score captions in seconds and without Java, to compare epochs.
-
-    Args, Raises: as for `score_captions`.
-
-    Returns:
-      dict of BLEU-1..4 and CIDEr to float, computed on the project's own tokens, and of "tokens" to "project".
-    """
-    generated, references = map(_project_tokens, _pair_by_image(generated, references))
-    return {**_score_ngrams(generated, references), "tokens": "project"}
-
-
 def cider_by_image(generated, references):
-    """CIDEr of each image, on the project's own tokens.
+    """CIDEr of each image, on the project's own tokens: in seconds, and without Java.
 
     Args, Raises: as for `score_captions`.
 
@@ -157,17 +139,9 @@ def cider_by_image(generated, references):
 
 
 def _pair_by_image(generated, references):
-    """Bring captions and references into the same order.
+    """Captions and references in the same order, that of the image ids, each caption as a list of one.
 
-    Args:
-      generated: dict of image id to str.
-      references: dict of image id to list of str.
-
-    Returns:
-      (dict of image id to list of one str, dict of image id to list of str), both by ascending image id.
-
-    Raises:
-      UserError: there are no captions, or an image has no caption or no references.
+    Args, Raises: as for `score_captions`.
     """
     if not generated:
         raise UserError("there are no captions to score: run python data_utils.py again to prepare validation images")
@@ -176,24 +150,16 @@ def _pair_by_image(generated, references):
         if image_id not in generated or not references.get(image_id):
             missing = "references" if image_id in generated else "caption"
             raise UserError(f"image {image_id} has no {missing} and cannot be scored: run python data_utils.py again")
+    if not any(split_words(text) for group in references.values() for text in group):
+        raise UserError("captions cannot be scored, as no reference has a word: run python data_utils.py again")
     return {i: [generated[i]] for i in image_ids}, {i: references[i] for i in image_ids}
 
 
 def _score_ngrams(generated, references):
-    """Compute BLEU-1..4 and CIDEr.
+    """BLEU-1..4 and CIDEr, dict of metric to float.
 
-    Args:
-      generated: dict of image id to list of one str, its tokens separated by blanks.
-      references: dict of image id to list of such str.
-
-    Returns:
-      dict of metric to float.
-
-    Raises:
-      UserError: no reference has a word.
+    generated, references: dict of image id to list of one str and of several, their tokens separated by blanks.
     """
-    if not any(any(group) for group in references.values()):
-        raise UserError("captions cannot be scored, as no reference has a word: run python data_utils.py again")
     bleu, _ = Bleu(4).compute_score(references, generated, verbose=0)
     cider, _ = Cider().compute_score(references, generated)
     return {**{f"BLEU-{n}": 100 * float(score) for n, score in enumerate(bleu, 1)}, "CIDEr": float(cider)}
@@ -211,7 +177,7 @@ def _check_script(references):
         raise RuntimeError("Most letters of the references are outside Latin script")
 
 
-def _tokenize(generated, references, patience):
+def _tokenize(generated, references):
     """Write captions in the tokens that they are scored by: PTB's, or the project's own, which is then said.
 
     Returns:
@@ -219,7 +185,7 @@ def _tokenize(generated, references, patience):
     """
     try:
         _check_script(references)
-        return _ptb_tokens(generated, patience), _ptb_tokens(references, patience), "PTB"
+        return _ptb_tokens(generated), _ptb_tokens(references), "PTB"
     except RuntimeError as error:
         print(f"{error}: METEOR is left out, and the other metrics use the project's own tokens instead of PTB's")
         return _project_tokens(generated), _project_tokens(references), "project"
@@ -246,15 +212,8 @@ def _java_settings():
             os.environ["JAVA_TOOL_OPTIONS"] = before
 
 
-def _ptb_tokens(captions, patience):
-    """Write captions in the Penn Treebank's tokens, without punctuation.
-
-    Args:
-      captions: dict of image id to list of str.
-      patience: float, seconds to wait for Java to start.
-
-    Returns:
-      dict of image id to list of str, the tokens separated by blanks.
+def _ptb_tokens(captions):
+    """Write captions in the Penn Treebank's tokens, without punctuation. dict of image id to list of str -> the same.
 
     Raises:
       RuntimeError: Java is missing, fails or hangs, or the folder of pycocoevalcap, where it writes, is read-only.
@@ -265,7 +224,7 @@ def _ptb_tokens(captions, patience):
     lines = {i: [{"caption": " ".join(caption.splitlines())} for caption in group] for i, group in captions.items()}
     try:
         # The tokeniser waits for Java without a limit. So find out first whether Java hangs.
-        subprocess.run(["java", "-version"], capture_output=True, check=True, timeout=patience)
+        subprocess.run(["java", "-version"], capture_output=True, check=True, timeout=_JAVA_SECONDS)
         with silenced_stderr():
             tokens = PTBTokenizer().tokenize(lines)
     except (OSError, subprocess.SubprocessError) as error:
@@ -275,13 +234,8 @@ def _ptb_tokens(captions, patience):
     return tokens
 
 
-def _score_meteor(generated, references, patience):
-    """Compute METEOR.
-
-    Args:
-      generated: dict of image id to list of one str.
-      references: dict of image id to list of str.
-      patience: float, seconds to wait for Java, with 1/20 s more for each image.
+def _score_meteor(generated, references):
+    """METEOR of captions, given as `_score_ngrams` takes them.
 
     Returns:
       (float from 0 to 100, list of float from 0 to 1, of each image). If METEOR's Java program fails or hangs, a line
@@ -289,7 +243,7 @@ def _score_meteor(generated, references, patience):
     """
     scorer = Meteor()
     java = scorer.meteor_p
-    watchdog = threading.Timer(patience + len(generated) / 20, java.kill)
+    watchdog = threading.Timer(_JAVA_SECONDS + len(generated) / 20, java.kill)
     watchdog.start()
     try:
         score, by_image = scorer.compute_score(references, generated)
@@ -328,13 +282,9 @@ def write_metrics(folder, name, captions, metrics):
 
 
 def format_table(rows):
-    """Show the metrics of several runs as a Markdown table.
+    """The metrics of several runs as a Markdown table, with "-" for a missing value.
 
-    Args:
-      rows: dict of run name to dict of metric to value.
-
-    Returns:
-      str, with "-" for a missing value.
+    dict of run name to dict of metric to value -> str
     """
     names = (*METRICS, "tokens")
     table = [["run", *names], *([run, *(format_score(name, rows[run].get(name)) for name in names)] for run in rows)]

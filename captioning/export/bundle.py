@@ -32,8 +32,8 @@ from support.files import write_json
 from support.process import release_memory, silenced_stderr
 
 _RUNTIMES = {"litert": "ai-edge-litert", "onnx": "onnxruntime"}  # the package that runs each format
-WEIGHTS = {"litert": ("float32", "float16", "int8"), "onnx": ("float32", "float16"), "web": ("float32", "float16")}
-DEFAULT_WEIGHTS = {"litert": "float16", "onnx": "float32", "web": "float16"}
+# Number types of the weights, the first one the default
+WEIGHTS = {"litert": ("float16", "float32", "int8"), "onnx": ("float32", "float16"), "web": ("float16", "float32")}
 # Settings that the script takes too, besides captions, sample and what drawn captions depend on
 _DECODING = ("max_words", "beam_width", "length_penalty", "repeat_block")
 _CALIBRATION_IMAGES = 100
@@ -43,10 +43,11 @@ _FILES = pathlib.Path(__file__).parent / "bundle_files"  # caption.py and README
 
 def check_weights(kind, weights):
     """UserError where a format has no weights of this type; otherwise the weights, or the format's default for None."""
-    if weights and weights not in WEIGHTS.get(kind, ()):
+    known = WEIGHTS.get(kind, (None,))
+    if weights and weights not in known:
         fitting = ", ".join(name for name in WEIGHTS if weights in WEIGHTS[name])
         raise UserError(f"--weights {weights} does not go with --format {kind}, only with {fitting}")
-    return weights or DEFAULT_WEIGHTS.get(kind)
+    return weights or known[0]
 
 
 def export_bundle(captioner, network, kind, weights, config, folder):
@@ -115,17 +116,16 @@ def describe(captioner, kind, weights, config):
             "vocabulary": len(captioner.vocabulary),
         },
         "characters": CHARACTER,  # for a class of a regular expression; no blank is written beside these
-        "decoding": _describe_decoding(config),
+        "decoding": {  # the options of a bundle's script with their defaults
+            **{name: getattr(config, name) for name in _DECODING},
+            **sampling_settings(config),
+            "captions": config.captions_per_image,
+            "sample": config.sample == "yes",
+        },
         "network": captioner.network,
         "checkpoint": captioner.checkpoint,
         "checkpoint_identity": captioner.identity,
     }
-
-
-def _describe_decoding(config):
-    """The options of a bundle's script with their defaults, dict of name to value."""
-    several = {"captions": config.captions_per_image, "sample": config.sample == "yes"}
-    return {name: getattr(config, name) for name in _DECODING} | sampling_settings(config) | several
 
 
 # --- The functions ----------------------------------------------------------------------------------------------
@@ -217,9 +217,7 @@ def _write_litert(functions, captioner, weights, images, folder):
 
     Args:
       functions: as `bundle_functions` returns them.
-      weights: "float32", "float16" or "int8".
-      images: list of uint8 (1, side, side, 3) to calibrate int8 weights on, else None.
-      folder: pathlib.Path
+      images: as `_calibration_images` returns them, or None where the weights are not int8.
     """
     for file, names in (("encoder", ["encoder"]), ("decoder", ["decoder", "evidence"])):
         with tempfile.TemporaryDirectory() as saved, silenced_stderr():  # not in `folder`, see is_pattern
@@ -240,13 +238,9 @@ def _write_litert(functions, captioner, weights, images, folder):
 
 
 def _calibration_images(config):
-    """Training images that show how large the encoder's numbers become.
+    """Training images that show how large the encoder's numbers become: list of uint8 (1, side, side, 3).
 
-    Returns:
-      list of uint8 (1, side, side, 3)
-
-    Raises:
-      UserError: the training images are not there.
+    UserError where they are not there.
     """
     try:
         train = load_data(config, to_caption=True).train

@@ -27,7 +27,7 @@ def add_options(parser):
     parser.add_argument(
         "--weights",
         choices=("float32", "float16", "int8"),
-        help=f"of a bundle (default: {', '.join(' for '.join(pair[::-1]) for pair in bundle.DEFAULT_WEIGHTS.items())})",
+        help=f"of a bundle (default: {', '.join(f'{types[0]} for {kind}' for kind, types in bundle.WEIGHTS.items())})",
     )
     parser.add_argument(
         "--serve",
@@ -93,7 +93,7 @@ def _serve_page(load_captioner, make_network, options, config):
     """Serve the web page of a run on this machine until Ctrl-C. The run folder keeps the page."""
     folder = pathlib.Path(config.run_dir, "web")
     with local_server.make_server(folder, options.serve) as server:  # first, as the port may not be had
-        weights = bundle.DEFAULT_WEIGHTS["web"]
+        weights = bundle.check_weights("web", None)
         web.keep_page(load_captioner(), make_network, weights, config, folder, options.web_runtime)
         if not options.web_runtime:
             print("the page fetches its runtime from a CDN; with --web_runtime DIR it needs no internet")

@@ -13,7 +13,6 @@ from support.process import silenced_stderr
 
 _OPSET = 18
 _LARGE = 10_000  # numbers: smaller constants stay, as tf2onnx must see shapes and the vectors of batch norm
-
 _FEW = 1024  # numbers: tensors with fewer stay float32
 
 
@@ -105,18 +104,21 @@ def _plain_gradient(graph, node, name, arguments):
     minuend = y if node.type == "SigmoidGrad" else graph.make_const(f"{name}/one", np.float32(1)).output[0]
     square = graph.make_node("Mul", [y, y]).output[0]
     slope = graph.make_node("Sub", [minuend, square]).output[0]
-    shapes, types = node.output_shapes, node.output_dtypes
-    graph.remove_node(node.name)
-    graph.make_node("Mul", [d_y, slope], outputs=node.output, name=name, shapes=shapes, dtypes=types)
+    _replace_node(graph, node, name, "Mul", [d_y, slope])
 
 
 def _one_minus_erf(graph, node, name, arguments):
     """How tf2onnx shall write erfc, which Keras's GELU has and ONNX has not."""
     erf = graph.make_node("Erf", node.input).output[0]
     one = graph.make_const(f"{name}/one", np.float32(1)).output[0]
+    _replace_node(graph, node, name, "Sub", [one, erf])
+
+
+def _replace_node(graph, node, name, operation, inputs):
+    """Let another operation make a node's outputs."""
     shapes, types = node.output_shapes, node.output_dtypes
     graph.remove_node(node.name)
-    graph.make_node("Sub", [one, erf], outputs=node.output, name=name, shapes=shapes, dtypes=types)
+    graph.make_node(operation, inputs, outputs=node.output, name=name, shapes=shapes, dtypes=types)
 
 
 _RULES = {"SigmoidGrad": _plain_gradient, "TanhGrad": _plain_gradient, "Erfc": _one_minus_erf}

@@ -13,11 +13,14 @@ import shutil
 
 import tensorflow as tf
 
-from captioning.captioner import decode_captions
+from captioning.decoder.beam_search import beam_search
+from captioning.decoder.edited_model import following_model
+from captioning.decoder.rules import DecodedCaptions
 from captioning.export.graph_images import OK, read_images
 from captioning.features.cnn import CNNS
 from captioning.vocabulary import END, PAD
 from captioning.words import is_character
+from model import greedy_decode
 from support.errors import UserError
 from support.files import TEMPORARY, free_space, is_pattern, locked
 
@@ -36,7 +39,7 @@ def export_captioner(captioner, network, config, folder):
     """
     if is_pattern(folder):
         raise UserError(f"TensorFlow cannot read a model in {folder}, for the [ or \\ in it: give another --export")
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, following_model("the SavedModel", "or take another --format"):
         _write_saved_model(captioner, network, config, temporary)
 
 
@@ -53,9 +56,9 @@ def new_folder(folder):
     target = pathlib.Path(folder).resolve()
     try:
         name = os.fsencode(target.name).decode()
-        _check_free(target)
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):  # an empty folder is nothing
+            raise UserError(f"{target} is there already: name another folder behind --export, or delete it")
         with locked(target.parent, f"{name}.export"):
-            _check_free(target)  # another export may have ended meanwhile
             for left in target.parent.glob(f"{TEMPORARY}*-{glob.escape(name)}.export"):  # of an export that was killed
                 shutil.rmtree(left, ignore_errors=True)
             temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{name}.export")
@@ -72,10 +75,13 @@ def new_folder(folder):
         raise UserError(f"cannot write {folder}: {reason} ({free_space(target.parent)})") from error
 
 
-def _check_free(target):
-    """UserError where an export would lie on top of something; an empty folder is nothing."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} is there already: name another folder behind --export, or delete it")
+def decode_captions(encoder, decoder, features, config):
+    """The likeliest caption of each image, greedy or of the best beam. float (B, P, F), Config -> DecodedCaptions."""
+    if config.beam_width == 1:
+        return greedy_decode(encoder, decoder, features, config.max_words, config.repeat_block)
+    how = config.max_words, config.beam_width, config.length_penalty, config.repeat_block
+    found = beam_search(encoder, decoder, features, *how)
+    return DecodedCaptions(*(x[:, 0] for x in found))  # (B, L), (B, L), (B, L, P)
 
 
 def _write_saved_model(captioner, network, config, folder):
@@ -92,11 +98,8 @@ def _write_saved_model(captioner, network, config, folder):
     The signature `one` takes `image`, string (), and returns caption (), log_probability (), attention_weights (L, P)
     and status ().
 
-    All is computed in float32, so a caption may differ where the scripts use bfloat16.
-
-    Args:
-      captioner, network, config: as `export_captioner` takes them.
-      folder: pathlib.Path, which is there.
+    All is computed in float32, so a caption may differ where the scripts use bfloat16. Args: as of `export_captioner`,
+    but the folder is there.
     """
     words = ["" if i in (PAD, END) else word for i, word in enumerate(captioner.vocabulary)]  # (V,)
     joined = [not word or is_character(word) for word in words]  # (V,), without a blank on either side

@@ -26,6 +26,9 @@ from support.errors import UserError
 from support.files import read_json, write_json
 
 RUNTIME_VERSION = "1.30.0"  # of the npm package onnxruntime-web
+_GET_RUNTIME = (
+    f"run npm install onnxruntime-web@{RUNTIME_VERSION}, and give --web_runtime node_modules/onnxruntime-web/dist"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +123,9 @@ def check_runtime(folder):
         try:
             fits = _describe_file(path) == file
         except OSError:
-            raise UserError(f"{path} is missing: {_get_runtime()}") from None
+            raise UserError(f"{path} is missing: {_GET_RUNTIME}") from None
         if not fits:
-            raise UserError(f"{path} is not that of onnxruntime-web {RUNTIME_VERSION}: {_get_runtime()}")
-
-
-def _get_runtime():
-    package = f"onnxruntime-web@{RUNTIME_VERSION}"
-    return f"run npm install {package}, and give --web_runtime node_modules/onnxruntime-web/dist"
+            raise UserError(f"{path} is not that of onnxruntime-web {RUNTIME_VERSION}: {_GET_RUNTIME}")
 
 
 def _place_files(files, source, folder):

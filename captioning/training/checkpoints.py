@@ -1,4 +1,4 @@
-"""The state of a training and its checkpoints: written whole, tested before they count as good, newest first.
+"""Checkpoints: written whole, tested before they count as good, newest first.
 
 Beside each lies ckpt-N.json with the digest of the model.py that it was trained with.
 """

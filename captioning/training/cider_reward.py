@@ -41,21 +41,19 @@ class CiderReward:
           images: list of B int, positions in the references.
           captions: list of B lists of S captions, each a list of token ids with <end> and maybe <pad>.
           with_end: bool, whether <end> is a word, as a reward needs. Without it the mean over all images is the
-            CIDEr of captioning.evaluation.metrics.quick_score.
+            CIDEr of captioning.evaluation.metrics.cider_by_image.
 
         Returns:
           list of B lists of S float, each from 0 to 10
         """
         rewards = []
         for image, said in zip(images, captions, strict=True):
-            references = [f"{text} {_END_WORD}" if with_end else text for text in self.references[image]]
-            references = [self.weigh_ngrams(text) for text in references]
-            texts = [self.write(words, with_end) for words in said]
+            end = f" {_END_WORD}" if with_end else ""
+            references = [self.weigh_ngrams(text + end) for text in self.references[image]]
+            left_out = (PAD,) if with_end else (PAD, END)
+            texts = [" ".join(self.vocabulary[i] for i in words if i not in left_out) for words in said]
             rewards.append([_score_caption(self.weigh_ngrams(text), references) for text in texts])
         return rewards
-
-    def write(self, words, with_end):
-        return " ".join(self.vocabulary[i] for i in words if i != PAD and (with_end or i != END))
 
     def weigh_ngrams(self, text):
         """A caption's n-grams by how telling they are.

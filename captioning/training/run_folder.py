@@ -79,12 +79,7 @@ def check_new_run(folder, data_dir):
 
 
 def check_run_fits(folder, config, prepared):
-    """Raise FileError where the run in `folder` has other sizes, another vocabulary or another network.
-
-    Args:
-      folder: path of a run folder that holds a checkpoint.
-      prepared: Prepared, the data to train on or to caption.
-    """
+    """Raise UserError where the run in `folder` has other sizes, another vocabulary or another network."""
     check_model_settings(folder, config)
     known = read_vocabulary(pathlib.Path(folder, "vocabulary.json"))
     if known != prepared.vocabulary:
@@ -118,7 +113,7 @@ def check_network(folder, data_dir, prepared):
 
 
 def check_model_settings(folder, config, remedy=None):
-    """Raise UserError where the run in `folder` has other sizes than `config`; another run mends it, or `remedy`."""
+    """Raise UserError where the run in `folder` has other sizes than `config`; `remedy` is what mends it, if given."""
     path = pathlib.Path(folder, "config.json")
     saved = read_json(path, dict)
     for name in MODEL_SETTINGS:

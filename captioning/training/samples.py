@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 
 from captioning.attention.page import PageCaption, PageImage, write_pages
-from captioning.captioner import Captioner, caption_batch, greedy_settings
-from captioning.features.cache import ImageToCaption, cached_batches, dataset_images
+from captioning.captioner import Captioner, caption_cached, greedy_settings
+from captioning.features.cache import ImageToCaption, dataset_images
 from captioning.inference.captions_file import CaptionRecord, file_state, make_record, restore_prediction
 from captioning.training.saving import save_epoch, warning_only
 from captioning.training.tensorboard import log_epoch
@@ -69,9 +69,7 @@ def _show_samples(samples, state, row, config):
     """
     folder, epoch, images = pathlib.Path(config.run_dir), row["epoch"], samples.images
     captioner = Captioner(state.encoder, state.decoder, samples.vocabulary, f"epoch {epoch}")
-    greedy = greedy_settings(config)
-    batches = cached_batches(images, greedy)
-    predictions = [c for batch in batches for c in caption_batch(captioner, *batch, greedy, with_evidence=True)]
+    predictions = list(caption_cached(captioner, images, greedy_settings(config), with_evidence=True))
     for prediction in predictions:
         print(printable(f"  {prediction.path.name}: {prediction.caption}"))
     log_epoch(samples.writer, row, float(state.optimizer.learning_rate.numpy()), predictions)

@@ -100,10 +100,7 @@ def warning_only():
 def _plot_losses(history, path):
     """Draw training and validation loss by epoch, and where there are self-critical epochs their CIDEr.
 
-    Args:
-      history: list of dicts with epoch, train_loss and validation_loss (nats per word), and maybe sampled_cider and
-        validation_cider; None where an epoch has no such value.
-      path: path of the PNG file.
+    history: list of dicts of EpochRows, of which those of an older run may lack columns.
     """
     panels = [("loss (nats per word)", {"train_loss": "training", "validation_loss": "validation"})]
     if any(row.get("validation_cider") is not None for row in history):

@@ -15,11 +15,11 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from captioning.captioner import Captioner, caption_batch, greedy_settings
+from captioning.captioner import Captioner, caption_cached, greedy_settings
 from captioning.decoder.basic_layers import in_training, softmax_cross_entropy
 from captioning.decoder.rules import ban_words
-from captioning.evaluation.metrics import quick_score
-from captioning.features.cache import cached_batches, dataset_images, feature_path, features_folder
+from captioning.evaluation.metrics import cider_by_image
+from captioning.features.cache import dataset_images, feature_path, features_folder
 from captioning.training.batches import image_batches, shares_of_batch
 from captioning.training.cider_reward import CiderReward
 from captioning.training.epochs import begin_epoch, check_loss, epoch_bar
@@ -201,14 +201,13 @@ def _policy_replica(state, features, captions, advantages, config):
 
 
 def _score_samples(images, positions, captions, samples, with_end=True):
-    """CIDEr-D of sampled captions.
+    """CIDEr-D of sampled captions, `with_end` as CiderReward.score takes it.
 
     Args:
       images: ImageSet
       positions: int (R b,), of the sampled images, for the R replicas of this process; -1 is no image.
       captions: int (R b S, T), as `sample_captions` returns them.
       samples: int, S.
-      with_end: bool, as CiderReward.score takes it.
 
     Returns:
       float (R S, b): a row for each replica's first, second, ... samples; 0 where there is no image
@@ -236,9 +235,7 @@ def _add_references(images, positions, captions, advantages, epoch, config):
     Each epoch takes another of an image's references, in turn. Words of a reference beyond the longest sample are cut.
 
     Args:
-      images: ImageSet
-      positions: int (R b,), as in `_score_samples`.
-      captions: int (R b S, T), as `sample_captions` returns them.
+      images, positions, captions: as for `_score_samples`.
       advantages: float32 (R b S,)
       epoch: int, epochs finished before.
       config: Config, whose `reference_weight` is the advantage of a reference; at 0 nothing is added.
@@ -291,18 +288,10 @@ def _policy_gradient_loss(captions, logits, advantages):
 
 
 def _validation_cider(state, images, vocabulary, config, stop_if_asked=lambda: None):
-    """CIDEr of greedy captions, on the project's own tokens.
-
-    Args:
-      state: TrainingState
-      images: list of ImageToCaption with references and cached features.
-      stop_if_asked: function called before each batch, as interrupts_held_back gives.
-    """
-    captioner = Captioner(state.encoder, state.decoder, vocabulary, "")
-    greedy = greedy_settings(config)
-    captions = []
-    for batch, features in cached_batches(images, greedy):
+    """CIDEr of greedy captions of a list of ImageToCaption, on the project's own tokens."""
+    captioner, generated = Captioner(state.encoder, state.decoder, vocabulary, ""), {}
+    for caption in caption_cached(captioner, images, greedy_settings(config)):
         stop_if_asked()
-        captions += caption_batch(captioner, batch, features, greedy)
-    generated = {caption.image_id: caption.caption for caption in captions}
-    return quick_score(generated, {image.image_id: image.references for image in images})["CIDEr"]
+        generated[caption.image_id] = caption.caption
+    ciders = cider_by_image(generated, {image.image_id: image.references for image in images})
+    return float(np.mean(list(ciders.values())))

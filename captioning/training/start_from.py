@@ -63,6 +63,7 @@ def adopt_start(given, config):
 
 
 def _has_begun(config):
+    """Whether `run_dir` holds a checkpoint to continue from."""
     return bool(list_checkpoints(pathlib.Path(config.run_dir, "last")))
 
 
@@ -153,14 +154,9 @@ def take_weights(state, start, vocabulary, config):
 
 
 def _choose_rows(value, rows, axis):
-    """What belongs to words, in the order of another vocabulary.
+    """A weight with a row for each word along `axis`, in the order of another vocabulary of V words.
 
-    Args:
-      value: float array with a row for each word of the old vocabulary along `axis`.
-      rows: int (V,), the row of each word; -1 for a new word, which gets the mean of all words but the special ones.
-
-    Returns:
-      float array, V long along `axis`
+    rows: int (V,), the old row of each word; -1 for a new word, which gets the mean of all words but the special ones.
     """
     value = np.moveaxis(value, axis, 0)
     mean = value[len(SPECIAL_WORDS) :].mean(axis=0, keepdims=True)

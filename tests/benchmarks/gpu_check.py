@@ -25,15 +25,13 @@ from drawn_data import describe_machine, draw_photographs, draw_prepared
 from train_speed import our_gradients
 
 from captioning.features.cache import features_folder
-from captioning.captioner import decode_captions
-from captioning.decoder.beam_search import beam_search
+from captioning.export.saved_model import decode_captions
 from captioning.features.cnn import CNNS
 from captioning.features.extraction import extract_features
 from captioning.features.network import extraction_graphs, feature_network
 from captioning.settings import make_config
 from captioning.training.batches import caption_batches, collect_captions
 from config import Config
-from model import greedy_decode
 from support.command_line import parse_command_line
 from support.devices import describe_devices, set_up_devices
 from support.distribution import replicas
@@ -180,10 +178,9 @@ def compute_at_trained(state, prepared, folder, config):
     results = {f"gradient {i}": np.ravel(tf.convert_to_tensor(gradient)) for i, gradient in enumerate(gradients)}
     results["loss"] = loss
     images = np.stack([np.load(path) for path in sorted((folder / "features").glob("*.npy"))]).astype(np.float32)
-    graphs = tf.function(greedy_decode), tf.function(beam_search)
     for name, width in (("greedy", 1), ("beams", 3)):
         settings = dataclasses.replace(config, beam_width=width, max_words=15)
-        decoded = decode_captions(state.encoder, state.decoder, images, settings, graphs=graphs)
+        decoded = tf.function(decode_captions)(state.encoder, state.decoder, images, settings)
         results[f"{name} words"] = decoded.words
         results[f"{name} log_probs"] = tf.reduce_sum(decoded.log_probs, axis=1)
     return results

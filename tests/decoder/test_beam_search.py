@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 import model
-from captioning.decoder.beam_search import _best_continuations, _rank_beams, beam_search, best_beams
-from captioning.decoder.rules import _BANNED_WORDS, ban_words
+from captioning.decoder.beam_search import _best_continuations, _rank_beams, beam_search
+from captioning.decoder.rules import _BANNED_WORDS, DecodedCaptions, ban_words
 from captioning.features.cnn import CNNS
 from captioning.settings import make_config
 from captioning.vocabulary import END, PAD, START, UNK
@@ -17,7 +17,13 @@ VOCABULARY = 30
 LOCATIONS, CHANNELS = CNNS["InceptionV3"].feature_shape
 NO_MEAN = np.zeros(CHANNELS, np.float32)
 
-decode = tf.function(beam_search)
+
+def likeliest(*args, **options):
+    """The best beam of each image."""
+    return DecodedCaptions(*(x[:, 0] for x in beam_search(*args, **options)))
+
+
+decode = tf.function(likeliest)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def test_one_beam_is_greedy_decoding(features, seed, repeat_block):
     encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed}), VOCABULARY, NO_MEAN)
     decoder.output_layer.kernel.assign(decoder.output_layer.kernel * 5)
     greedy = model.greedy_decode(encoder, decoder, features, 7, repeat_block)
-    beams = beam_search(encoder, decoder, features, 7, 1, repeat_block=repeat_block)
+    beams = likeliest(encoder, decoder, features, 7, 1, repeat_block=repeat_block)
     np.testing.assert_array_equal(greedy.words, beams.words)
     np.testing.assert_allclose(greedy.log_probs, beams.log_probs, rtol=1e-4, atol=1e-5)
     real = greedy.words.numpy() != PAD
@@ -63,7 +69,7 @@ def test_one_beam_ends_where_greedy_decoding_does(captioner, features, biased):
     for by in (0.5, 1.0, 2.0, 50.0):
         biased([END], by)
         greedy = model.greedy_decode(encoder, decoder, features, 7)
-        beams = beam_search(encoder, decoder, features, 7, 1)
+        beams = likeliest(encoder, decoder, features, 7, 1)
         np.testing.assert_array_equal(greedy.words, beams.words)
     assert greedy.words.numpy().tolist() == [[END]] * 3
 
@@ -114,7 +120,7 @@ def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(fe
     for seed in seeds:
         encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": seed}), 6, NO_MEAN)
         decoder.output_layer.kernel.assign(decoder.output_layer.kernel * 5)
-        words, log_probs, _ = beam_search(encoder, decoder, features, 2, width)
+        words, log_probs, _ = likeliest(encoder, decoder, features, 2, width)
         greedy = model.greedy_decode(encoder, decoder, features, 2).words
         for b in range(3):
             scores = {}
@@ -130,9 +136,9 @@ def test_beam_search_finds_the_likeliest_of_all_captions_of_a_tiny_vocabulary(fe
 
 
 def test_special_words_are_never_said(captioner, features, biased):
-    before = beam_search(*captioner, features, 6, 3)
+    before = likeliest(*captioner, features, 6, 3)
     biased([PAD, UNK, START], 50.0)
-    words, log_probs, _ = beam_search(*captioner, features, 6, 3)
+    words, log_probs, _ = likeliest(*captioner, features, 6, 3)
     assert not np.isin(words, (UNK, START)).any()
     assert (words[:, 0].numpy() != PAD).all()
     np.testing.assert_array_equal(words, before.words)
@@ -142,8 +148,8 @@ def test_special_words_are_never_said(captioner, features, biased):
 def test_captions_repeat_no_sequence(captioner, features, biased):
     """One word is made likelier than all others: it would be said over and over."""
     biased([7], 30.0)
-    freely = beam_search(*captioner, features, 8, 3).words
-    words = beam_search(*captioner, features, 8, 3, 0.0, 2).words
+    freely = likeliest(*captioner, features, 8, 3).words
+    words = likeliest(*captioner, features, 8, 3, 0.0, 2).words
     assert (freely[:, :7] == 7).numpy().all()
     for said in words.numpy().tolist():
         pairs = [pair for pair in zip(said, said[1:], strict=False) if PAD not in pair]
@@ -194,15 +200,15 @@ def test_the_best_beams_are_the_best_of_all_captions_of_a_tiny_vocabulary(featur
     """Two words and <end>, at most 3 in a caption: 15 beams hold them all, so nothing can be lost."""
     encoder, decoder = model.build_captioner(make_config({"units": 16, "seed": 2}), 6, NO_MEAN)
     decoder.output_layer.kernel.assign(decoder.output_layer.kernel * 5)
-    found = best_beams(encoder, decoder, features, 3, 15, length_penalty, count=5)
-    likeliest = beam_search(encoder, decoder, features, 3, 15, length_penalty)
+    found = beam_search(encoder, decoder, features, 3, 15, length_penalty, count=5)
+    best = likeliest(encoder, decoder, features, 3, 15, length_penalty)
     for b in range(3):
         ranked = every_caption(encoder, decoder, features[b : b + 1], 3)
         assert len(ranked) == 7
         ranked.sort(key=lambda pair: -pair[0] / len(pair[1]) ** length_penalty)
         assert [tuple(said_by(row)) for row in found.words[b]] == [words for _, words in ranked[:5]]
         np.testing.assert_allclose(np.sum(found.log_probs[b], 1), [score for score, _ in ranked[:5]], rtol=1e-4)
-        assert said_by(likeliest.words[b]) == said_by(found.words[b, 0])
+        assert said_by(best.words[b]) == said_by(found.words[b, 0])
         for row, weights in zip(found.words[b], found.attention_weights[b], strict=True):
             said = said_by(row)
             _, along = decoder.teacher_forcing(tf.constant([[START, *said]]), encoder(features[b : b + 1]))
@@ -213,7 +219,7 @@ def test_the_best_beams_are_the_best_of_all_captions_of_a_tiny_vocabulary(featur
 def test_where_there_are_fewer_captions_the_rest_is_pad_alone(features, width):
     """Two words and <end>, at most 2 in a caption: 3 captions end. Beams that never ran are none."""
     encoder, decoder = model.build_captioner(make_config({"units": 16}), 6, NO_MEAN)
-    words = best_beams(encoder, decoder, features, 2, width, count=7).words.numpy()
+    words = beam_search(encoder, decoder, features, 2, width, count=7).words.numpy()
     for rows in words.tolist():
         assert sorted(map(said_by, rows[:3])) == [[END], [4, END], [5, END]]
         assert not np.any(rows[3:])
@@ -224,7 +230,7 @@ def test_each_beam_goes_on_with_the_hidden_state_of_the_beam_that_it_continues(f
     captioner = tiny_captioner(make_config(SIZES), features.numpy(), seed=3)
     encoder, decoder = captioner.encoder, captioner.decoder
     decoder.output_layer.kernel.assign(decoder.output_layer.kernel / 3)
-    words, log_probs, _ = beam_search(encoder, decoder, features, 7, 4, 0.7)
+    words, log_probs, _ = likeliest(encoder, decoder, features, 7, 4, 0.7)
     for b in range(3):
         expected, score = beams_by_hand(encoder, decoder, features[b : b + 1], 7, 4, 0.7)
         assert said_by(words[b]) == expected

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import threading
 
+import numpy as np
 import pycocoevalcap.eval
 import pytest
 from pycocotools.coco import COCO
@@ -17,7 +18,6 @@ from captioning.evaluation.metrics import (
     format_score,
     format_table,
     note_few_images,
-    quick_score,
     score_best,
     score_captions,
     write_metrics,
@@ -119,20 +119,22 @@ def test_cider_prefers_what_the_references_of_that_image_alone_say(no_java):
     said = {image_id: "a photo of a street" for image_id in common}
 
     def cider(caption):
-        return quick_score({1: caption, **said}, references)["CIDEr"]
+        return mean_cider({1: caption, **said}, references)
 
     assert cider("a photo of a zebra in the grass") > cider("a zebra in the grass") > cider("a zebra") > cider("dogs")
     assert cider("a photo of a dog") == cider("")  # "a photo of a" is in every image's references
 
 
-def test_the_quick_score_is_the_full_score_on_the_projects_tokens(no_java, capsys):
-    quick = quick_score(CAPTIONS, REFERENCES)
+def mean_cider(captions, references):
+    return float(np.mean(list(cider_by_image(captions, references).values())))
+
+
+def test_the_mean_of_the_images_ciders_is_the_full_score_on_the_projects_tokens(no_java, capsys):
+    quick = mean_cider(CAPTIONS, REFERENCES)
     assert capsys.readouterr().out == ""
-    full = score_captions(CAPTIONS, REFERENCES)
-    assert set(quick) == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "tokens"}
-    assert quick == {name: full[name] for name in quick}
+    assert quick == score_captions(CAPTIONS, REFERENCES)["CIDEr"]
     loud = {image_id: f"  {caption.upper()} ." for image_id, caption in CAPTIONS.items()}
-    assert quick_score(loud, REFERENCES) == quick
+    assert mean_cider(loud, REFERENCES) == quick
 
 
 @pytest.mark.slow
@@ -147,7 +149,7 @@ def test_captions_without_words_stop_no_metric(said, capfd):
 
 
 def test_few_images_are_said_to_make_cider_what_it_is_not():
-    assert "0 whatever the caption" in note_few_images(1) and quick_score({1: "a dog"}, {1: ["a dog"]})["CIDEr"] == 0
+    assert "0 whatever the caption" in note_few_images(1) and mean_cider({1: "a dog"}, {1: ["a dog"]}) == 0
     assert "CIDEr of 99 images is too high" in note_few_images(99)
     assert note_few_images(100) == ""
 
@@ -209,9 +211,10 @@ def test_without_java_one_line_says_so(no_java, capsys):
     ],
     ids=["fails", "breaks off", "is no Java", "hangs"],
 )
-def test_a_tokeniser_that(tokenise, version, patience, fake_java, capsys):
+def test_a_tokeniser_that(tokenise, version, patience, fake_java, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "_JAVA_SECONDS", patience)
     fake_java("exit 1", tokenise, version)
-    assert used_project_tokens(score_captions(CAPTIONS, REFERENCES, patience), capsys.readouterr().out)
+    assert used_project_tokens(score_captions(CAPTIONS, REFERENCES), capsys.readouterr().out)
 
 
 def test_a_read_only_package_folder(fake_java, monkeypatch, capsys):
@@ -229,9 +232,10 @@ def test_a_read_only_package_folder(fake_java, monkeypatch, capsys):
     [("exit 1", 60), ("while read -r line; do echo oops; done", 60), ("exec sleep 1000", 5)],
     ids=["fails", "talks nonsense", "hangs"],
 )
-def test_a_meteor_that(meteor, patience, fake_java, capsys):
+def test_a_meteor_that(meteor, patience, fake_java, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "_JAVA_SECONDS", patience)
     pids = fake_java(meteor)
-    scores = score_captions(CAPTIONS, REFERENCES, patience)
+    scores = score_captions(CAPTIONS, REFERENCES)
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "METEOR is left out" in printed
     assert scores["METEOR"] is None
@@ -262,7 +266,7 @@ def test_references_outside_latin_script_are_scored_without_javas_english(fake_j
 
 
 def test_characters_are_the_tokens_of_chinese(no_java):
-    score = quick_score({1: "一只狗", 2: "a cat"}, {1: ["一只猫"], 2: ["a cat"]})
+    score = score_captions({1: "一只狗", 2: "a cat"}, {1: ["一只猫"], 2: ["a cat"]})
     assert score["BLEU-1"] == pytest.approx(100 * 4 / 5)
 
 
@@ -277,7 +281,7 @@ def test_one_image_and_empty_captions(no_java):
     assert all(nothing[name] == pytest.approx(0, abs=1e-4) for name in METRICS if name != "METEOR")
 
 
-@pytest.mark.parametrize("score", [score_captions, quick_score])
+@pytest.mark.parametrize("score", [score_captions, cider_by_image])
 @pytest.mark.parametrize(
     ("captions", "references", "message"),
     [
@@ -340,11 +344,13 @@ SEVERAL = {
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_caption_that_repeats_any_of_its_references_scores_as_if_it_were_the_first(number, no_java):
     captions = {image_id: group[number] for image_id, group in SEVERAL.items()}
-    full, quick = score_captions(captions, SEVERAL), quick_score(captions, SEVERAL)
+    full = score_captions(captions, SEVERAL)
     for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"):
-        assert full[name] == quick[name] == pytest.approx(100, abs=1e-4)
+        assert full[name] == pytest.approx(100, abs=1e-4)
     assert full["ROUGE-L"] == pytest.approx(100, abs=1e-4)
-    assert full["CIDEr"] == quick["CIDEr"] > 10 / 3 - 1e-6  # 10 for the one, little for the others; their mean
+    assert (
+        full["CIDEr"] == mean_cider(captions, SEVERAL) > 10 / 3 - 1e-6
+    )  # 10 for the one, little for the others; their mean
     assert min(cider_by_image(captions, SEVERAL).values()) > 10 / 3 - 1e-6
 
 
@@ -366,7 +372,7 @@ def test_meteor_is_given_every_reference(monkeypatch):
             return 0.25, []
 
     monkeypatch.setattr(metrics, "Meteor", Recorder)
-    monkeypatch.setattr(metrics, "_ptb_tokens", lambda captions, patience: captions)
+    monkeypatch.setattr(metrics, "_ptb_tokens", lambda captions: captions)
     captions = {image_id: "a dog" for image_id in SEVERAL}
     assert score_captions(captions, SEVERAL)["METEOR"] == 25
     assert given == [(SEVERAL, {image_id: ["a dog"] for image_id in SEVERAL})]

@@ -23,10 +23,11 @@ from test_saved_model import NEAR, SAME, draw
 
 import inference_image_caption as inference
 from captioning.attention.evidence import explain_captions
-from captioning.captioner import _beam_graph, _greedy_graph, caption_batch, decode_captions, decoding_settings
+from captioning.captioner import caption_batch, decoding_settings
 from captioning.decoder.nucleus_sampling import draw_words, keep_nucleus
 from captioning.export import bundle as export_bundle
 from captioning.export import onnx_models
+from captioning.export.saved_model import decode_captions
 from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
 from captioning.features.cnn import CNNS
@@ -152,9 +153,8 @@ def test_the_script_finds_the_captions_of_script_3(exported, images, width, leng
         config = dataclasses.replace(CONFIG, **given)
         how = argparse.Namespace(**given, captions=1)
         pixels = np.stack([load_image(path, 299) for path in images])
-        graphs = _greedy_graph, _beam_graph
         features = colour_network(pixels)
-        decoded = decode_captions(captioner.encoder, captioner.decoder, features, config, graphs=graphs)
+        decoded = tf.function(decode_captions)(captioner.encoder, captioner.decoder, features, config)
         assert len({tuple(words) for words in decoded.words.numpy()}) >= 3
         for image, words, log_probs in zip(pixels, decoded.words.numpy(), decoded.log_probs.numpy(), strict=True):
             ((found, score),) = runner.beam_search(encode(pixels=image[None]), decode, how)
@@ -621,7 +621,7 @@ def test_a_run_is_exported_and_says_what_script_3_says(trained, tmp_path, monkey
     run = ["--run_dir", str(trained / "run")]
     inference.main([*run, "--export", str(tmp_path / "bundle"), "--format", kind])
     about = json.loads((tmp_path / "bundle" / "captioner.json").read_text())
-    assert (about["format"], about["weights"]) == (kind, export_bundle.DEFAULT_WEIGHTS[kind])
+    assert (about["format"], about["weights"]) == (kind, {"litert": "float16", "onnx": "float32"}[kind])
     assert about["network"] == json.loads((trained / "run" / "network.json").read_text())
     assert about["checkpoint"].startswith("best/ckpt-") and about["checkpoint_identity"]
     inference.main([*run, "--image", str(image), "--output", str(tmp_path / "out"), "--figures", "0"])

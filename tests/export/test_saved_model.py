@@ -14,10 +14,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from captioning.captioner import caption_batch, decode_captions
+from captioning.captioner import caption_batch
 from captioning.export import graph_images
 from captioning.export.graph_images import _decode_image
-from captioning.export.saved_model import export_captioner, new_folder
+from captioning.export.saved_model import decode_captions, export_captioner, new_folder
 from captioning.features import image_reader
 from captioning.features.cache import ImageToCaption
 from captioning.features.cnn import CNNS

@@ -22,8 +22,8 @@ import inference_image_caption as inference
 from browser import emulate, find, press, requested, settle, wait_for
 from captioning.attention.evidence import explain_captions
 from captioning.attention.maps import scale_light
-from captioning.captioner import decode_captions
 from captioning.export import web
+from captioning.export.saved_model import decode_captions
 from captioning.features.image_files import load_image
 from captioning.settings import make_config
 from captioning.training import run_folder
