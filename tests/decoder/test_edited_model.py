@@ -12,7 +12,7 @@ from captioning import captioner as captioning_captioner
 from captioning.attention.evidence import explain_captions
 from captioning.captioner import Captioner, caption_batch
 from captioning.decoder.basic_layers import in_training
-from captioning.decoder.beam_search import best_beams
+from captioning.decoder.beam_search import beam_search
 from captioning.decoder.edited_model import following_model
 from captioning.decoder.nucleus_sampling import sample_decode
 from captioning.decoder.rules import DecodedCaptions
@@ -71,7 +71,7 @@ def build(decoder_class):
 
 
 def beams(encoder, decoder, features):
-    return best_beams(encoder, decoder, features, MOST, 3, count=2)
+    return beam_search(encoder, decoder, features, MOST, 3, count=2)
 
 
 def samples(encoder, decoder, features):
@@ -110,8 +110,8 @@ def test_what_cannot_follow_is_one_line_with_the_place_and_what_to_do(tmp_path, 
     encoder, decoder = build(model.RNN_Decoder)
     decoder.attention = types.SimpleNamespace()
     images = [ImageToCaption(tmp_path / f"{i}.jpg", f"{i}.jpg") for i in range(2)]
-    rows = [DecodedCaptions(row, np.zeros(4), np.zeros((4, 4))) for row in WORDS.numpy()]
-    monkeypatch.setattr(captioning_captioner, "_likeliest_rows", lambda *_: rows)
+    decoded = DecodedCaptions(WORDS, tf.zeros((2, 4)), tf.zeros((2, 4, 4)))
+    monkeypatch.setattr(captioning_captioner, "_greedy_graph", lambda *_: decoded)
     captioner = Captioner(encoder, decoder, [f"word{i}" for i in range(V)], "")
     several = make_config({"max_words": MOST, "beam_width": 3, "captions_per_image": 2})
     drawn = make_config({"max_words": MOST, "sample": "yes"})

@@ -2,6 +2,7 @@ import errno
 import math
 import os
 import pathlib
+import types
 
 import keras
 import numpy as np
@@ -246,6 +247,8 @@ def test_files_of_the_user_are_no_checkpoints_and_stay(tmp_path):
 
 class Model(tf.Module):
     """What a TrainingState needs of encoder and decoder."""
+
+    detector = types.SimpleNamespace(trainable_variables=[])
 
     def __init__(self, *values):
         super().__init__()
