@@ -29,14 +29,8 @@ _DELIMITERS = ("\t", "|", ";", ",")  # the rarest in captions first
 _IMAGE_COLUMNS = "image image_name file_name filename filepath path image_path image_file file img".split()
 _CAPTION_COLUMNS = "caption captions text comment raw sentence sentences description prompt".split()
 IMAGE_ENDINGS = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .heif .avif .jp2 .jpe .jfif .mpo".split())
-_BINARY = (
-    b"PK\3\4",
-    b"\xd0\xcf\x11\xe0",
-    b"PAR1",
-    b"ARROW1",
-    b"\x1f\x8b",
-    b"%PDF",
-)  # what Excel, Parquet, ... begin with
+# What files of Excel, Parquet, Arrow and gzip, and PDF files, begin with.
+_BINARY = b"PK\3\4", b"\xd0\xcf\x11\xe0", b"PAR1", b"ARROW1", b"\x1f\x8b", b"%PDF"
 _MOST_LINES = 100  # of a caption in quotes; after as many lines a quote counts as a letter of the caption
 _LONGEST_LIST = 1_000_000  # letters of a list in a cell
 
