@@ -15,6 +15,7 @@ import tensorflow as tf
 from PIL import Image
 
 import data_utils
+import model
 import train_image_caption_model as training
 from captioning.features.cache import feature_path, features_folder, load_data
 from captioning.settings import naming_commands, read_settings
@@ -275,6 +276,20 @@ def test_a_run_without_last_is_refused_and_stays_as_it_is(trained, tmp_path, wor
         naming_commands(config),
     ):
         training.open_run(prepared, config)
+    assert content(tmp_path / "run") == before
+
+
+def test_a_run_that_an_edited_model_does_not_fit_is_refused_and_stays_as_it_is(trained, tmp_path, monkeypatch):
+    class Another(model.CNN_Encoder):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.add_weight(shape=(3,), name="another")
+
+    again = copy_run(trained, tmp_path)
+    before = content(tmp_path / "run")
+    monkeypatch.setattr(model, "CNN_Encoder", Another)
+    with pytest.raises(UserError, match=r"does not fit model\.py"):
+        train(trained, *again, "--epochs", "3")
     assert content(tmp_path / "run") == before
 
 

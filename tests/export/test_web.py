@@ -193,6 +193,11 @@ def test_a_run_is_served_and_exported_once_for_each_checkpoint(trained, tmp_path
     shutil.rmtree(run / "best")  # the weights of `last` are another checkpoint
     inference.main([*given, "--max_words", "7"])
     assert len(exports) == 3
+    edited = tmp_path / "model.py"
+    edited.write_bytes(pathlib.Path(web.model.__file__).read_bytes() + b"# another score")
+    monkeypatch.setattr(web.model, "__file__", str(edited))
+    inference.main([*given, "--max_words", "7"])
+    assert len(exports) == 4
     shutil.rmtree(run / "web")
     (run / "web").mkdir()
     (run / "web" / "mine.txt").touch()
