@@ -238,6 +238,7 @@ def train_replica(state, features, captions, config):
     word_share, caption_share = batches.shares_of_batch(captions)
     with tf.GradientTape() as tape:
         seed = state.dropout_seed(config.seed)
+        # Layers of Keras that users put into model.py, such as Dropout, have to know that this is training.
         encoded_features = state.encoder(features, dropout_seed=seed, training=True)  # (B, P, D)
         logits, attention_weights = in_training(state.decoder.teacher_forcing, captions, encoded_features, seed)
         loss = caption_loss(captions, logits) * word_share
