@@ -83,6 +83,16 @@ def figures(output):
     return "".join(sorted(path.stem.rpartition("_")[0] for path in output.glob("*.png")))
 
 
+def pixels_of(output):
+    """Dict of path to pixels, int (height, width, channels), of the figures."""
+    return {path: np.asarray(Image.open(path), int) for path in output.glob("*.png")}
+
+
+def is_redrawn(expected, found):
+    """Whether a figure is the same; of another batch its map may differ in the last bits, and so a level of light."""
+    return expected.shape == found.shape and np.abs(expected - found).max() <= 2
+
+
 def headings(page):
     return re.findall(r'<h2 id="image-\d+"><bdi>(.*?)</bdi>', page.read_text())
 
@@ -260,13 +270,15 @@ def test_what_makes_a_caption_old(tiny, images, tmp_path, change, again):
 def test_another_map_draws_the_figures_anew_and_nothing_else(tiny, images, tmp_path):
     output = tmp_path / "out"
     caption(tiny, images, output)
-    said, before = captions(output), {path: path.read_bytes() for path in output.glob("*.png")}
+    said, before = captions(output), pixels_of(output)
     assert caption(tiny, images, output, attention_map="evidence") == "ab"
     assert captions(output) == said
-    assert set(before) == set(output.glob("*.png")) and all(path.read_bytes() != before[path] for path in before)
+    other = pixels_of(output)
+    assert before.keys() == other.keys() and not any(is_redrawn(before[path], other[path]) for path in before)
     assert caption(tiny, images, output, attention_map="evidence") == ""
     assert caption(tiny, images, output) == "ab"
-    assert before == {path: path.read_bytes() for path in output.glob("*.png")}
+    again = pixels_of(output)
+    assert before.keys() == again.keys() and all(is_redrawn(before[path], again[path]) for path in before)
 
 
 @pytest.mark.parametrize("kept", ["evidence", "weights"])
@@ -274,7 +286,7 @@ def test_captions_of_before_both_maps_were_kept_are_gone_on_with(tiny, images, t
     """Then made_by.json said what figures draw, not each line, and evidence was kept only where it was drawn."""
     output, path = tmp_path / "out", tmp_path / "out" / "captions.jsonl"
     caption(tiny, images[:5], output)
-    expected = {path: path.read_bytes() for path in output.glob("*.png")}
+    expected = pixels_of(output)
     left_out = {"figure_map"} | ({"evidence"} if kept == "weights" else set())
     lines = [{name: value for name, value in record.items() if name not in left_out} for record in records(output)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -286,7 +298,8 @@ def test_captions_of_before_both_maps_were_kept_are_gone_on_with(tiny, images, t
     assert "data-weights=" in page and ("data-evidence=" in page) == (kept == "evidence")
     assert caption(tiny, images[:5], output) == "ab"  # the same images: their figures are drawn anew
     assert "".join(sorted(captions(output))) == "abcdefg"
-    assert expected.items() <= {path: path.read_bytes() for path in output.glob("*.png")}.items()
+    found = pixels_of(output)
+    assert all(is_redrawn(expected[path], found[path]) for path in expected)
 
 
 @pytest.mark.parametrize("settings", [{"length_penalty": 0.5}, {"identity": "another"}])
