@@ -531,7 +531,7 @@ def test_a_kill_around_a_feature_costs_no_more_than_that_feature(config, images,
     """os._exit is as SIGKILL: nothing is tidied up."""
     code = (
         "import os, sys, json\n"
-        "sys.path.insert(0, 'tests/features')\n"
+        "sys.path[:0] = 'tests', 'tests/features'\n"
         "import test_extraction as test\n"
         "config, moment = test.make_config(json.loads(sys.argv[1])), sys.argv[2]\n"
         "images = [test.CaptionedImage(n, f'{n}.png') for n in range(test.COUNT)]\n"
