@@ -6,20 +6,24 @@ import tensorflow as tf
 import model
 from captioning.settings import make_config
 from captioning.training.model_check import check_model
+from captioning.training.state import TrainingState
 from support.errors import UserError
 
 CONFIG = make_config({"encoder_dim": 8, "embedding_dim": 6, "units": 12})
 V, P, F = 20, 4, 16
 
 
-def check(precision="float32", **edits):
-    """Check a model whose decoder has these attributes and methods instead of, or besides, its own."""
+def build(precision="float32", **edits):
+    """Encoder and decoder, which has these attributes and methods instead of, or besides, its own."""
     before, model.RNN_Decoder = model.RNN_Decoder, type("RNN_Decoder", (model.RNN_Decoder,), edits)
     try:
-        encoder, decoder = model.build_captioner(CONFIG, V, np.zeros(F, np.float32), precision=precision)
+        return model.build_captioner(CONFIG, V, np.zeros(F, np.float32), precision=precision)
     finally:
         model.RNN_Decoder = before
-    check_model(encoder, decoder, (P, F), V)
+
+
+def check(precision="float32", **edits):
+    check_model(*build(precision, **edits), (P, F), V)
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16"])
@@ -86,3 +90,21 @@ def test_the_detector_is_asked_for():
     encoder, decoder = model.build_captioner(CONFIG, V, np.zeros(F, np.float32))
     with pytest.raises(UserError, match="^model.py has no RNN_Decoder.detector"):
         check_model(encoder, tf.Module(), (P, F), V)
+
+
+def test_the_detectors_weights_are_the_last_wherever_it_is_made():
+    """The optimizer clips so many of the last weights apart."""
+
+    def make(decoder):
+        layer = keras.layers.Dense(3)
+        layer.build((None, 4))
+        return layer
+
+    encoder, decoder = build(__init__=with_attribute(make))
+    theirs, apart = (
+        TrainingState(encoder, decoder, tf.Module()).trainable_variables,
+        decoder.detector.trainable_variables,
+    )
+    assert [id(weight) for weight in theirs[-len(apart) :]] == [id(weight) for weight in apart]
+    assert len(theirs) == len(encoder.trainable_variables) + len(decoder.trainable_variables)
+    assert {id(weight) for weight in decoder.extra.weights} <= {id(weight) for weight in theirs}
