@@ -145,7 +145,7 @@ def check_feature_file(path, shape, dtype="float32"):
 
 def _load_npy(data):
     """The array of a .npy file's bytes. None where these are damaged, in Fortran's order, or have more behind them."""
-    while True:
+    for _ in range(9):  # it succeeds at once or at the next try, and a damaged file must not be tried for ever
         file = io.BytesIO(data)
         try:
             array = np.lib.format.read_array(file, allow_pickle=False)
@@ -154,6 +154,7 @@ def _load_npy(data):
         except Exception:  # a damaged header raises errors of many classes
             return None
         return array if array.flags.c_contiguous and file.tell() == len(data) else None
+    return None
 
 
 def feature_shape(path):

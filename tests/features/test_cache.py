@@ -303,3 +303,18 @@ def test_features_that_are_missing_or_changed_are_one_line(config, damage, probl
 def test_features_of_another_network_are_one_line(config):
     with pytest.raises(UserError, match=r"another network \(a network\) than those .* \(another\)$"):
         _check_features(IMAGES, features_folder(config), "another")
+
+
+@pytest.mark.parametrize(("failures", "is_good"), [(2, True), (10**6, False)])
+def test_a_header_that_the_parser_fails_at_is_read_again_and_not_for_ever(tmp_path, monkeypatch, failures, is_good):
+    np.save(tmp_path / "a.npy", np.ones(SHAPE, np.float16))
+    read, failed = np.lib.format.read_array, []
+
+    def read_array(*given, **options):
+        if len(failed) < failures:
+            failed.append(1)
+            raise SystemError("AST constructor recursion depth mismatch")
+        return read(*given, **options)
+
+    monkeypatch.setattr(feature_files.np.lib.format, "read_array", read_array)
+    assert (feature_files.check_feature_file(tmp_path / "a.npy", SHAPE) is not None) == is_good
